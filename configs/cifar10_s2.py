@@ -1,0 +1,22 @@
+"""FlowDCN-S/2 on CIFAR-10 pixels: 32x32, patch 2 (256 tokens), 10 classes, 29.9 M parameters.
+
+python -m flowdcn_jax.tools.prepare_data --dataset=cifar10 --source=FOLDER
+python train.py --config=configs/cifar10_s2.py --workdir=DIR
+
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.model.update(in_channels=3, num_classes=10)
+    config.data.update(name="cifar10", image_size=32)
+    config.autoencoder.update(name="identity", downsampling=1)
+    config.train.update(batch_size=256, num_steps=20_000)
+    config.optimizer.update(learning_rate=5e-4, warmup_steps=500, clip_norm=1.0)
+    config.ema.decay = 0.9995
+    config.checkpoint.every_steps = 2_000
+    config.log.sample_every_steps = 2_000
+    config.sampling.update(num_images=80, guidance=2.0, classes=())
+    return config

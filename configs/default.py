@@ -1,0 +1,82 @@
+"""Every key with its default and unit: FlowDCN-S/2 on 256x256 ImageNet latents, as published.
+
+The other files of this folder override a few keys each. Any key can be set on the command line:
+
+    python train.py --config=configs/s2.py --config.train.batch_size=64 --workdir=DIR
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    config = config_dict.ConfigDict()
+    config.seed = 0  # of initial values, data order, noise, times and dropped labels
+
+    config.model = dict(
+        name="flowdcn",
+        width=384,  # channels of a token
+        depth=12,  # blocks
+        num_groups=6,  # groups of the deformable convolution; divides width
+        patch_size=2,  # latent pixels a side
+        in_channels=4,
+        num_classes=1000,  # the label num_classes means "no class"
+        learn_sigma=True,  # predict 2*in_channels, use the first half (as released)
+        boundary="zeros",  # or "truncate", which released weights were trained with
+        max_scale=6.0,  # S_max: largest sampling radius, tokens
+        dtype="auto",  # compute dtype: float32, bfloat16, or auto: bfloat16 except on CPUs
+        remat=False,  # recompute blocks in the backward pass: less memory, a third more time
+    )
+    config.data = dict(
+        name="imagenet_latents",  # or cifar10, digits
+        data_dir=config_dict.placeholder(str),  # TFDS folder; None: TFDS's default
+        split="train",
+        image_size=256,  # side of the training images, pixels
+        random_flip=True,  # mirror half of the visits
+        latent_scale=0.18215,  # drawn latents are multiplied by it
+        num_threads=4,  # reader threads a process
+        prefetch_batches=8,  # batches read ahead a process, in host memory
+    )
+    config.autoencoder = dict(
+        name="none",  # identity: pixels in [-1,1]; none: latents, shown without a decoder
+        downsampling=8,  # image pixels a latent pixel, each side
+    )
+    config.train = dict(
+        batch_size=256,  # global, all devices of all hosts together
+        num_steps=400_000,
+        accumulation_steps=1,  # micro-batches a step; divides batch_size
+    )
+    config.flow = dict(
+        time_distribution="uniform",  # or logit_normal
+        label_dropout=0.1,  # probability of "no class"
+    )
+    config.optimizer = dict(  # AdamW
+        learning_rate=1e-4,
+        warmup_steps=0,  # linear from 0
+        weight_decay=0.0,
+        b1=0.9,
+        b2=0.999,
+        epsilon=1e-8,
+        clip_norm=config_dict.placeholder(float),  # global gradient norm; None: no clipping
+    )
+    config.ema = dict(decay=0.9999)
+    config.mesh = dict(  # product: number of devices; -1: what the other leaves
+        data=-1,  # copies of the parameters
+        fsdp=1,  # devices that share one copy
+    )
+    config.checkpoint = dict(
+        every_steps=10_000,
+        keep=3,  # newest checkpoints kept
+        keep_every_steps=config_dict.placeholder(int),  # kept for ever; None: no such step
+    )
+    config.log = dict(
+        every_steps=100,
+        sample_every_steps=10_000,  # grid of EMA samples; 0: never
+    )
+    config.sampling = dict(  # of the grids in training, and sample.py's defaults
+        num_images=64,
+        num_steps=50,
+        guidance=1.375,
+        seed=0,
+        classes=(207, 360, 387, 974, 88, 979, 417, 279),  # in turn; (): all classes in turn
+    )
+    return config

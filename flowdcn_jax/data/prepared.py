@@ -1,0 +1,112 @@
+"""Finding and opening data sets that TFDS has prepared as ArrayRecord files."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
+
+from flowdcn_jax.data.errors import DataError, DataNotFoundError
+
+_VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
+_INFO_FILE = "dataset_info.json"  # TFDS writes it last and renames the whole folder after that
+
+
+def resolve_data_dir(data_dir: str | os.PathLike | None) -> Path:
+    """The folder of prepared data sets.
+
+    None means the convention of TFDS: the environment variable TFDS_DATA_DIR, or
+    `~/tensorflow_datasets`.
+    """
+    if data_dir is None:
+        data_dir = os.environ.get("TFDS_DATA_DIR") or Path("~") / "tensorflow_datasets"
+    return Path(data_dir).expanduser()
+
+
+def newest_version(parent: Path) -> Path | None:
+    """The complete data set of the highest version directly in `parent`, or None."""
+    versions = [
+        (tuple(map(int, match.groups())), info.parent)
+        for info in parent.glob(f"*/{_INFO_FILE}")
+        if (match := _VERSION.fullmatch(info.parent.name))
+    ]
+    return max(versions)[1] if versions else None
+
+
+def find_prepared(data_dir: Path, names: Sequence[str]) -> list[Path]:
+    """Folders of complete data sets, the newest version of each configuration.
+
+    Args:
+        data_dir: holds `<name>/<version>` or `<name>/<config>/<version>`; or is such a folder.
+        names: TFDS names, the preferred first.
+
+    Returns:
+        The folders in the order of `names`, then by configuration.  Unfinished ones
+        (`incomplete.*`) and those of other names are not among them.
+    """
+    if (data_dir / _INFO_FILE).is_file():
+        return [data_dir]
+    found = []
+    for name in names:
+        parents = [data_dir / name, *sorted((data_dir / name).glob("*"))]
+        found += [folder for parent in parents if (folder := newest_version(parent))]
+    return found
+
+
+def open_prepared(folder: Path, *, names: Sequence[str], split: str) -> tuple[Any, Any]:
+    """Opens a prepared data set for random access.
+
+    Args:
+        folder: from `find_prepared`.
+        names: the TFDS names that will do.
+        split: a split of TFDS, "train" or a slice such as "train[:1000]".
+
+    Returns:
+        (records, info): a sequence of serialised examples (bytes), and the
+        `tfds.core.DatasetInfo`, whose `features` decode them.
+
+    Raises:
+        DataNotFoundError: files of the split are missing.
+        DataError: another data set, not in ArrayRecord format, or without this split.
+    """
+    builder = tfds.builder_from_directory(folder)
+    info = builder.info
+    if builder.name not in names:
+        raise DataError(f"{folder} holds the data set {builder.name!r}, not {' or '.join(names)}")
+    if info.file_format.value != "array_record":
+        raise DataError(
+            f"{folder} is in the format {info.file_format.value}, which needs TensorFlow: prepare "
+            "it with file_format='array_record'"
+        )
+    split_name = split.partition("[")[0]
+    if split_name not in info.splits:
+        raise DataError(f"no split {split!r} in {folder}; it has {sorted(info.splits)}")
+    missing = [path for path in info.splits[split_name].filepaths if not Path(path).is_file()]
+    if missing:
+        raise DataNotFoundError(
+            f"{folder} lacks {len(missing)} of the files of {split_name!r}, among them "
+            f"{Path(missing[0]).name}: remove the folder and prepare it again"
+        )
+    raw_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
+    try:
+        return builder.as_data_source(split, deserialize_method=raw_bytes), info
+    except ValueError as error:
+        raise DataError(f"cannot read the split {split!r} of {folder}: {error}") from error
+
+
+def parse_record(record: bytes) -> Mapping[str, Any]:
+    """The protocol buffers of a record's features, by name.
+
+    A feature has `bytes_list.value[0]` or `int64_list.value[0]`.  TFDS's own decoding to NumPy
+    takes four times as long, under the interpreter's lock.
+    """
+    return tf_example_pb2.Example.FromString(record).features.feature
+
+
+def known_class_names(label_feature: Any) -> tuple[str, ...] | None:
+    """Names of a `tfds.features.ClassLabel`, or None if it holds only their number."""
+    names = tuple(label_feature.names)
+    return None if names == tuple(map(str, range(len(names)))) else names

@@ -1,0 +1,102 @@
+"""Random numbers that depend only on (seed, purpose, position in the stream).
+
+The stream is one infinite sequence of examples; the global batch `b` of `B` rows holds the
+positions `b*B .. b*B + B - 1`.  Every random choice about an example (which one comes, whether
+it is flipped, its noise) is a hash of the seed and its position, so it does not depend on the
+batch size, the number of processes or threads, or on where a run was interrupted.
+
+Grain's own `shuffle` has these properties too, but spends 12 µs of Python on each element while
+it holds the interpreter's lock, and its epoch e + 1 of seed s is epoch e of seed s + 1.
+"""
+
+import functools
+import threading
+
+import numpy as np
+
+MAX_SEED = 2**63 - 1
+
+# One a purpose, so that two uses of the same seed and position share nothing.
+SHUFFLE = 1
+FLIP = 2
+NOISE = 3
+
+_CACHED_EPOCHS = 4  # a batch may straddle two epochs while a thread ahead needs the next
+
+
+def hash64(indices: np.ndarray, *, seed: int, purpose: int, epoch: int = 0) -> np.ndarray:
+    """Independent-looking 64-bit words, one an index.
+
+    Args:
+        indices: integers >= 0, any shape.
+        seed: integer in 0 .. 2**63 - 1.
+        purpose: one of this module's constants.
+        epoch: integer >= 0.
+
+    Returns:
+        uint64 array of the shape of `indices`.
+    """
+    key = np.zeros(1, np.uint64)
+    for word in (seed, purpose, epoch):
+        key = _splitmix64(key + np.uint64(word))
+    # Mixing before the key is added keeps two keys from giving shifted copies of one sequence.
+    return _splitmix64(_splitmix64(np.asarray(indices).astype(np.uint64)) + key)
+
+
+def random_bits(positions: np.ndarray, *, seed: int, purpose: int) -> np.ndarray:
+    """A fair coin for each position: bool array of the shape of `positions`."""
+    return hash64(positions, seed=seed, purpose=purpose) >> np.uint64(63) != 0
+
+
+def fill_standard_normal(out: np.ndarray, positions: np.ndarray, *, seed: int) -> None:
+    """Fills each row of `out` with standard normal noise that belongs to its position.
+
+    A row of more elements begins like the same position's shorter row.  NumPy releases the
+    interpreter's lock while it draws, so threads fill batches in parallel.
+
+    Args:
+        out: float32 [n, ...], C-contiguous; overwritten.
+        positions: int64 [n].
+        seed: integer in 0 .. 2**63 - 1.
+    """
+    keys = hash64(positions, seed=seed, purpose=NOISE)
+    for row, key in zip(out, keys, strict=True):
+        generator = np.random.Generator(np.random.Philox(key=int(key)))
+        generator.standard_normal(dtype=np.float32, out=row)
+
+
+class ShuffledOrder:
+    """The index of the example at each position: a new permutation every epoch.
+
+    Thread-safe.  Keeps the permutations of the last few epochs (8 bytes an example each).
+    """
+
+    def __init__(self, size: int, *, seed: int):
+        """`size`: examples an epoch, >= 1.  `seed`: integer in 0 .. 2**63 - 1."""
+        self._size = size
+        self._seed = seed
+        self._lock = threading.Lock()
+        self._cached_permutation = functools.lru_cache(_CACHED_EPOCHS)(self._permutation)
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """int64 [n] positions >= 0 in the stream -> int64 [n] indices of examples."""
+        epochs, offsets = np.divmod(positions, self._size)
+        indices = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            rows = epochs == epoch
+            with self._lock:  # at a new epoch one thread sorts, the others wait for it
+                permutation = self._cached_permutation(int(epoch))
+            indices[rows] = permutation[offsets[rows]]
+        return indices
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        words = hash64(np.arange(self._size), seed=self._seed, purpose=SHUFFLE, epoch=epoch)
+        return np.argsort(words, kind="stable")
+
+
+def _splitmix64(words: np.ndarray) -> np.ndarray:
+    """The output function of SplitMix64 (Steele, Lea and Flood 2014), modulo 2**64."""
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))

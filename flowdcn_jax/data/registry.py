@@ -1,0 +1,183 @@
+"""From the `data` section of a config to a source."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from flowdcn_jax.data import cifar10_files
+from flowdcn_jax.data.builders import Cifar10Local, ImagenetLatents
+from flowdcn_jax.data.errors import DataError, DataNotFoundError
+from flowdcn_jax.data.prepared import (
+    find_prepared,
+    known_class_names,
+    open_prepared,
+    parse_record,
+    resolve_data_dir,
+)
+from flowdcn_jax.data.sources import LatentSource, PixelSource, Source
+
+_DIGITS_IMAGE_SIZE = 16  # pixels, where the config leaves it open
+_DIGITS_SIZES = range(8, 257)
+_DIGITS_MAX_INK = 16.0
+
+_LATENT_DOWNSAMPLING = 8  # image pixels a latent pixel, each side, of the autoencoders used here
+
+_CIFAR10_NAMES = (Cifar10Local.name, "cifar10")  # ours, then TFDS's own
+_LATENTS_NAMES = (ImagenetLatents.name,)
+
+_HOW_TO_PREPARE = {
+    "cifar10": (
+        "prepare it with: python -m flowdcn_jax.tools.prepare_data --dataset=cifar10 "
+        "--source=<file or folder> --data_dir={data_dir}"
+    ),
+    "imagenet_latents": (
+        "fill it with flowdcn_jax.data.write_latents(examples, data_dir={data_dir!r}, ...)"
+    ),
+}
+
+
+def make_source(data_config: ml_collections.ConfigDict) -> Source:
+    """Opens the data set that a config names.
+
+    Args:
+        data_config: reads
+            `name`: "digits", "cifar10" or "imagenet_latents";
+            `data_dir`: folder of prepared data sets, None for the convention of TFDS;
+            `split`: "train", "test" or a slice of TFDS such as "train[:1000]";
+            `image_size`: side of the images in pixels, None for the data set's own (digits: any
+                of 8 .. 256, None for 16; latents: 8 times their side, None if only one shape is
+                prepared);
+            `random_flip`: show the mirror image in half of the visits;
+            `latent_scale`: factor on latents (SD-VAE: 0.18215), unused for pixels.
+
+    Returns:
+        The source, for `make_batches`.  CIFAR-10 is decoded into memory (154 MB), latents stay
+        on disk.
+
+    Raises:
+        DataNotFoundError: the data set is not prepared; the message says how to prepare it.
+        DataError: a value out of range, or files that are not this data set.
+    """
+    name = data_config.name
+    if name not in SOURCES:
+        raise DataError(f"unknown data set {name!r}; choose from {sorted(SOURCES)}")
+    size = data_config.image_size
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise DataError(f"image_size must be a positive integer or None, got {size!r}")
+    return SOURCES[name](data_config)
+
+
+def _make_digits(data_config: ml_collections.ConfigDict) -> PixelSource:
+    if data_config.random_flip:
+        raise DataError("digits are never flipped (a mirrored digit is none): random_flip=False")
+    if data_config.split != "train":
+        raise DataError(f"digits have only the split 'train', got {data_config.split!r}")
+    size = _DIGITS_IMAGE_SIZE if data_config.image_size is None else data_config.image_size
+    if size not in _DIGITS_SIZES:
+        raise DataError(f"image_size of digits must be 8 .. 256 pixels, got {size}")
+    from sklearn.datasets import load_digits  # a second to import, wanted here only
+
+    digits = load_digits()
+    return PixelSource(
+        np.stack([_resize_digit(image, size) for image in digits.images]),
+        digits.target,
+        num_classes=10,
+        class_names=tuple(str(name) for name in digits.target_names),
+        flips=False,
+    )
+
+
+def _resize_digit(ink: np.ndarray, size: int) -> np.ndarray:
+    """[8, 8] of 0 .. 16, black to white, -> uint8 [size, size, 1]."""
+    image = Image.fromarray((ink * (255.0 / _DIGITS_MAX_INK)).astype(np.float32))
+    resized = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    return np.clip(np.rint(resized), 0, 255).astype(np.uint8)[..., None]  # bicubic overshoots
+
+
+def _make_cifar10(data_config: ml_collections.ConfigDict) -> PixelSource:
+    side = cifar10_files.IMAGE_SHAPE[0]
+    if data_config.image_size not in (None, side):
+        raise DataError(f"image_size of cifar10 is {side} pixels, got {data_config.image_size}")
+    folders = _prepared_folders("cifar10", _CIFAR10_NAMES, data_config)
+    records, info = open_prepared(folders[0], names=_CIFAR10_NAMES, split=data_config.split)
+    images, labels = _decode_images(records, info.features)
+    return PixelSource(
+        images,
+        labels,
+        num_classes=cifar10_files.NUM_CLASSES,
+        class_names=known_class_names(info.features["label"]),
+        flips=data_config.random_flip,
+    )
+
+
+def _decode_images(records: Any, features: Any) -> tuple[np.ndarray, np.ndarray]:
+    """All images, uint8 [N, 32, 32, 3], and labels, int32 [N].
+
+    In memory a batch of 256 takes 2 ms; decoded record by record it would take 20 or more.
+    """
+    compressed = isinstance(features["image"], tfds.features.Image)  # TFDS's own, as PNG
+    images = np.empty((len(records), *cifar10_files.IMAGE_SHAPE), np.uint8)
+    labels = np.empty(len(records), np.int32)
+    for row in range(len(records)):
+        feature = parse_record(records[row])
+        encoded = feature["image"].bytes_list.value[0]
+        if compressed:
+            images[row] = np.asarray(Image.open(io.BytesIO(encoded)))
+        else:
+            images[row] = np.frombuffer(encoded, np.uint8).reshape(cifar10_files.IMAGE_SHAPE)
+        labels[row] = feature["label"].int64_list.value[0]
+    return images, labels
+
+
+def _make_imagenet_latents(data_config: ml_collections.ConfigDict) -> LatentSource:
+    folders = _prepared_folders("imagenet_latents", _LATENTS_NAMES, data_config)
+    folder = _latents_of_size(folders, data_config.image_size)
+    records, info = open_prepared(folder, names=_LATENTS_NAMES, split=data_config.split)
+    return LatentSource(
+        records,
+        info.features,
+        class_names=known_class_names(info.features["label"]),
+        flips=data_config.random_flip,
+        latent_scale=data_config.latent_scale,
+    )
+
+
+def _latents_of_size(folders: list[Path], image_size: int | None) -> Path:
+    """The one folder, named `<h>x<w>x<c>/<version>`, with latents of images of this size."""
+    if image_size is None:
+        fitting = folders
+    else:
+        side = image_size / _LATENT_DOWNSAMPLING
+        fitting = [folder for folder in folders if folder.parent.name.startswith(f"{side:g}x")]
+    if len(fitting) != 1:
+        raise DataError(
+            f"{len(fitting)} of the latents prepared are of image_size={image_size} (pixels, "
+            f"{_LATENT_DOWNSAMPLING} times their side): change it, or let data_dir be one of "
+            f"{[str(folder) for folder in folders]}"
+        )
+    return fitting[0]
+
+
+def _prepared_folders(
+    name: str, tfds_names: tuple[str, ...], data_config: ml_collections.ConfigDict
+) -> list[Path]:
+    data_dir = resolve_data_dir(data_config.data_dir)
+    folders = find_prepared(data_dir, tfds_names)
+    if not folders:
+        raise DataNotFoundError(
+            f"{name} is not prepared in {data_dir} (no {' or '.join(tfds_names)} there); "
+            + _HOW_TO_PREPARE[name].format(data_dir=str(data_dir))
+        )
+    return folders
+
+
+SOURCES = {
+    "digits": _make_digits,
+    "cifar10": _make_cifar10,
+    "imagenet_latents": _make_imagenet_latents,
+}

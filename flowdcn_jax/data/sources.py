@@ -1,0 +1,160 @@
+"""Sources: a data set that reads any set of examples, with randomness fixed by position."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from flowdcn_jax.data import randomness
+from flowdcn_jax.data.errors import DataError
+from flowdcn_jax.data.prepared import parse_record
+
+Batch = dict[str, np.ndarray]  # {"image": [n, H, W, C], "label": int32 [n]}
+
+LATENT_MOMENTS = ("mean", "std")
+MIRRORED_MOMENTS = ("mean_flipped", "std_flipped")
+
+
+class Source(Protocol):
+    """What `make_batches` needs of a data set, and what a training run may ask of it.
+
+    Attributes:
+        image_shape: (H, W, C) of one example.
+        num_classes: number of classes; labels are 0 .. num_classes - 1.
+        class_names: their names in that order, or None where the data set holds none.
+        flips: whether half of the visits show the mirror image.
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    flips: bool
+
+    def __len__(self) -> int:
+        """Number of examples in one epoch."""
+        ...
+
+    def read(self, indices: np.ndarray, positions: np.ndarray, seed: int) -> Batch:
+        """Reads a batch; thread-safe.
+
+        Args:
+            indices: int64 [n], which examples (0 .. len - 1).
+            positions: int64 [n], where each stands in the stream.  Together with `seed` it
+                decides all that is random about the example.
+            seed: integer in 0 .. 2**63 - 1.
+
+        Returns:
+            {"image": uint8 pixels 0 .. 255 or float32 scaled latents, [n, H, W, C];
+             "label": int32 [n]}.
+        """
+        ...
+
+
+class PixelSource:
+    """8-bit images held in memory."""
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        num_classes: int,
+        class_names: tuple[str, ...] | None,
+        flips: bool,
+    ):
+        """Holds (does not copy) `images`, uint8 [N, H, W, C], and `labels`, int [N]."""
+        self._images = images
+        self._labels = labels.astype(np.int32)
+        self.image_shape = tuple(images.shape[1:])
+        self.num_classes = num_classes
+        self.class_names = class_names
+        self.flips = flips
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, indices: np.ndarray, positions: np.ndarray, seed: int) -> Batch:
+        """See `Source.read`; images are uint8."""
+        images = self._images[indices]
+        if self.flips:
+            mirrored = randomness.random_bits(positions, seed=seed, purpose=randomness.FLIP)
+            images[mirrored] = images[mirrored, :, ::-1]
+        return {"image": images, "label": self._labels[indices]}
+
+
+class LatentSource:
+    """Cached moments of an autoencoder's posterior, sampled anew at each visit.
+
+    A visit draws latents = latent_scale * (mean + std * noise), noise ~ N(0, 1) in float32; with
+    `flips` half of the visits use the moments of the mirror image.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[bytes],
+        features: Any,
+        *,
+        class_names: tuple[str, ...] | None,
+        flips: bool,
+        latent_scale: float,
+    ):
+        """Reads from records that TFDS wrote.
+
+        Args:
+            records: serialised examples, random access, thread-safe.
+            features: the `tfds.features.FeaturesDict` they were written with.
+            class_names: names of the classes, or None.
+            flips: whether half of the visits use the mirror image.
+            latent_scale: factor that brings latents near unit variance (SD-VAE: 0.18215).
+
+        Raises:
+            DataError: the features are not those of `builders.ImagenetLatents`.
+        """
+        self._records = records
+        self._latent_scale = np.float32(latent_scale)
+        self.image_shape = _latent_shape(features)
+        self.num_classes = int(features["label"].num_classes)
+        self.class_names = class_names
+        self.flips = flips
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def read(self, indices: np.ndarray, positions: np.ndarray, seed: int) -> Batch:
+        """See `Source.read`; images are float32 latents."""
+        count = len(indices)
+        moments = np.empty((2, count, math.prod(self.image_shape)), np.float16)
+        labels = np.empty(count, np.int32)
+        mirrored = np.zeros(count, bool)
+        if self.flips:
+            mirrored = randomness.random_bits(positions, seed=seed, purpose=randomness.FLIP)
+        # Record by record: the batched read of array_record starts a thread a shard each call.
+        for row, (index, mirror) in enumerate(zip(indices, mirrored, strict=True)):
+            feature = parse_record(self._records[int(index)])
+            for moment, name in enumerate(MIRRORED_MOMENTS if mirror else LATENT_MOMENTS):
+                encoded = feature[name].bytes_list.value[0]
+                moments[moment, row] = np.frombuffer(encoded, np.float16)
+            labels[row] = feature["label"].int64_list.value[0]
+        mean, std = moments.reshape(2, count, *self.image_shape)
+        latents = np.empty(mean.shape, np.float32)
+        randomness.fill_standard_normal(latents, positions, seed=seed)
+        latents *= std
+        latents += mean
+        latents *= self._latent_scale
+        return {"image": latents, "label": labels}
+
+
+def _latent_shape(features: Any) -> tuple[int, int, int]:
+    """The one (h, w, c) of all moments; DataError if they differ or are missing."""
+    names = (*LATENT_MOMENTS, *MIRRORED_MOMENTS)
+    missing = [name for name in (*names, "label") if name not in features]
+    if missing:
+        raise DataError(f"latents lack the features {missing}; they have {sorted(features)}")
+    found = {name: (tuple(features[name].shape), features[name].np_dtype) for name in names}
+    shapes = {shape for shape, _ in found.values()}
+    dtypes = {np.dtype(dtype) for _, dtype in found.values()}
+    shape = next(iter(shapes))
+    if len(shapes) > 1 or len(shape) != 3 or None in shape or dtypes != {np.dtype(np.float16)}:
+        raise DataError(f"latents must be float16 [h, w, c], all of one shape; found {found}")
+    return shape

@@ -1,0 +1,8 @@
+"""Errors that are the caller's to mend."""
+
+
+class UserError(Exception):
+    """A value, file or folder that cannot be used; the message says which, and what was expected.
+
+    The commands print the message alone. Every other exception is a bug, and keeps its traceback.
+    """

@@ -1,0 +1,133 @@
+"""Layers shared by the models: PyTorch-initialised linears, norms, MLPs, embedders, patches.
+
+Parameters are float32; `dtype` is the compute dtype. In float32 every matrix product asks for full
+precision, because GPUs otherwise round its operands to TF32.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+NORM_EPSILON = 1e-6
+TIMESTEP_FREQUENCIES = 128  # pairs of (cos, sin): 256 features
+TIMESTEP_MAX_PERIOD = 10_000.0
+
+
+def matmul_precision(dtype) -> jax.lax.Precision | None:
+    """HIGHEST for float32 (no TF32), the backend's default for narrower types."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def uniform_fan_in(fan_in: int):
+    """PyTorch's default for a Linear's weight and bias: uniform in +-1/sqrt(fan_in)."""
+    bound = 1.0 / math.sqrt(fan_in)
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def linear(
+    in_features: int,
+    out_features: int,
+    *,
+    dtype,
+    rngs: nnx.Rngs,
+    use_bias: bool = True,
+    kernel_init=None,
+    bias_init=None,
+) -> nnx.Linear:
+    """A Linear with PyTorch's default initial values unless others are given."""
+    default_init = uniform_fan_in(in_features)
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        precision=matmul_precision(dtype),
+        kernel_init=kernel_init or default_init,
+        bias_init=bias_init or default_init,
+        rngs=rngs,
+    )
+
+
+def rms_norm(features: int, *, dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """RMSNorm with a learnable weight and float32 statistics."""
+    return nnx.RMSNorm(
+        features, epsilon=NORM_EPSILON, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
+    )
+
+
+def plain_layer_norm(features: int, *, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm without an affine part; float32 statistics in two passes."""
+    return nnx.LayerNorm(
+        features,
+        epsilon=NORM_EPSILON,
+        use_bias=False,
+        use_scale=False,
+        use_fast_variance=False,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def modulate(x: Array, shift: Array, scale: Array) -> Array:
+    """adaLN: x [B,h,w,d] scaled by 1 + scale [B,d] and moved by shift [B,d]."""
+    return x * (1 + scale[:, None, None, :]) + shift[:, None, None, :]
+
+
+def patchify(x: Array, patch_size: int) -> Array:
+    """[B,H,W,C] -> [B,H/p,W/p,p*p*C]; within a patch rows come first, channels last."""
+    batch, height, width, channels = x.shape
+    p = patch_size
+    x = x.reshape(batch, height // p, p, width // p, p, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // p, width // p, p * p * channels)
+
+
+def unpatchify(x: Array, patch_size: int) -> Array:
+    """The inverse of `patchify`: [B,h,w,p*p*C] -> [B,h*p,w*p,C], for any h and w."""
+    batch, h, w, features = x.shape
+    p = patch_size
+    channels = features // (p * p)
+    x = x.reshape(batch, h, w, p, p, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, h * p, w * p, channels)
+
+
+class SwiGLU(nnx.Module):
+    """w2(SiLU(w1 x) * w3 x), no bias; hidden width int(8/3 width)."""
+
+    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
+        hidden = self.hidden_width(width)
+        self.w1 = linear(width, hidden, use_bias=False, dtype=dtype, rngs=rngs)
+        self.w2 = linear(hidden, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.w3 = linear(width, hidden, use_bias=False, dtype=dtype, rngs=rngs)
+
+    @staticmethod
+    def hidden_width(width: int) -> int:
+        return 2 * 4 * width // 3
+
+    def __call__(self, x: Array) -> Array:
+        return self.w2(nnx.silu(self.w1(x)) * self.w3(x))
+
+
+class TimestepEmbedder(nnx.Module):
+    """Sinusoids of t in [0,1] (unscaled, cos before sin), then Linear-SiLU-Linear."""
+
+    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        features = 2 * TIMESTEP_FREQUENCIES
+        self.hidden = linear(features, width, kernel_init=init, dtype=dtype, rngs=rngs)
+        self.out = linear(width, width, kernel_init=init, dtype=dtype, rngs=rngs)
+
+    def __call__(self, t: Array) -> Array:
+        """t [B] -> [B,width]."""
+        exponents = jnp.arange(TIMESTEP_FREQUENCIES, dtype=jnp.float32) / TIMESTEP_FREQUENCIES
+        frequencies = jnp.exp(-math.log(TIMESTEP_MAX_PERIOD) * exponents)
+        angles = t.astype(jnp.float32)[:, None] * frequencies
+        features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        return self.out(nnx.silu(self.hidden(features)))

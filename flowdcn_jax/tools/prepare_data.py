@@ -1,0 +1,55 @@
+"""Prepares a data set for training, once.
+
+    python -m flowdcn_jax.tools.prepare_data --dataset=cifar10 \\
+        --source=train.npz --source=test.npz --data_dir=~/tensorflow_datasets
+
+CIFAR-10 comes from one of: .npz files of JPEGs (or the folder that holds them), a folder with
+`train/<class>/*.png|jpg` and `test/...`, or the folder of the binary version.  60,000 images take
+about half a minute and 200 MB.  A data set that is there already is left alone.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from flowdcn_jax.data import prepare_cifar10
+from flowdcn_jax.errors import UserError
+
+_DATASET = flags.DEFINE_enum("dataset", None, ["cifar10"], "Data set to prepare.", required=True)
+_SOURCE = flags.DEFINE_multi_string(
+    "source", None, "File or folder to read; repeat it or separate by commas.", required=True
+)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Folder of prepared data sets.  Default: $TFDS_DATA_DIR, else that of TFDS."
+)
+
+_PREPARERS = {"cifar10": prepare_cifar10}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: 0 prepared (now or before), 2 bad input."""
+    if len(argv) > 1:
+        print(f"error: unexpected arguments {argv[1:]}", file=sys.stderr)
+        return 2
+    logging.set_verbosity(logging.WARNING)  # TFDS reports each stage, beside the progress bar
+    sources = [part for value in _SOURCE.value for part in _split_commas(value)]
+    try:
+        folder, written = _PREPARERS[_DATASET.value](sources, data_dir=_DATA_DIR.value)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{_DATASET.value} {'prepared in' if written else 'was already prepared in'} {folder}")
+    return 0
+
+
+def _split_commas(value: str) -> list[str]:
+    """A path that exists may hold a comma itself."""
+    if Path(value).exists():
+        return [value]
+    return [part for part in value.split(",") if part]
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,271 @@
+"""Checkpoints: Orbax, asynchronous, whole or not there, and checked when they are read.
+
+A workdir holds checkpoints/<step>/ with four items, committed together: `state` (step, parameters,
+optimizer), `ema`, `run` (the config, and the names of the classes), and `checksums`. A checksum is
+a position-weighted sum of an array's bits, taken on the devices before saving and again after
+restoring, so a flipped bit anywhere on the way is noticed, whatever the number of devices on
+either side.
+"""
+
+import json
+import logging
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from flowdcn_jax.errors import UserError
+from flowdcn_jax.training.state import TrainState
+
+FOLDER = "checkpoints"
+DAMAGED_FOLDER = "damaged_checkpoints"
+
+
+class CheckpointError(UserError, RuntimeError):
+    """No checkpoint could be used; the message names the folder, the step and the cause."""
+
+
+class Checkpointer:
+    """Saves a run's states in the background and restores the newest one that is whole."""
+
+    def __init__(self, workdir: str, *, keep: int, keep_every_steps: int | None):
+        self.workdir = Path(workdir).absolute()
+        policies = [ocp.checkpoint_managers.LatestN(keep)]
+        if keep_every_steps is not None:
+            policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every_steps))
+        self._manager = ocp.CheckpointManager(
+            self.workdir / FOLDER,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(self, state: TrainState, config, class_names: tuple[str, ...] | None) -> None:
+        """Starts saving; returns once the state is copied, so that it may be donated."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        items = {"state": _resumable(state), "ema": state.ema}
+        run = {"config": json.loads(config.to_json()), "class_names": class_names}
+        checksums = {name: checksum(item) for name, item in items.items()}
+        checksums["run"] = _text_checksum(run)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+                run=ocp.args.JsonSave(run),
+                checksums=ocp.args.JsonSave(checksums),
+            ),
+            force=True,
+        )
+
+    def restore_newest(self, abstract: TrainState) -> TrainState | None:
+        """The newest state that restores and matches its checksums, in `abstract`'s shardings.
+
+        Newer ones that are damaged are named in a warning and, once an older one is restored, moved
+        to damaged_checkpoints/. None if there is no checkpoint.
+
+        Raises:
+            CheckpointError: there are checkpoints, and not one of them is whole.
+        """
+        self._manager.reload()
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            state, error = None, ""
+            try:
+                _restore_run(self._manager, step)  # sampling will want it
+                wanted = {"state": _resumable(abstract), "ema": abstract.ema}
+                items = _restore_items(self._manager, step, wanted)
+                state = TrainState(**items["state"], ema=items["ema"])
+            except Exception as e:  # whatever a damaged file makes Orbax raise
+                error = _first_line(e)
+            if _all_processes(state is not None):
+                self._set_aside(damaged)
+                return state
+            damaged[step] = error or "another process could not read it"
+            logging.warning(
+                "checkpoint %s is damaged and is passed over: %s",
+                self.workdir / FOLDER / str(step),
+                damaged[step],
+            )
+        if damaged:
+            raise CheckpointError(_none_whole(self.workdir, damaged))
+        return None
+
+    def wait(self) -> None:
+        """Returns once the save in progress, if any, is committed."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and ends the background threads."""
+        self._manager.close()
+
+    def _set_aside(self, damaged: dict[int, str]) -> None:
+        """Moves damaged steps away: their numbers will be saved again."""
+        if jax.process_index() == 0:
+            for step in damaged:
+                target = self.workdir / DAMAGED_FOLDER / f"{step}-{time.time_ns()}"
+                target.parent.mkdir(exist_ok=True)
+                (self.workdir / FOLDER / str(step)).rename(target)
+        if damaged:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("damaged checkpoints set aside")
+            self._manager.reload()
+
+
+def saved_config(workdir: str) -> dict | None:
+    """The config of the newest checkpoint that has a readable one; None without checkpoints.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none with a readable config.
+    """
+    folder = Path(workdir).absolute() / FOLDER
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    unreadable: dict[int, str] = {}
+    with _reader(folder) as manager:
+        for step in sorted(manager.all_steps(), reverse=True):
+            try:
+                return _restore_run(manager, step)["config"]
+            except Exception as e:
+                unreadable[step] = _first_line(e)
+    if unreadable:
+        raise CheckpointError(_none_whole(folder.parent, unreadable))
+    return None
+
+
+class Weights(NamedTuple):
+    """What a checkpoint holds for sampling."""
+
+    step: int
+    config: ConfigDict  # of the training run
+    class_names: tuple[str, ...] | None
+    params: dict  # EMA
+
+
+def restore_ema(workdir: str, step: int | None, abstract_params: Callable) -> Weights:
+    """The EMA weights of one checkpoint, without the rest of its state.
+
+    Args:
+        workdir: a training run's folder.
+        step: the checkpoint; None: the newest that is whole (damaged ones are warned of).
+        abstract_params: function from the saved config to the parameters' ShapeDtypeStructs, with
+            shardings.
+
+    Raises:
+        CheckpointError: no checkpoint, not that step (the message lists those there are), or it is
+            damaged.
+    """
+    folder = Path(workdir).absolute() / FOLDER
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder.parent} holds no checkpoints; expected the --workdir of a training run"
+        )
+    with _reader(folder) as manager:
+        steps = sorted(manager.all_steps(), reverse=True)
+        if not steps:
+            raise CheckpointError(f"{folder.parent} holds no finished checkpoint yet")
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{folder} has no step {step}; there are {sorted(steps)}")
+        damaged: dict[int, str] = {}
+        for candidate in steps if step is None else [step]:
+            try:
+                run = _restore_run(manager, candidate)
+                config = ConfigDict(run["config"])
+                items = _restore_items(manager, candidate, {"ema": abstract_params(config)})
+                names = tuple(run["class_names"]) if run["class_names"] else None
+                return Weights(candidate, config, names, items["ema"])
+            except Exception as e:
+                damaged[candidate] = _first_line(e)
+                logging.warning(
+                    "checkpoint %s is damaged: %s", folder / str(candidate), damaged[candidate]
+                )
+        raise CheckpointError(_none_whole(folder.parent, damaged))
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+    def one(x):
+        bits = x if jnp.issubdtype(x.dtype, jnp.integer) else x.view(f"uint{8 * x.itemsize}")
+        weight = jnp.ones(x.shape, jnp.uint32)
+        stride = 1
+        for axis in reversed(range(x.ndim)):
+            index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            weight += index * jnp.uint32(2 * stride % 2**32)
+            stride *= x.shape[axis]
+        return jnp.sum(bits.astype(jnp.uint32) * weight, dtype=jnp.uint32)
+
+    return [one(x) for x in leaves]
+
+
+def checksum(tree) -> dict[str, int]:
+    """A number for every array of `tree`, by path: sum of bits * (2 * position + 1) mod 2^32.
+
+    The weights are odd, so a change of any one word changes the sum.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    sums = jax.device_get(_checksums([leaf for _, leaf in leaves]))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): int(value)
+        for (path, _), value in zip(leaves, sums, strict=True)
+    }
+
+
+def _text_checksum(tree: dict) -> int:
+    return zlib.crc32(json.dumps(tree, sort_keys=True).encode())
+
+
+def _resumable(state: TrainState) -> dict:
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def _reader(folder: Path) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False))
+
+
+def _restore_run(manager: ocp.CheckpointManager, step: int) -> dict:
+    items = dict(run=ocp.args.JsonRestore(), checksums=ocp.args.JsonRestore())
+    restored = manager.restore(step, args=ocp.args.Composite(**items))
+    if restored.checksums["run"] != _text_checksum(restored.run):
+        raise CheckpointError("checksum mismatch in run")
+    return restored.run
+
+
+def _restore_items(manager: ocp.CheckpointManager, step: int, wanted: dict) -> dict:
+    """The items `wanted` (name -> abstract tree) of a step, checked against their checksums."""
+    restored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            **{name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()},
+            checksums=ocp.args.JsonRestore(),
+        ),
+    )
+    for name in wanted:
+        saved, found = restored.checksums[name], checksum(restored[name])
+        wrong = sorted(key for key in saved.keys() | found if saved.get(key) != found.get(key))
+        if wrong:
+            raise CheckpointError(f"checksum mismatch in {name}: {', '.join(wrong[:3])}")
+    return {name: restored[name] for name in wanted}
+
+
+def _all_processes(mine: bool) -> bool:
+    if jax.process_count() == 1:
+        return mine
+    return bool(multihost_utils.process_allgather(jnp.asarray(mine)).all())
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def _none_whole(workdir: Path, damaged: dict[int, str]) -> str:
+    reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+    return f"{workdir} holds no checkpoint that can be read ({reasons})"

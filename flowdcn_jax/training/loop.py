@@ -1,0 +1,229 @@
+"""The training run: stages in the order in which they happen, then the loop."""
+
+import collections
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from flowdcn_jax import data, sampling
+from flowdcn_jax.errors import UserError
+from flowdcn_jax.images import grid_columns, make_grid, save_png
+from flowdcn_jax.models import forward_macs
+from flowdcn_jax.training import checkpoint
+from flowdcn_jax.training.metrics import MetricWriter, Stopwatch, model_flops_utilisation
+from flowdcn_jax.training.preemption import Preemption
+from flowdcn_jax.training.sharding import batch_sharding, make_mesh
+from flowdcn_jax.training.state import TrainState, abstract_state, initial_state
+from flowdcn_jax.training.step import make_train_step
+from flowdcn_jax.validation import ConfigError, check_resumable, validate
+
+DEVICE_PREFETCH = 2  # batches on the devices ahead of the step
+SAMPLES_FOLDER = "samples"
+
+
+class NonFiniteError(UserError, RuntimeError):
+    """The loss or the gradient became infinite or NaN; the message says where and what to do."""
+
+
+def train(config, workdir: str) -> None:
+    """Trains until config.train.num_steps, or until SIGTERM; goes on from the newest checkpoint.
+
+    Nothing is written to `workdir` before the config, the data and the checkpoints are found good.
+
+    Raises:
+        flowdcn_jax.validation.ConfigError: a value, or a difference from the run in `workdir`.
+        flowdcn_jax.training.checkpoint.CheckpointError: not one checkpoint there can be read.
+        NonFiniteError: the loss or gradient norm was not finite.
+    """
+    validate(config, jax.device_count(), jax.process_count())
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    source = data.make_source(config.data)
+    check_source(config, source)
+    saved = checkpoint.saved_config(workdir)
+    if saved is not None:
+        check_resumable(saved, config)
+
+    checkpointer = checkpoint.Checkpointer(
+        workdir, keep=config.checkpoint.keep, keep_every_steps=config.checkpoint.keep_every_steps
+    )
+    try:
+        state = checkpointer.restore_newest(abstract_state(config, mesh))
+        state = initial_state(config, mesh) if state is None else state
+        _Run(config, workdir, mesh, source, checkpointer).train(state)
+    finally:
+        checkpointer.close()
+
+
+def check_source(config, source) -> None:
+    """The data set must give what the model takes.
+
+    Raises:
+        ConfigError: the shape or the number of classes differs.
+    """
+    side = config.data.image_size // config.autoencoder.downsampling
+    expected = (side, side, config.model.in_channels)
+    if tuple(source.image_shape) != expected:
+        raise ConfigError(
+            f"config.data.name={config.data.name!r} gives arrays of shape "
+            f"{tuple(source.image_shape)}; the model expects {expected} (data.image_size / "
+            "autoencoder.downsampling, model.in_channels)"
+        )
+    if source.num_classes != config.model.num_classes:
+        raise ConfigError(
+            f"config.model.num_classes is {config.model.num_classes}; expected "
+            f"{source.num_classes}, as in the data set {config.data.name!r}"
+        )
+
+
+class _Run:
+    """One process's run of the loop: what it reads from and reports to."""
+
+    def __init__(self, config, workdir: str, mesh, source, checkpointer):
+        self.config = config
+        self.workdir = Path(workdir)
+        self.mesh = mesh
+        self.source = source
+        self.checkpointer = checkpointer
+        self.on_device: list[tuple[int, dict]] = []  # (step, metrics) not fetched yet
+        self.window: list[dict] = []  # metrics fetched since the last logging step
+        macs = forward_macs(config.model, *source.image_shape[:2])
+        self.train_flops_per_image = 3 * 2 * macs  # backward costs two forwards; 2 FLOPs a MAC
+
+    def train(self, state: TrainState) -> None:
+        config, num_steps = self.config, self.config.train.num_steps
+        step = start_step = int(state.step)
+        if start_step >= num_steps:
+            logging.warning("step %d of %d is done: nothing to do", start_step, num_steps)
+            return
+        preemption = Preemption()
+        writer = MetricWriter(self.workdir, start_step=start_step, num_steps=num_steps)
+        try:
+            if start_step:
+                writer.message(f"going on from step {start_step}")
+            batches = self._batches(start_step)
+            batch = next(batches)
+            writer.message(f"compiling the train step for mesh {dict(self.mesh.shape)}")
+            train_step = make_train_step(config, self.mesh).lower(state, batch).compile()
+            draw_samples = self._sample_drawer(writer)
+            stopwatch = Stopwatch()
+            while True:
+                state, metrics = train_step(state, batch)
+                step += 1
+                self.on_device.append((step, metrics))
+                writer.advance()
+                stop = preemption.reached(step)
+                if _due(config.log.every_steps, step, num_steps) or stop:
+                    self._fetch_metrics()
+                    writer.write(step, self._summary(stopwatch))
+                if _due(config.log.sample_every_steps, step, num_steps) and not stop:
+                    self._fetch_metrics()
+                    with stopwatch.pause():
+                        draw_samples(step, state.ema)
+                if _due(config.checkpoint.every_steps, step, num_steps) or stop:
+                    self._fetch_metrics()
+                    with stopwatch.pause():
+                        self.checkpointer.save(state, config, self.source.class_names)
+                if stop or step == num_steps:
+                    break
+                with stopwatch.data_wait():
+                    batch = next(batches)
+            self.checkpointer.wait()
+            if step < num_steps:
+                writer.message(f"asked to stop: saved step {step}; the same command goes on")
+        finally:
+            writer.close()
+
+    def _batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
+        """Global batches on the devices, DEVICE_PREFETCH of them ahead."""
+        local_batches = data.make_batches(
+            self.source,
+            batch_size=self.config.train.batch_size,
+            seed=self.config.seed,
+            start_step=start_step,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_threads=self.config.data.num_threads,
+            prefetch_batches=self.config.data.prefetch_batches,
+        )
+        sharding = batch_sharding(self.mesh)
+        ahead = collections.deque()
+        for arrays in local_batches:
+            ahead.append(
+                {k: jax.make_array_from_process_local_data(sharding, v) for k, v in arrays.items()}
+            )
+            if len(ahead) > DEVICE_PREFETCH:
+                yield ahead.popleft()
+
+    def _fetch_metrics(self) -> None:
+        """Waits for the steps so far; a checkpoint or log entry never gets past a non-finite one.
+
+        Raises:
+            NonFiniteError: at the first step whose loss or gradient is not finite.
+        """
+        rows = jax.device_get(self.on_device)
+        self.on_device = []
+        for step, metrics in rows:
+            if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
+                raise NonFiniteError(
+                    f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, "
+                    f"learning rate {metrics['learning_rate']:.3g}. Checkpoints are all from "
+                    "before it. Go on from the newest with a lower "
+                    "--config.optimizer.learning_rate or with --config.optimizer.clip_norm=1; "
+                    "--config.model.dtype=float32 tells whether bfloat16 is the cause"
+                )
+            self.window.append(metrics)
+
+    def _summary(self, stopwatch: Stopwatch) -> dict[str, float]:
+        """The metrics of the window, which it empties: means, and the speed."""
+        elapsed_s, data_wait = stopwatch.restart()
+        images_per_s = len(self.window) * self.config.train.batch_size / elapsed_s
+        summary = {
+            "loss": float(np.mean([metrics["loss"] for metrics in self.window])),
+            "grad_norm": float(np.mean([metrics["grad_norm"] for metrics in self.window])),
+            "learning_rate": float(self.window[-1]["learning_rate"]),
+            "images_per_s": images_per_s,
+            "data_wait": data_wait,
+        }
+        utilisation = model_flops_utilisation(images_per_s, self.train_flops_per_image)
+        if utilisation is not None:
+            summary["model_flops_utilisation"] = utilisation
+        self.window = []
+        return summary
+
+    def _sample_drawer(self, writer: MetricWriter) -> Callable[[int, dict], None]:
+        """A function (step, EMA parameters) that draws the grid of fixed seeds and classes."""
+        config = self.config
+        options = config.sampling
+        size = (config.data.image_size,) * 2
+        generator = sampling.make_generator(
+            config,
+            self.mesh,
+            size=size,
+            num_steps=options.num_steps,
+            guidance=options.guidance,
+            seed=options.seed,
+        )
+        labels = sampling.labels_in_turn(
+            options.classes, options.num_images, config.model.num_classes
+        )
+        batch_size = -(-len(labels) // self.mesh.size) * self.mesh.size
+        columns = grid_columns(len(labels), len(options.classes) or config.model.num_classes)
+
+        def draw(step: int, ema) -> None:
+            _, images = sampling.generate_images(
+                generator, ema, labels, batch_size=batch_size, progress=False
+            )
+            if jax.process_index() == 0:
+                grid = make_grid(images, columns=columns)
+                save_png(self.workdir / SAMPLES_FOLDER / f"step_{step:08d}.png", grid)
+                writer.write_image(step, "samples", grid)
+
+        return draw
+
+
+def _due(every_steps: int, step: int, num_steps: int) -> bool:
+    """Every so many steps and at the last one; never if every_steps is 0."""
+    return every_steps > 0 and (step % every_steps == 0 or step == num_steps)

@@ -1,0 +1,103 @@
+"""One optimizer step, compiled over the mesh."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flowdcn_jax.flow.loss import draw, velocity_loss
+from flowdcn_jax.models import abstract_model, apply_model
+from flowdcn_jax.training.sharding import AXES, batch_sharding, replicated, state_sharding
+from flowdcn_jax.training.state import (
+    TrainState,
+    abstract_state,
+    learning_rate_schedule,
+    make_optimizer,
+)
+
+STEP_KEY_SALT = 1  # keeps the steps' draws apart from the initial values' key
+
+
+def to_unit_range(image: jax.Array) -> jax.Array:
+    """uint8 pixels -> float32 in [-1,1]; latents (floats) pass as they are."""
+    if image.dtype == jnp.uint8:
+        return image.astype(jnp.float32) / 127.5 - 1.0
+    return image.astype(jnp.float32)
+
+
+def make_train_step(config, mesh: Mesh):
+    """A compiled-on-first-use function (state, batch) -> (state, metrics); the state is donated.
+
+    batch: {"image": [B,H,W,C] uint8 pixels or float32 latents, "label": [B] int32}, split over all
+    devices. metrics: float32 scalars "loss", "grad_norm" and "learning_rate", left on the device.
+    """
+    graphdef, _ = abstract_model(config.model)
+    optimizer = make_optimizer(config.optimizer)
+    schedule = learning_rate_schedule(config.optimizer)
+    shardings = state_sharding(abstract_state(config, mesh), mesh)
+    batch_keys = jax.random.fold_in(jax.random.key(config.seed), STEP_KEY_SALT)
+
+    def loss_fn(params, data, label, draws):
+        def velocity_fn(x, t, y):
+            return apply_model(graphdef, params, x, t, y)
+
+        null_class = config.model.num_classes
+        return velocity_loss(velocity_fn, data, label, draws, null_class=null_class)
+
+    def train_step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        data = to_unit_range(batch["image"])
+        draws = draw(
+            jax.random.fold_in(batch_keys, state.step),
+            data.shape,
+            time_distribution=config.flow.time_distribution,
+            label_dropout=config.flow.label_dropout,
+        )
+        rows = (data, batch["label"], draws)
+        loss, grads = accumulated_gradients(
+            loss_fn, state.params, rows, config.train.accumulation_steps, mesh
+        )
+        grads = jax.lax.with_sharding_constraint(grads, shardings.params)
+        grad_norm = optax.tree.norm(grads)
+        if config.optimizer.clip_norm is not None:
+            factor = jnp.minimum(1.0, config.optimizer.clip_norm / (grad_norm + 1e-6))
+            grads = jax.tree.map(lambda g: g * factor, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = optax.incremental_update(params, state.ema, 1.0 - config.ema.decay)
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def accumulated_gradients(loss_fn, params, rows, num_parts: int, mesh: Mesh):
+    """(loss, grads) of loss_fn(params, *rows) over the whole batch, taken in num_parts parts.
+
+    The parts interleave (part i holds rows i, i + num_parts, ...), so that each device keeps the
+    rows it has.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn)
+    if num_parts == 1:
+        return value_and_grad(params, *rows)
+
+    split = NamedSharding(mesh, PartitionSpec(None, AXES))
+
+    def to_parts(x):
+        x = x.reshape(x.shape[0] // num_parts, num_parts, *x.shape[1:])
+        return jax.lax.with_sharding_constraint(jnp.swapaxes(x, 0, 1), split)
+
+    def add_part(total, part):
+        return jax.tree.map(jnp.add, total, value_and_grad(params, *part)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(value_and_grad, params, *rows))
+    total, _ = jax.lax.scan(add_part, zeros, jax.tree.map(to_parts, rows))
+    return jax.tree.map(lambda x: x / num_parts, total)

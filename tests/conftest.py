@@ -1,0 +1,41 @@
+"""Every test sees eight virtual CPU devices (or the machine's GPUs), so that meshes are real."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+FIXTURES = Path(__file__).parent / "fixtures"
+REPOSITORY = Path(__file__).parent.parent
+
+
+def pytest_collection_modifyitems(items):
+    if jax.default_backend() == "gpu":
+        return
+    skip = pytest.mark.skip(reason="needs a GPU; this machine's JAX backend is not one")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def fixture_file():
+    """Reads a golden fixture: fixture_file("op.npz") -> dict of arrays."""
+
+    def read(name: str) -> dict[str, np.ndarray]:
+        with np.load(FIXTURES / name, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The project's folder, from which train.py and sample.py are run."""
+    return REPOSITORY

@@ -1,0 +1,219 @@
+"""Cached latents: what is written, and what a visit draws."""
+
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from flowdcn_jax.data import (
+    DataError,
+    DataExistsError,
+    DataNotFoundError,
+    builders,
+    make_batches,
+    write_latents,
+)
+
+SHAPE = (4, 6, 3)
+COUNT = 40
+SCALE = 0.18215
+
+
+def example(index, shape=SHAPE):
+    """Index i: mean i, std 1/2; mirror image: mean 100 + i, std 0."""
+    full = lambda value: np.full(shape, value, np.float32)  # noqa: E731
+    return {
+        "mean": full(index),
+        "std": full(0.5),
+        "mean_flipped": full(100 + index),
+        "std_flipped": full(0),
+        "label": index % 7,
+    }
+
+
+def write(data_dir, examples=None, **overrides):
+    options = {"latent_shape": SHAPE, "num_classes": 7} | overrides
+    if examples is None:
+        examples = [example(index) for index in range(COUNT)]
+    return write_latents(examples, data_dir=data_dir, **options)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    write(folder)
+    return str(folder)
+
+
+def test_source_describes_the_latents(data_dir, open_source):
+    source = open_source("imagenet_latents", data_dir=data_dir, random_flip=True)
+    assert len(source) == COUNT
+    assert source.image_shape == SHAPE
+    assert source.num_classes == 7
+    assert source.class_names is None
+    assert source.flips
+    batch = next(make_batches(source, batch_size=16, seed=0, num_threads=2, prefetch_batches=2))
+    assert batch["image"].shape == (16, *SHAPE) and batch["image"].dtype == np.float32
+    assert batch["label"].shape == (16,) and batch["label"].dtype == np.int32
+
+
+def test_a_visit_draws_mean_plus_std_times_noise_times_scale(data_dir, open_source):
+    source = open_source("imagenet_latents", data_dir=data_dir, latent_scale=SCALE)
+    positions = np.arange(2000)
+    indices = positions % COUNT
+    batch = source.read(indices, positions, 1)
+    np.testing.assert_array_equal(batch["label"], indices % 7)
+    noise = (batch["image"] / np.float32(SCALE) - indices[:, None, None, None]) / 0.5
+    assert abs(noise.mean()) < 5 / np.sqrt(noise.size)
+    assert abs(noise.std() - 1) < 5 / np.sqrt(2 * noise.size)
+    assert abs((noise**4).mean() - 3) < 5 * np.sqrt(96 / noise.size)
+    revisits = noise[indices == 5].reshape(-1, np.prod(SHAPE))
+    assert len(np.unique(revisits, axis=0)) == len(revisits)  # a visit never repeats its noise
+
+
+def test_half_of_the_visits_use_the_moments_of_the_mirror_image(data_dir, open_source):
+    source = open_source("imagenet_latents", data_dir=data_dir, random_flip=True)
+    positions = np.arange(2000)
+    indices = positions % COUNT
+    latents = source.read(indices, positions, 1)["image"] / np.float32(SCALE)
+    mirrored = latents.mean(axis=(1, 2, 3)) > 70
+    assert abs(mirrored.mean() - 0.5) < 5 * 0.5 / np.sqrt(len(positions))
+    exact = np.broadcast_to((100 + indices[mirrored])[:, None, None, None], latents[mirrored].shape)
+    np.testing.assert_allclose(latents[mirrored], exact, rtol=1e-6)  # its std is 0
+    plain = latents[~mirrored] - indices[~mirrored][:, None, None, None]
+    np.testing.assert_allclose(plain.std(), 0.5, rtol=0.02)
+
+
+def test_draws_repeat_exactly_and_depend_on_seed_and_position_alone(data_dir, open_source):
+    source = open_source("imagenet_latents", data_dir=data_dir, random_flip=True)
+    indices, positions = np.arange(COUNT), np.arange(COUNT) + 10**9
+    first = source.read(indices, positions, 4)["image"]
+    np.testing.assert_array_equal(source.read(indices, positions, 4)["image"], first)
+    part = source.read(indices[20:30], positions[20:30], 4)["image"]
+    np.testing.assert_array_equal(part, first[20:30])
+    assert not np.array_equal(source.read(indices, positions, 5)["image"], first)
+    assert not np.array_equal(source.read(indices, positions + COUNT, 4)["image"], first)
+
+
+def test_batches_are_the_same_for_any_threads_and_processes(data_dir, open_source):
+    source = open_source("imagenet_latents", data_dir=data_dir, random_flip=True)
+
+    def batches(count, **options):
+        iterator = make_batches(
+            source, batch_size=12, seed=2, prefetch_batches=4, **({"num_threads": 4} | options)
+        )
+        return [next(iterator)["image"] for _ in range(count)]
+
+    expected = batches(8, num_threads=0)
+    np.testing.assert_array_equal(batches(8), expected)
+    np.testing.assert_array_equal(batches(3, start_step=5), expected[5:])
+    halves = [batches(8, process_index=index, process_count=2) for index in range(2)]
+    np.testing.assert_array_equal(np.concatenate(halves, axis=1), expected)
+
+
+def test_moments_are_stored_in_half_precision(tmp_path, open_source):
+    rng = np.random.default_rng(0)
+    mean = rng.normal(size=SHAPE)
+    write(tmp_path, [example(0) | {"mean": mean, "std": np.full(SHAPE, 1e-6)}])
+    source = open_source("imagenet_latents", data_dir=str(tmp_path), latent_scale=1.0)
+    latents = source.read(np.array([0]), np.array([0]), 0)["image"][0]
+    np.testing.assert_allclose(latents, mean.astype(np.float16), atol=1e-5)
+
+
+def test_many_shards_hold_each_example_once(tmp_path, open_source, monkeypatch):
+    monkeypatch.setattr(builders, "_SHARD_BYTES", 6 * 4 * 2 * int(np.prod(SHAPE)))
+    folder = write(tmp_path, (example(index) for index in range(COUNT)), num_examples=COUNT)
+    assert len(list(folder.glob("*.array_record*"))) == 7
+    source = open_source("imagenet_latents", data_dir=str(tmp_path), latent_scale=1.0)
+    latents = source.read(np.arange(COUNT), np.arange(COUNT), 0)["image"]
+    np.testing.assert_allclose(latents.mean(axis=(1, 2, 3)), np.arange(COUNT), atol=0.5)
+
+
+def test_image_size_chooses_among_prepared_shapes(tmp_path, open_source):
+    for side in (4, 8):
+        shape = (side, side, 2)
+        write(tmp_path, [example(0, shape)], latent_shape=shape)
+    for side in (4, 8):
+        source = open_source("imagenet_latents", data_dir=str(tmp_path), image_size=8 * side)
+        assert source.image_shape == (side, side, 2)
+    for size in (None, 4, 40):
+        with pytest.raises(DataError, match=f"of image_size={size} .*4x4x2.*8x8x2"):
+            open_source("imagenet_latents", data_dir=str(tmp_path), image_size=size)
+    folder = tmp_path / "imagenet_latents" / "4x4x2" / "1.0.0"
+    assert open_source("imagenet_latents", data_dir=str(folder)).image_shape == (4, 4, 2)
+
+
+def test_not_prepared_says_where_it_looked(tmp_path, open_source):
+    with pytest.raises(DataNotFoundError, match=f"not prepared in {tmp_path}.*write_latents"):
+        open_source("imagenet_latents", data_dir=str(tmp_path))
+
+
+def test_other_features_are_refused(tmp_path, open_source):
+
+    class ImagenetLatents(builders.ImagenetLatents, skip_registration=True):
+        def _info(self):
+            moment = tfds.features.Tensor(shape=SHAPE, dtype=np.float32, encoding="bytes")
+            names = ("mean", "std", "mean_flipped", "std_flipped")
+            features = dict.fromkeys(names, moment)
+            features["label"] = tfds.features.ClassLabel(num_classes=7)
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _checked_examples(self):
+            yield 0, example(0)
+
+    builder = ImagenetLatents(
+        examples=[example(0)], num_examples=1, latent_shape=SHAPE, data_dir=tmp_path
+    )
+    builder.download_and_prepare()
+    with pytest.raises(DataError, match="must be float16"):
+        open_source("imagenet_latents", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"mean": np.zeros((2, 2, 3))}, r"example 1: mean is \(2, 2, 3\), expected \(4, 6, 3\)"),
+        ({"mean": np.full(SHAPE, 1e6)}, "example 1: mean .* float16 cannot hold"),
+        ({"std_flipped": np.full(SHAPE, np.nan)}, "example 1: std_flipped"),
+        ({"std": np.full(SHAPE, -1.0)}, "example 1: std is negative"),
+        ({"label": 7}, "example 1: label 7"),
+    ],
+)
+def test_bad_examples_are_named_and_nothing_is_prepared(change, message, tmp_path, open_source):
+    with pytest.raises(DataError, match=message):
+        write(tmp_path, [example(0), example(1) | change, example(2)])
+    assert not list(tmp_path.rglob("*array_record*"))
+    with pytest.raises(DataNotFoundError):
+        open_source("imagenet_latents", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("count, message", [(COUNT + 1, "ended after 40 of 41"), (39, "more")])
+def test_a_wrong_number_of_examples_is_an_error(count, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        write(tmp_path, num_examples=count)
+    assert not list(tmp_path.rglob("*array_record*"))
+
+
+@pytest.mark.parametrize(
+    "examples, overrides, message",
+    [
+        (iter([]), {}, "need num_examples"),
+        ([], {}, "at least one example"),
+        ([example(0)], {"latent_shape": (4, 6)}, "latent_shape"),
+    ],
+)
+def test_bad_arguments_of_write_latents(examples, overrides, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        write(tmp_path, examples, **overrides)
+
+
+def test_prepared_latents_are_not_overwritten(data_dir):
+    with pytest.raises(DataExistsError, match="prepared already"):
+        write(data_dir)
+
+
+def test_no_tensorflow():
+    assert "tensorflow" not in sys.modules

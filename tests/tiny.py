@@ -1,0 +1,95 @@
+"""A run small enough for a test: digits, a two-group model, a few steps."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from configs import digits
+
+REPOSITORY = Path(__file__).parent.parent
+
+OVERRIDES = {
+    "model.width": 16,
+    "model.depth": 1,
+    "model.num_groups": 2,
+    "model.dtype": "float32",
+    "data.image_size": 8,
+    "train.batch_size": 16,
+    "train.num_steps": 6,
+    "optimizer.warmup_steps": 2,
+    "checkpoint.every_steps": 2,
+    "log.every_steps": 1,
+    "log.sample_every_steps": 0,
+    "sampling.num_images": 4,
+    "sampling.num_steps": 2,
+}
+
+
+def config(**overrides):
+    """The tiny config; keys such as model__width=32 override config.model.width."""
+    result = digits.get_config()
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    for key, value in (OVERRIDES | dotted).items():
+        *sections, name = key.split(".")
+        node = result
+        for section in sections:
+            node = node[section]
+        node[name] = value
+    return result
+
+
+def train_command(workdir, *extra: str, **overrides) -> list[str]:
+    """train.py on the tiny config."""
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    flags = [f"--config.{key}={value}" for key, value in (OVERRIDES | dotted).items()]
+    base = [sys.executable, "train.py", "--config=configs/digits.py", f"--workdir={workdir}"]
+    return [*base, *flags, *extra]
+
+
+def start(command: list[str], num_devices: int = 1) -> subprocess.Popen:
+    """Starts a command of the project in its folder, with virtual CPU devices."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen, timeout_s: float = 240) -> tuple[int, str]:
+    """(exit code, everything printed)."""
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
+def run(command: list[str], num_devices: int = 1) -> tuple[int, str]:
+    return finish(start(command, num_devices))
+
+
+def metrics(workdir) -> list[dict]:
+    """The lines of a run's metrics file."""
+    return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").open()]
+
+
+def steps(workdir) -> list[int]:
+    """The finished checkpoints of a run."""
+    folder = Path(workdir) / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def checksums(workdir, step: int) -> dict:
+    """The checksums of every array of a checkpoint."""
+    text = (Path(workdir) / "checkpoints" / str(step) / "checksums" / "metadata").read_text()
+    return json.loads(text)

@@ -1,0 +1,135 @@
+"""The train step: the same numbers on any mesh, and the formulas it promises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flowdcn_jax import data
+from flowdcn_jax.flow.loss import draw, velocity_loss
+from flowdcn_jax.models import abstract_model, apply_model
+from flowdcn_jax.training.sharding import batch_sharding, make_mesh
+from flowdcn_jax.training.state import initial_state, learning_rate_schedule
+from flowdcn_jax.training.step import STEP_KEY_SALT, make_train_step, to_unit_range
+from tests import tiny
+from tests.comparison import relative_error
+
+WIDE = dict(model__width=64)  # wide enough for the sharding rule to split something
+
+
+def batches(config, count):
+    source = data.make_source(config.data)
+    stream = data.make_batches(
+        source, batch_size=config.train.batch_size, seed=0, num_threads=0, prefetch_batches=0
+    )
+    return [next(stream) for _ in range(count)]
+
+
+def run(config, mesh, num_steps=3):
+    """(state, losses, gradient norms) after a few steps on `mesh`."""
+    state, step = initial_state(config, mesh), make_train_step(config, mesh)
+    history = []
+    for batch in batches(config, num_steps):
+        state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)))
+        history.append(jax.device_get(metrics))
+    return (
+        state,
+        np.array([m["loss"] for m in history]),
+        np.array([m["grad_norm"] for m in history]),
+    )
+
+
+def one_device():
+    return make_mesh(1, 1, jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def single():
+    return run(tiny.config(**WIDE), one_device())
+
+
+@pytest.mark.parametrize("sizes", [(8, 1), (4, 2), (1, 8)])
+def test_eight_devices_match_one(single, sizes):
+    mesh = make_mesh(*sizes, jax.devices()[:8])
+    state, losses, norms = run(tiny.config(**WIDE), mesh)
+    assert relative_error(losses, single[1]) < 1e-5
+    assert relative_error(norms, single[2]) < 1e-5
+    for name in ("params", "ema"):
+        errors = jax.tree.map(relative_error, getattr(state, name), getattr(single[0], name))
+        # Adam divides by tiny second moments in the first steps, which magnifies rounding.
+        assert max(jax.tree.leaves(errors)) < 1e-4, errors
+        flat = [
+            np.concatenate([np.ravel(x) for x in jax.tree.leaves(getattr(s, name))])
+            for s in (state, single[0])
+        ]
+        assert relative_error(*flat) < 1e-5
+    kernel = state.params["blocks"][0]["modulation"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // sizes[1]
+
+
+def test_initial_values_do_not_depend_on_the_mesh():
+    config = tiny.config(**WIDE)
+    one, eight = (initial_state(config, make_mesh(1, n, jax.devices()[:n])) for n in (1, 8))
+    jax.tree.map(np.testing.assert_array_equal, one, eight)
+
+
+def test_accumulation_is_the_whole_batch_in_parts(single):
+    config = tiny.config(**WIDE, train__accumulation_steps=4)
+    _, losses, norms = run(config, make_mesh(2, 2, jax.devices()[:4]))
+    assert relative_error(losses, single[1]) < 1e-5
+    assert relative_error(norms, single[2]) < 1e-5
+
+
+def test_one_step_by_hand():
+    """Loss, clipping, AdamW and EMA recomputed from the public pieces."""
+    config = tiny.config(optimizer__clip_norm=0.5, optimizer__warmup_steps=0, ema__decay=0.9)
+    mesh = one_device()
+    before = jax.device_get(initial_state(config, mesh))
+    batch = batches(config, 1)[0]
+    after, metrics = make_train_step(config, mesh)(initial_state(config, mesh), batch)
+
+    graphdef, _ = abstract_model(config.model)
+    x = to_unit_range(jnp.asarray(batch["image"]))
+    assert x.min() >= -1 and x.max() <= 1 and x.dtype == jnp.float32
+    keys = jax.random.fold_in(jax.random.key(config.seed), STEP_KEY_SALT)
+    drawn = draw(
+        jax.random.fold_in(keys, 0), x.shape, time_distribution="uniform", label_dropout=0.1
+    )
+
+    def loss_fn(params):
+        def velocity_fn(*args):
+            return apply_model(graphdef, params, *args)
+
+        return velocity_loss(velocity_fn, x, batch["label"], drawn, null_class=10)
+
+    loss, grads = jax.value_and_grad(loss_fn)(before.params)
+    norm = optax.tree.norm(grads)
+    assert norm > 0.5
+    assert relative_error(metrics["loss"], loss) < 1e-5
+    assert relative_error(metrics["grad_norm"], norm) < 1e-5
+    grads = jax.tree.map(lambda g: g * 0.5 / norm, grads)
+    adam = optax.adamw(2e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
+    updates, _ = adam.update(grads, adam.init(before.params), before.params)
+    expected = optax.apply_updates(before.params, updates)
+    final = expected["final"]["linear"]["kernel"]
+    assert relative_error(after.params["final"]["linear"]["kernel"], final) < 1e-3
+    ema = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, before.ema, after.params)
+    errors = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after.ema, ema)
+    assert max(jax.tree.leaves(errors)) < 1e-6
+    assert after.step == 1
+
+
+def test_learning_rate_warms_up_and_stays():
+    config = tiny.config(optimizer__warmup_steps=4, optimizer__learning_rate=0.1).optimizer
+    rates = [float(learning_rate_schedule(config)(step)) for step in range(7)]
+    np.testing.assert_allclose(rates, [0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1], rtol=1e-6)
+    config.warmup_steps = 0
+    assert float(learning_rate_schedule(config)(0)) == pytest.approx(0.1)
+
+
+def test_the_state_is_donated():
+    config, mesh = tiny.config(), one_device()
+    state = initial_state(config, mesh)
+    make_train_step(config, mesh)(state, batches(config, 1)[0])
+    assert state.params["stem"]["kernel"].is_deleted()
