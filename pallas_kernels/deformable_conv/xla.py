@@ -13,6 +13,9 @@ what measured best within that bound:
   scatter-add would make d values linear in the tokens, but on GPUs it is atomic, so that its last
   bits differ from run to run.)
 
+Temporary memory stays below twice the size of `values`, forward and backward, where G >= 2 and G C
+is not tiny against K; a single group is its own chunk and takes up to five times.
+
 No step mixes the batch axis with another, so one sharded over a mesh is never gathered. What is
 computed, coordinates that are not finite included: `reference.py`.
 """
@@ -152,11 +155,11 @@ def _point_gradients(values, offsets, weights, d_out, h: int, w: int, boundary: 
 def _tokens_per_step(values: jax.Array, w: int, floats_per_token: int) -> int:
     """How many tokens (or queries) of one group a step works on, for the whole batch at once.
 
-    Whole rows or a part of one, as many in each step, and no more than keep what a step holds within
-    half the size of `values` [B, tokens, G, C].
+    Whole rows or a part of one, as many in each step, and no more than keep what a step holds
+    within the size of `values` [B, tokens, G, C].
     """
     _, tokens, groups, channels = values.shape
-    budget = tokens * groups * channels * values.dtype.itemsize // (8 * floats_per_token)
+    budget = tokens * groups * channels * values.dtype.itemsize // (4 * floats_per_token)
     rows_or_parts = [w * n for n in _divisors(tokens // w)] + _divisors(w)
     return max(n for n in rows_or_parts if n <= max(budget, 1))
 
@@ -247,8 +250,8 @@ def _flatten_tokens(*arrays: jax.Array) -> list[jax.Array]:
     return [array.reshape(array.shape[0], -1, *array.shape[3:]) for array in arrays]
 
 
-# The two below tie the array to the loop's index by a barrier. Without it XLA's CPU backend, which
-# slices 16-bit floats in float32, keeps a float32 copy of the whole array.
+# The two below tie the array to the loops' indices by a barrier. Without it XLA's CPU backend,
+# which slices 16-bit floats in float32, keeps a float32 copy of the whole array.
 
 
 def _slice_group(array: jax.Array, group: jax.Array) -> jax.Array:
@@ -259,7 +262,7 @@ def _slice_group(array: jax.Array, group: jax.Array) -> jax.Array:
 
 def _chunk(array: jax.Array, group: jax.Array, start: jax.Array, size: int) -> jax.Array:
     """[B, tokens, G, ...] -> [B, size, ...]."""
-    array, start = lax.optimization_barrier((array, start))
+    array, group, start = lax.optimization_barrier((array, group, start))
     sizes = (array.shape[0], size, 1, *array.shape[3:])
     return lax.dynamic_slice(array, _indices(array, group, start), sizes)[:, :, 0]
 

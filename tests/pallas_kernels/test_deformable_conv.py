@@ -18,18 +18,20 @@ BOUNDARIES = ("zeros", "truncate")
 BASES = {"zeros": np.floor, "truncate": np.trunc}
 NAMES = ("values", "offsets", "weights")
 
-# (B, h, w, G, C, K): square, oblong, not powers of two, a single token, a row, a column.
-SHAPES = [
-    (2, 8, 8, 2, 16, 9),
-    (1, 5, 13, 3, 7, 9),
-    (3, 1, 1, 1, 1, 1),
-    (2, 1, 11, 2, 4, 25),
-    (1, 9, 1, 4, 3, 1),
-]
+# (B, h, w, G, C, K): square, oblong, not powers of two, one token, one row.
+SHAPES = {
+    (2, 8, 8, 2, 16, 9): "truncate",
+    (1, 5, 13, 3, 7, 9): "zeros",
+    (3, 1, 1, 1, 1, 1): "zeros",
+    (2, 1, 11, 2, 4, 25): "truncate",
+}
+
+
+SMALL = (2, 5, 4, 2, 3, 4)
 
 
 def inputs(shape, seed=0, reach=3.0):
-    """values, offsets, weights and a cotangent of the output, float32; many samples fall outside."""
+    """values, offsets, weights and a cotangent of the output; many samples fall outside."""
     b, h, w, g, c, k = shape
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
@@ -42,16 +44,20 @@ def output_and_gradients(function, values, offsets, weights, cotangent):
     return out, *vjp(cotangent)
 
 
-def operator(boundary, **options):
-    return jax.jit(functools.partial(deformable_aggregate, boundary=boundary, **options))
+@functools.cache
+def with_gradients(boundary, function=deformable_aggregate):
+    """Compiled (values, offsets, weights, cotangent) -> (output, *gradients), once a shape."""
+    bound = functools.partial(function, boundary=boundary)
+    return jax.jit(functools.partial(output_and_gradients, bound))
 
 
 def expected(boundary, *arrays):
     """The reference's output and gradients in float64."""
     with jax.enable_x64(True):
         arrays = [jnp.asarray(np.asarray(array, np.float64)) for array in arrays]
-        reference = functools.partial(deformable_aggregate_reference, boundary=boundary)
-        return [np.asarray(a) for a in output_and_gradients(jax.jit(reference), *arrays)]
+        results = with_gradients(boundary, deformable_aggregate_reference)(*arrays)
+        assert all(array.dtype == jnp.float64 for array in results)
+        return [np.asarray(array) for array in results]
 
 
 def by_loops(values, offsets, weights, boundary):
@@ -79,7 +85,7 @@ def assert_close(actual, wanted, tolerance):
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_reference_is_the_definition(boundary):
-    values, offsets, weights, cotangent = inputs((2, 3, 5, 2, 2, 4))
+    values, offsets, weights, cotangent = inputs(SMALL)
     out = expected(boundary, values, offsets, weights, cotangent)[0]
     assert relative_error(out, by_loops(values, offsets, weights, boundary)) < 1e-12
 
@@ -96,9 +102,7 @@ def test_truncate_is_the_released_kernel(fixture_file, function, case):
     file = fixture_file("op.npz")
     data = {name.removeprefix(f"{case}/"): array for name, array in file.items() if case in name}
     arrays = [data[name] for name in (*NAMES, "cotangent")]
-    out, *gradients = output_and_gradients(
-        jax.jit(functools.partial(function, boundary="truncate")), *arrays
-    )
+    out, *gradients = with_gradients("truncate", function)(*arrays)
     assert relative_error(out, data["out"]) < 1e-5
     assert relative_error(gradients[1], data["grad_offsets"]) < 1e-5
     assert relative_error(gradients[2], data["grad_weights"]) < 1e-5
@@ -111,22 +115,20 @@ def test_truncate_is_the_released_kernel(fixture_file, function, case):
     )
 
 
-@pytest.mark.parametrize("case", ["case0", "case1"])
-def test_zeros_differs_from_the_released_kernel(fixture_file, case):
+def test_zeros_differs_from_the_released_kernel(fixture_file):
     data = fixture_file("op.npz")
-    out = operator("zeros")(*(data[f"{case}/{name}"] for name in NAMES))
-    assert relative_error(out, data[f"{case}/out"]) > 0.1
+    out = deformable_aggregate(*(data[f"case0/{name}"] for name in NAMES))
+    assert relative_error(out, data["case0/out"]) > 0.1
 
 
-@pytest.mark.parametrize("boundary", BOUNDARIES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape, boundary", SHAPES.items())
 def test_matches_the_float64_reference(shape, boundary):
     arrays = inputs(shape)
-    actual = output_and_gradients(operator(boundary), *arrays)
+    actual = with_gradients(boundary)(*arrays)
     assert_close(actual, expected(boundary, *arrays), 1e-5)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True)
 @given(
     shape=st.tuples(*(st.integers(1, n) for n in (2, 7, 7, 3, 5, 4))),
     reach=st.sampled_from([0.3, 2.0, 40.0]),
@@ -135,17 +137,17 @@ def test_matches_the_float64_reference(shape, boundary):
 )
 def test_matches_the_float64_reference_on_random_shapes(shape, reach, boundary, seed):
     arrays = inputs(shape, seed, reach)
-    actual = output_and_gradients(operator(boundary), *arrays)
+    actual = with_gradients(boundary)(*arrays)
     assert_close(actual, expected(boundary, *arrays), 1e-5)
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_gradients_are_finite_differences_away_from_kinks(boundary):
-    values, offsets, weights, cotangent = inputs((1, 4, 6, 2, 3, 4))
+    values, offsets, weights, cotangent = inputs(SMALL)
     whole = np.floor(offsets)
     offsets = whole + np.clip(offsets - whole, 0.1, 0.9)
     arrays = [values, offsets, weights]
-    gradients = output_and_gradients(operator(boundary), *arrays, cotangent)[1:]
+    gradients = with_gradients(boundary)(*arrays, cotangent)[1:]
     step = 1e-3  # exact but for rounding: a coordinate enters bilinearly, the others linearly
     rng = np.random.default_rng(1)
     for position, name in enumerate(NAMES):
@@ -162,17 +164,20 @@ def test_gradients_are_finite_differences_away_from_kinks(boundary):
             )
 
 
-@pytest.mark.parametrize("boundary", BOUNDARIES)
-@pytest.mark.parametrize("points_dtype", ["float32", "same"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype, points_dtype, boundary",
+    [
+        ("bfloat16", "float32", "zeros"),
+        ("float16", "float16", "truncate"),
+    ],
+)
 def test_half_precision(dtype, points_dtype, boundary):
-    points_dtype = dtype if points_dtype == "same" else "float32"
     dtypes = (dtype, points_dtype, points_dtype, dtype)
     arrays = [
         jnp.asarray(array, dtype)
-        for array, dtype in zip(inputs((2, 8, 6, 2, 16, 9)), dtypes, strict=True)
+        for array, dtype in zip(inputs((2, 8, 6, 2, 16, 4)), dtypes, strict=True)
     ]
-    actual = output_and_gradients(operator(boundary), *arrays)
+    actual = with_gradients(boundary)(*arrays)
     assert [a.dtype for a in actual] == [jnp.dtype(d) for d in (dtypes[0], *dtypes[:3])]
     # The reference starts from the rounded inputs, so only the operator's own rounding is seen.
     assert_close(actual, expected(boundary, *(np.asarray(a, np.float32) for a in arrays)), 1e-2)
@@ -180,16 +185,15 @@ def test_half_precision(dtype, points_dtype, boundary):
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("function", [deformable_aggregate, deformable_aggregate_reference])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_point_that_is_not_finite_is_as_if_its_weight_were_zero(bad, function, boundary):
-    values, offsets, weights, cotangent = inputs((2, 5, 4, 2, 3, 9))
-    broken = np.random.default_rng(2).random(offsets.shape) < 0.1
+def test_a_point_that_is_not_finite_is_as_if_its_weight_were_zero(function, boundary):
+    values, offsets, weights, cotangent = inputs(SMALL)
+    rng = np.random.default_rng(2)
+    broken = rng.random(offsets.shape) < 0.1
+    bad = rng.choice(np.float32([np.nan, np.inf, -np.inf]), offsets.shape)
     lost = broken.any(-1)
-    function = jax.jit(functools.partial(function, boundary=boundary))
-    actual = output_and_gradients(
-        function, values, np.where(broken, np.float32(bad), offsets), weights, cotangent
-    )
-    wanted = output_and_gradients(function, values, offsets, np.where(lost, 0, weights), cotangent)
+    function = with_gradients(boundary, function)
+    actual = function(values, np.where(broken, bad, offsets), weights, cotangent)
+    wanted = function(values, offsets, np.where(lost, np.float32(0), weights), cotangent)
     for name, a, b in zip(("out", *NAMES), actual, wanted, strict=True):
         b = np.array(b)
         if name in ("offsets", "weights"):
@@ -200,9 +204,9 @@ def test_a_point_that_is_not_finite_is_as_if_its_weight_were_zero(bad, function,
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("far", [1e4, -3e9, 3e38])
 def test_points_far_outside_sample_nothing(far, boundary):
-    values, offsets, weights, cotangent = inputs((1, 3, 4, 2, 3, 9))
+    values, offsets, weights, cotangent = inputs(SMALL)
     arrays = values, np.full_like(offsets, far), weights, cotangent
-    for array in output_and_gradients(operator(boundary), *arrays):
+    for array in with_gradients(boundary)(*arrays):
         np.testing.assert_array_equal(array, np.zeros(array.shape))
 
 
@@ -221,12 +225,15 @@ def test_offsets_are_dx_then_dy_in_tokens():
     np.testing.assert_array_equal(out[:, :, 3:], 0 * values[:, :, 3:])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
-    "shape",
-    [(8, 16, 16, 6, 64, 9), (16, 8, 8, 4, 32, 9), (2, 12, 20, 3, 24, 9), (2, 12, 12, 2, 32, 25)],
+    "dtype, shape",
+    [
+        ("float32", (8, 16, 16, 6, 64, 9)),
+        ("bfloat16", (16, 8, 8, 4, 32, 9)),
+        ("float16", (2, 12, 20, 3, 24, 9)),
+    ],
 )
-def test_temporary_memory_is_at_most_twice_the_values(shape, dtype):
+def test_temporary_memory_is_at_most_twice_the_values(dtype, shape):
     values, offsets, weights, cotangent = (
         jax.ShapeDtypeStruct(array.shape, dtype if position in (0, 3) else array.dtype)
         for position, array in enumerate(inputs(shape))
@@ -242,25 +249,22 @@ def test_temporary_memory_is_at_most_twice_the_values(shape, dtype):
     assert temporary_bytes(both, values, offsets, weights, cotangent) <= limit
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_vmap_is_a_loop(dtype):
-    many = [inputs((2, 4, 5, 2, 3, 9), seed) for seed in range(3)]
+def test_vmap_is_a_loop():
+    many = [inputs(SMALL, seed) for seed in range(3)]
     stacked = [jnp.asarray(np.stack(arrays)) for arrays in zip(*many, strict=True)]
-    stacked[0], stacked[3] = stacked[0].astype(dtype), stacked[3].astype(dtype)
-    function = functools.partial(output_and_gradients, deformable_aggregate)
-    mapped = jax.vmap(function)(*stacked)
+    function = with_gradients("zeros")
+    mapped = jax.jit(jax.vmap(function))(*stacked)
     for i in range(3):
         single = function(*(array[i] for array in stacked))
         for a, b in zip(mapped, single, strict=True):
-            assert relative_error(np.float32(a[i]), np.float32(b)) < 1e-5
+            assert relative_error(a[i], b) < 1e-6
 
 
 def test_remat_changes_no_gradient():
-    *arrays, cotangent = inputs((2, 4, 5, 2, 3, 9))
+    *arrays, cotangent = inputs(SMALL)
 
     def loss(*arrays):
-        out = deformable_aggregate(*arrays)
-        return jnp.vdot(deformable_aggregate(jnp.tanh(out), *arrays[1:]), cotangent)
+        return jnp.vdot(jnp.tanh(deformable_aggregate(*arrays)), cotangent)
 
     plain = jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays)
     again = jax.jit(jax.grad(jax.checkpoint(loss), (0, 1, 2)))(*arrays)
@@ -270,7 +274,7 @@ def test_remat_changes_no_gradient():
 
 def test_gradients_repeat_to_the_last_bit():
     arrays = inputs((2, 8, 8, 2, 16, 9))
-    first, second = (output_and_gradients(operator("zeros"), *arrays) for _ in range(2))
+    first, second = (with_gradients("truncate")(*arrays) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -283,10 +287,10 @@ def mesh():
 
 
 def test_a_sharded_batch_is_not_gathered(mesh):
-    arrays = inputs((16, 4, 6, 2, 8, 9))
+    arrays = inputs((16, 4, 6, 2, 8, 4))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     sharded = [jax.device_put(array, sharding) for array in arrays]
-    both = jax.jit(functools.partial(output_and_gradients, deformable_aggregate))
+    both = with_gradients("zeros")
     compiled = both.lower(*sharded).compile()
     text = compiled.as_text()
     assert "num_partitions=8" in text
@@ -299,8 +303,8 @@ def test_a_sharded_batch_is_not_gathered(mesh):
 
 
 def test_works_inside_shard_map(mesh):
-    arrays = inputs((8, 4, 6, 2, 8, 9))
-    both = functools.partial(output_and_gradients, deformable_aggregate)
+    arrays = inputs((16, 4, 6, 2, 8, 4))
+    both = with_gradients("zeros")
     spec = PartitionSpec("data")
     mapped = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=spec, out_specs=spec))
     for a, b in zip(mapped(*arrays), both(*arrays), strict=True):
