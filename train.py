@@ -7,7 +7,7 @@ The same command goes on with a run that was stopped. Several hosts: the same co
 import sys
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, grids.")
@@ -37,5 +37,19 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with one line instead of a traceback for what config_flags lets through."""
+    try:
+        remaining = app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:  # its form of an unknown key
+        cause = error.args[0]  # a KeyError, wrapped
+        text = cause.args[0] if isinstance(cause, Exception) else str(cause)
+        sys.exit("error: unknown key in --config: " + text.replace("\n", " "))
+    if not isinstance(_CONFIG.value, ConfigDict):  # its form of a file that does not load
+        path = flags.FLAGS["config"].config_filename
+        sys.exit(f"error: --config={path} cannot be loaded; expected a file such as configs/s2.py")
+    return remaining
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

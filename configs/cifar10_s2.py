@@ -15,7 +15,7 @@ def get_config():
     config.autoencoder.update(name="identity", downsampling=1)
     config.train.update(batch_size=256, num_steps=20_000)
     config.optimizer.update(learning_rate=5e-4, warmup_steps=500, clip_norm=1.0)
-    config.ema.decay = 0.9995
+    config.ema.decay = 0.999
     config.checkpoint.every_steps = 2_000
     config.log.sample_every_steps = 2_000
     config.sampling.update(num_images=80, guidance=2.0, classes=())

@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The commands print the message alone. Every other exception is a bug, and keeps its traceback.
     """
+
+
+class ConfigError(UserError, ValueError):
+    """A config that cannot be used; the message names the key, its value and what was expected."""

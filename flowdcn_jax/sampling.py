@@ -187,6 +187,15 @@ def sample_to_folder(
         SamplingError: classes, image_size or out cannot be used.
         flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
+    for name, value, minimum in (
+        ("num_images", num_images, 1),
+        ("num_steps", num_steps, 1),
+        ("guidance", guidance, 0),
+        ("seed", seed, 0),
+        ("batch_size", batch_size, 1),
+    ):
+        if not (value >= minimum and math.isfinite(value)):
+            raise SamplingError(f"--{name} is {value}; expected at least {minimum}")
     mesh = make_mesh()
     weights = load_weights(workdir, step, mesh)
     config = weights.config

@@ -4,7 +4,7 @@ import json
 
 from flowdcn_jax.autoencoders import AUTOENCODERS
 from flowdcn_jax.data import SOURCES
-from flowdcn_jax.errors import UserError
+from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.flow.path import TIME_DISTRIBUTIONS
 from flowdcn_jax.models import MODELS
 
@@ -57,10 +57,6 @@ NOT_NEGATIVE = (
 POSITIVE = ("model.max_scale", "data.latent_scale", "optimizer.learning_rate", "optimizer.epsilon")
 POSITIVE_OR_NONE = ("optimizer.clip_norm", "checkpoint.keep_every_steps")
 FRACTIONS = ("flow.label_dropout", "optimizer.b1", "optimizer.b2", "ema.decay")
-
-
-class ConfigError(UserError, ValueError):
-    """A config that cannot be used; the message names the key, its value and what was expected."""
 
 
 def lookup(config, key: str):

@@ -1,4 +1,4 @@
-"""Every test sees eight virtual CPU devices (or the machine's GPUs), so that meshes are real."""
+"""Tests run on eight virtual CPU devices, so that meshes are real; with `-m gpu`, on the GPU."""
 
 import os
 from pathlib import Path
@@ -9,16 +9,20 @@ import jax
 import numpy as np
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)
-
 FIXTURES = Path(__file__).parent / "fixtures"
 REPOSITORY = Path(__file__).parent.parent
 
 
-def pytest_collection_modifyitems(items):
-    if jax.default_backend() == "gpu":
+def pytest_configure(config):
+    if config.getoption("-m") != "gpu":
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("-m") == "gpu" and jax.default_backend() == "gpu":
         return
-    skip = pytest.mark.skip(reason="needs a GPU; this machine's JAX backend is not one")
+    skip = pytest.mark.skip(reason="needs a GPU, and the option -m gpu")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from flowdcn_jax import data, sampling
-from flowdcn_jax.errors import UserError
+from flowdcn_jax.errors import ConfigError, UserError
 from flowdcn_jax.images import grid_columns, make_grid, save_png
 from flowdcn_jax.models import forward_macs
 from flowdcn_jax.training import checkpoint
@@ -18,7 +18,7 @@ from flowdcn_jax.training.preemption import Preemption
 from flowdcn_jax.training.sharding import batch_sharding, make_mesh
 from flowdcn_jax.training.state import TrainState, abstract_state, initial_state
 from flowdcn_jax.training.step import make_train_step
-from flowdcn_jax.validation import ConfigError, check_resumable, validate
+from flowdcn_jax.validation import check_resumable, validate
 
 DEVICE_PREFETCH = 2  # batches on the devices ahead of the step
 SAMPLES_FOLDER = "samples"
@@ -34,7 +34,7 @@ def train(config, workdir: str) -> None:
     Nothing is written to `workdir` before the config, the data and the checkpoints are found good.
 
     Raises:
-        flowdcn_jax.validation.ConfigError: a value, or a difference from the run in `workdir`.
+        flowdcn_jax.errors.ConfigError: a value, or a difference from the run in `workdir`.
         flowdcn_jax.training.checkpoint.CheckpointError: not one checkpoint there can be read.
         NonFiniteError: the loss or gradient norm was not finite.
     """

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from flowdcn_jax.errors import ConfigError
+
 AXES = ("data", "fsdp")
 MIN_SHARDED_SIZE = 2**14  # elements; below it a copy costs less than the collective
 
@@ -17,20 +19,20 @@ def mesh_shape(data: int, fsdp: int, num_devices: int) -> tuple[int, int]:
     """(data, fsdp) with at most one -1 replaced, so that their product is num_devices.
 
     Raises:
-        ValueError: the sizes do not make up num_devices.
+        flowdcn_jax.errors.ConfigError: the sizes do not make up num_devices.
     """
     sizes = {"config.mesh.data": data, "config.mesh.fsdp": fsdp}
     for name, size in sizes.items():
         if size != -1 and size < 1:
-            raise ValueError(f"{name} is {size}; expected a positive number or -1")
+            raise ConfigError(f"{name} is {size}; expected a positive number or -1")
     if data == -1 and fsdp == -1:
-        raise ValueError("config.mesh.data and config.mesh.fsdp are both -1; expected one at most")
+        raise ConfigError("config.mesh.data and config.mesh.fsdp are both -1; expected only one")
     if data == -1:
         data = num_devices // fsdp
     elif fsdp == -1:
         fsdp = num_devices // data
     if data * fsdp != num_devices:
-        raise ValueError(
+        raise ConfigError(
             f"config.mesh is data={sizes['config.mesh.data']}, fsdp={sizes['config.mesh.fsdp']}; "
             f"its product must be the number of devices, {num_devices}"
         )

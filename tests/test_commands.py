@@ -1,0 +1,172 @@
+"""Bad input: one line that names the value and what was expected, and nothing written."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flowdcn_jax import sampling
+from flowdcn_jax.errors import ConfigError, UserError
+from flowdcn_jax.training import loop
+from flowdcn_jax.training.checkpoint import CheckpointError
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workdir with a finished tiny run."""
+    workdir = tmp_path_factory.mktemp("trained")
+    loop.train(tiny.config(), str(workdir))
+    return workdir
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (dict(train__batch_size=12), "train.batch_size is 12; expected a multiple of 8.*8 devices"),
+        (dict(train__accumulation_steps=4), "train.batch_size is 16.*multiple of 32"),
+        (dict(train__num_steps=0), "train.num_steps is 0; expected at least 1"),
+        (dict(data__image_size=9), "data.image_size is 9; expected a multiple of 2"),
+        (
+            dict(model__width=17),
+            "model.width is 17; expected a multiple of config.model.num_groups=2",
+        ),
+        (
+            dict(model__boundary="floor"),
+            "model.boundary is 'floor'; expected one of truncate, zeros",
+        ),
+        (dict(model__name="dit"), "model.name is 'dit'; expected one of flowdcn"),
+        (
+            dict(data__name="mnist"),
+            "data.name is 'mnist'; expected one of cifar10, digits, imagenet",
+        ),
+        (dict(data__random_flip=True), "digits are never flipped"),
+        (
+            dict(model__num_classes=11),
+            "num_classes is 11; expected 10, as in the data set 'digits'",
+        ),
+        (dict(model__in_channels=3), r"shape \(8, 8, 1\); the model expects \(8, 8, 3\)"),
+        (
+            dict(flow__label_dropout=1.5),
+            r"flow.label_dropout is 1.5; expected a number in \[0, 1\)",
+        ),
+        (dict(optimizer__learning_rate=-1.0), "learning_rate is -1.0; expected a positive number"),
+        (dict(optimizer__clip_norm=0.0), "clip_norm is 0.0; expected a positive number or None"),
+        (dict(sampling__classes=(3, 10)), "classes is .*3, 10.*; expected classes from 0 to 9"),
+        (dict(mesh__data=3), "data=3, fsdp=1; its product must be the number of devices, 8"),
+        (dict(seed=-1), "seed is -1; expected at least 0"),
+    ],
+)
+def test_bad_configs_are_refused_before_anything_is_written(tmp_path, overrides, message):
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match=message):
+        loop.train(tiny.config(**overrides), str(workdir))
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenet_latents"])
+def test_a_missing_data_set_names_what_prepares_it(tmp_path, name):
+    config = tiny.config(data__name=name, data__data_dir=str(tmp_path / "none"))
+    config.data.image_size = 32
+    with pytest.raises(FileNotFoundError, match="prepare_data --dataset=cifar10|write_latents"):
+        loop.train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_of_another_run_is_refused_and_left_alone(trained):
+    before = files(trained)
+    config = tiny.config(model__width=32, train__batch_size=8, seed=3, flow__label_dropout=0.2)
+    with pytest.raises(ConfigError) as caught:
+        loop.train(config, str(trained))
+    for part in (
+        "config.model.width: 16 -> 32",
+        "train.batch_size: 16 -> 8",
+        "config.seed: 0 -> 3",
+    ):
+        assert part in str(caught.value)
+    assert "label_dropout" not in str(caught.value)
+    assert files(trained) == before
+
+
+def test_what_may_change_may_change(trained):
+    config = tiny.config(model__remat=True, data__num_threads=1, optimizer__learning_rate=1e-3)
+    loop.train(config, str(trained))
+
+
+TRAIN = ("train.py", "--workdir=x", "--config=configs/digits.py")
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (("train.py", "--config=configs/digits.py"), "workdir must have a value"),
+        ((*TRAIN, "--config.train.batchsize=3"), 'Did you mean "batch_size"'),
+        ((*TRAIN, "--config.train.batch_size=many"), "batch_size=many: invalid literal for int"),
+        ((*TRAIN, "--config.train.batch_size=0"), "error: config.train.batch_size is 0; expected"),
+        (("train.py", "--workdir=x", "--config=configs/no.py"), "error: --config=configs/no.py"),
+        ((*TRAIN, "stray"), "unexpected arguments: ['stray']"),
+        (("sample.py", "--workdir=no/such/folder"), "no/such/folder holds no checkpoints"),
+        (("sample.py", "--workdir=x", "--num_images=0"), "num_images"),
+        (("sample.py", "--workdir=x", "--clases=3"), "clases"),
+    ],
+)
+def test_the_commands_print_one_error_and_no_traceback(command, message):
+    code, output = tiny.run([sys.executable, *command])
+    assert code != 0
+    assert message in output
+    assert "Traceback" not in output
+    assert not (tiny.REPOSITORY / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(classes=["3", "10"]), "'10'; expected numbers from 0 to 9, or names"),
+        (dict(classes=["cat"]), r"'cat'; expected .*\(0, 1, 2"),
+        (dict(image_size="9x8"), "'9x8'; expected HxW, both multiples of 2"),
+        (dict(image_size="8"), "'8'; expected HxW"),
+        (dict(image_size="0x8"), "'0x8'; expected HxW"),
+        (dict(num_images=0), "num_images is 0; expected at least 1"),
+        (dict(num_steps=0), "num_steps is 0; expected at least 1"),
+        (dict(guidance=-1.0), "guidance is -1.0; expected at least 0"),
+        (dict(guidance=float("nan")), "guidance is nan; expected"),
+    ],
+)
+def test_bad_sampling_requests_are_refused(trained, tmp_path, options, message):
+    with pytest.raises(sampling.SamplingError, match=message):
+        sampling.sample_to_folder(str(trained), out=str(tmp_path / "out"), **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sampling_to_a_file_or_from_a_missing_step_is_refused(trained, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(sampling.SamplingError, match="file, which is a file; expected a folder"):
+        sampling.sample_to_folder(str(trained), out=str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match=r"no step 5; there are \[2, 4, 6\]"):
+        sampling.sample_to_folder(str(trained), step=5)
+
+
+def test_sample_command_writes_grid_npz_and_pngs(trained, tmp_path):
+    command = [
+        sys.executable,
+        "sample.py",
+        f"--workdir={trained}",
+        "--classes=3,7",
+        "--save_images",
+    ]
+    command += ["--num_images=6", "--num_steps=2", "--image_size=8x12", f"--out={tmp_path}"]
+    code, output = tiny.run(command, num_devices=2)
+    assert code == 0, output
+    assert output.splitlines()[-1] == str(tmp_path / "grid.png")
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    assert images.shape == (6, 8, 12, 1) and images.dtype == np.uint8
+    assert labels.tolist() == [3, 7, 3, 7, 3, 7]
+    single = np.asarray(Image.open(tmp_path / "images" / "00004.png"))
+    np.testing.assert_array_equal(single, images[4, ..., 0])
+    assert Image.open(tmp_path / "grid.png").mode == "RGB"

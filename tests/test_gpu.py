@@ -1,0 +1,75 @@
+"""On a GPU: the golden fixtures in float32 (no TF32), bfloat16 beside it, and repeatable steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flowdcn_jax import data, models
+from flowdcn_jax.training.sharding import make_mesh
+from flowdcn_jax.training.state import initial_state
+from flowdcn_jax.training.step import make_train_step
+from pallas_kernels.deformable_conv import deformable_aggregate
+from tests import official, tiny
+from tests.comparison import relative_error
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("case", ["case0", "case1"])
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
+def test_operator_matches_official(fixture_file, case, dtype, tolerance):
+    golden = {k: v for k, v in fixture_file("op.npz").items() if k.startswith(case)}
+    values, offsets, weights, out, cotangent = (
+        golden[f"{case}/{name}"] for name in ("values", "offsets", "weights", "out", "cotangent")
+    )
+
+    @jax.jit
+    def both(values, offsets, weights, cotangent):
+        def aggregate(*args):
+            return deformable_aggregate(*args, boundary="truncate")
+
+        out, pullback = jax.vjp(aggregate, values, offsets, weights)
+        return out, pullback(cotangent)
+
+    ours, grads = both(values.astype(dtype), offsets, weights, cotangent.astype(dtype))
+    assert relative_error(ours, out) < tolerance
+    assert relative_error(grads[1], golden[f"{case}/grad_offsets"]) < tolerance
+    assert relative_error(grads[2], golden[f"{case}/grad_weights"]) < tolerance
+    # The fixture's d values is wrong by a factor; out is linear in values, which gives its length.
+    inner = np.vdot(np.float64(values), np.float64(grads[0]))
+    assert abs(inner / np.vdot(np.float64(out), np.float64(cotangent)) - 1) < 10 * tolerance
+
+
+@pytest.mark.parametrize("suffix", ["", "_nonsquare"])
+def test_model_matches_official(fixture_file, suffix):
+    golden = fixture_file("model.npz")
+    config = official.model_config(golden)
+    x = official.nhwc(golden["x" + suffix])
+    params = official.to_tree(golden)
+
+    def run(dtype, params):
+        graphdef, _ = official.build(config, dtype)
+        return jax.jit(lambda p: models.apply_model(graphdef, p, x, golden["t"], golden["y"]))(
+            params
+        )
+
+    single = run(jnp.float32, params)
+    assert relative_error(single, official.nhwc(golden["out" + suffix])) < 2e-5
+    halved = jax.tree.map(lambda leaf: leaf / 2, params)
+    assert relative_error(run(jnp.bfloat16, halved), run(jnp.float32, halved)) < 2e-2
+
+
+def test_training_steps_repeat_to_the_bit():
+    config = tiny.config(model__dtype="bfloat16", model__width=64)
+    mesh = make_mesh(1, 1, jax.devices()[:1])
+    source = data.make_source(config.data)
+
+    def run():
+        stream = data.make_batches(source, batch_size=16, seed=0, num_threads=0, prefetch_batches=0)
+        state, step = initial_state(config, mesh), make_train_step(config, mesh)
+        for _ in range(5):
+            state, metrics = step(state, next(stream))
+        return jax.device_get((state.params, metrics))
+
+    jax.tree.map(np.testing.assert_array_equal, run(), run())

@@ -1,0 +1,66 @@
+"""Two processes with four virtual devices each train, checkpoint, stop and restore together."""
+
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+
+from tests import tiny
+
+OPTIONS = dict(model__width=64, mesh__data=2, mesh__fsdp=4)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start_two(workdir, **overrides):
+    flags = ["--distributed", f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2"]
+    return [
+        tiny.start(
+            tiny.train_command(workdir, *flags, f"--process_id={i}", **OPTIONS | overrides),
+            num_devices=4,
+        )
+        for i in range(2)
+    ]
+
+
+def finish_all(processes):
+    results = [tiny.finish(process) for process in processes]
+    assert [code for code, _ in results] == [0, 0], "\n".join(output for _, output in results)
+    return [output for _, output in results]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one")
+    code, output = tiny.run(tiny.train_command(workdir, **OPTIONS), num_devices=8)
+    assert code == 0, output
+    return workdir
+
+
+def test_two_processes_match_one_and_resume(one_process, tmp_path):
+    finish_all(start_two(tmp_path, train__num_steps=4))
+    assert tiny.steps(tmp_path) == [2, 4]
+    first, second = finish_all(start_two(tmp_path))
+    assert "going on from step 4" in first and "going on" not in second
+    assert tiny.steps(tmp_path) == [2, 4, 6]
+    losses = [[row["loss"] for row in tiny.metrics(w)] for w in (tmp_path, one_process)]
+    assert len(losses[0]) == 6
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path):
+    processes = start_two(tmp_path, train__num_steps=1_000_000, checkpoint__every_steps=500_000)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "metrics.jsonl").exists() or len(tiny.metrics(tmp_path)) < 3:
+        assert time.monotonic() < deadline and processes[0].poll() is None
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    finish_all(processes)
+    (step,) = tiny.steps(tmp_path)
+    assert tiny.metrics(tmp_path)[-1]["step"] == step

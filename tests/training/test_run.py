@@ -1,0 +1,144 @@
+"""Whole runs of train.py: going on after any kind of stop, and stopping at the right moment."""
+
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import flowdcn_jax
+from flowdcn_jax.training import loop
+from tests import tiny
+
+# A checkpoint of 20 MB takes long enough to write for a kill to hit it.
+SLOW_TO_SAVE = dict(model__width=256, train__num_steps=6, checkpoint__every_steps=3)
+
+
+def wait_for(condition, process, timeout_s=120):
+    """Polls until `condition` holds; fails if the process ends before."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, tiny.finish(process)[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def being_saved(workdir, step):
+    return any(Path(workdir).glob(f"checkpoints/{step}.orbax-checkpoint-tmp*"))
+
+
+def finished(workdir, step):
+    return (Path(workdir) / "checkpoints" / str(step)).is_dir()
+
+
+def numbers(workdir):
+    """What must not depend on interruptions: a run's losses and gradient norms."""
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in tiny.metrics(workdir)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    code, output = tiny.run(tiny.train_command(workdir, **SLOW_TO_SAVE))
+    assert code == 0, output
+    assert tiny.steps(workdir) == [3, 6]
+    return workdir
+
+
+def test_killed_during_a_save_and_resumed_is_bit_identical(uninterrupted, tmp_path):
+    command = tiny.train_command(tmp_path, **SLOW_TO_SAVE)
+    process = tiny.start(command)
+    wait_for(lambda: finished(tmp_path, 3) and being_saved(tmp_path, 6), process)
+    process.send_signal(signal.SIGKILL)
+    code, output = tiny.finish(process)
+    assert code == -signal.SIGKILL, output
+    assert tiny.steps(tmp_path) == [3], "the kill came after the save; nothing was tested"
+    assert tiny.checksums(tmp_path, 3) == tiny.checksums(uninterrupted, 3)
+
+    code, output = tiny.run(command)
+    assert code == 0, output
+    assert "going on from step 3" in output
+    assert tiny.steps(tmp_path) == [3, 6]
+    assert tiny.checksums(tmp_path, 6) == tiny.checksums(uninterrupted, 6)
+    assert numbers(tmp_path) == numbers(uninterrupted)
+    assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+    ours, theirs = (flowdcn_jax.load_model(folder)[0] for folder in (tmp_path, uninterrupted))
+    np.testing.assert_array_equal(ours.stem.kernel[...], theirs.stem.kernel[...])
+
+
+def test_sigterm_saves_exits_with_zero_and_goes_on(tmp_path):
+    endless = dict(train__num_steps=100_000, checkpoint__every_steps=50_000)
+    process = tiny.start(tiny.train_command(tmp_path, **endless))
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(numbers(tmp_path)) > 3, process)
+    process.send_signal(signal.SIGTERM)
+    code, output = tiny.finish(process)
+    assert code == 0, output
+    (step,) = tiny.steps(tmp_path)
+    assert f"saved step {step}" in output
+    assert tiny.metrics(tmp_path)[-1]["step"] == step
+
+    endless["train__num_steps"] = step + 2
+    code, output = tiny.run(tiny.train_command(tmp_path, **endless))
+    assert code == 0, output
+    assert tiny.steps(tmp_path) == [step, step + 2]
+    assert [row["step"] for row in tiny.metrics(tmp_path)] == list(range(1, step + 3))
+
+
+@pytest.mark.parametrize("poisoned", ["loss", "grad_norm"])
+def test_a_non_finite_step_stops_the_run_before_the_next_checkpoint(
+    tmp_path, monkeypatch, poisoned
+):
+    real = loop.make_train_step
+
+    def poisoning(config, mesh):
+        step_fn = real(config, mesh)
+
+        def poison(state, batch):
+            state, metrics = step_fn(state, batch)
+            bad = jax.numpy.where(state.step >= 4, jax.numpy.nan, metrics[poisoned])
+            return state, metrics | {poisoned: bad}
+
+        return jax.jit(poison)
+
+    monkeypatch.setattr(loop, "make_train_step", poisoning)
+    config = tiny.config(train__num_steps=8, checkpoint__every_steps=3, log__every_steps=100)
+    config.mesh.update(data=1, fsdp=8)
+    with pytest.raises(loop.NonFiniteError, match="step 4: .*nan.*learning_rate") as caught:
+        loop.train(config, str(tmp_path))
+    assert "clip_norm" in str(caught.value)
+    assert tiny.steps(tmp_path) == [3]
+
+
+def test_a_run_logs_saves_and_draws(tmp_path):
+    config = tiny.config(log__sample_every_steps=3, train__num_steps=6, log__every_steps=2)
+    loop.train(config, str(tmp_path))
+    rows = tiny.metrics(tmp_path)
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    names = {"loss", "grad_norm", "learning_rate", "images_per_s", "data_wait"}
+    assert names <= rows[0].keys() and 0 <= rows[0]["data_wait"] <= 1
+    assert tiny.steps(tmp_path) == [2, 4, 6]
+    grids = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert grids == ["step_00000003.png", "step_00000006.png"]
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    loop.train(config, str(tmp_path))  # nothing left to do
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert before == after
+
+
+def test_a_run_goes_on_with_more_steps_and_other_devices(tmp_path):
+    config = tiny.config(model__width=64, train__num_steps=2)
+    config.mesh.update(data=1, fsdp=8)
+    loop.train(config, str(tmp_path))
+    config.train.num_steps = 4
+    config.mesh.update(data=8, fsdp=1)
+    loop.train(config, str(tmp_path))
+    assert [row["step"] for row in tiny.metrics(tmp_path)] == [1, 2, 3, 4]
+
+    straight = tmp_path / "straight"
+    loop.train(config, str(straight))
+    losses = [[row["loss"] for row in tiny.metrics(folder)] for folder in (tmp_path, straight)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
