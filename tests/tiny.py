@@ -15,6 +15,7 @@ OVERRIDES = {
     "model.depth": 1,
     "model.num_groups": 2,
     "model.dtype": "float32",
+    "model.patch_size": 2,
     "data.image_size": 8,
     "train.batch_size": 16,
     "train.num_steps": 6,

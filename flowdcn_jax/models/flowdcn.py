@@ -174,13 +174,7 @@ class FlowDCN(nnx.Module):
             **options,
         )
         self.time_embedder = layers.TimestepEmbedder(width, **options)
-        self.class_embedder = nnx.Embed(
-            num_classes + 1,
-            width,
-            embedding_init=nnx.initializers.normal(0.02),
-            param_dtype=jnp.float32,
-            **options,
-        )
+        self.class_embedder = layers.ClassEmbedder(num_classes, width, **options)
         self.blocks = nnx.List(
             FlowDCNBlock(width, num_groups, boundary=boundary, max_scale=max_scale, **options)
             for _ in range(depth)

@@ -131,3 +131,22 @@ class TimestepEmbedder(nnx.Module):
         angles = t.astype(jnp.float32)[:, None] * frequencies
         features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
         return self.out(nnx.silu(self.hidden(features)))
+
+
+class ClassEmbedder(nnx.Module):
+    """A row a class, and a last one for "no class".
+
+    Rows are picked by a product with one-hot vectors, whose gradient is a matrix product too: that
+    of a lookup is a scatter, which GPUs add up in another order at each run.
+    """
+
+    def __init__(self, num_classes: int, width: int, *, dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        self.embedding = nnx.Param(init(rngs.params(), (num_classes + 1, width), jnp.float32))
+        self.dtype = dtype
+
+    def __call__(self, y: Array) -> Array:
+        """y [B] integers -> [B,width]."""
+        table = self.embedding[...].astype(self.dtype)
+        one_hot = jax.nn.one_hot(y, table.shape[0], dtype=self.dtype)
+        return jnp.dot(one_hot, table, precision=matmul_precision(self.dtype))

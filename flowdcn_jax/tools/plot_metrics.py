@@ -1,0 +1,76 @@
+"""Draws the loss curves of runs: python -m flowdcn_jax.tools.plot_metrics --workdir=DIR
+
+--workdir may be given several times, to compare runs. Writes --out, by default loss.png in the
+first workdir.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from flowdcn_jax.errors import UserError
+from flowdcn_jax.files import atomic_write
+from flowdcn_jax.training.metrics import METRICS_FILE
+
+_WORKDIRS = flags.DEFINE_multi_string("workdir", None, "Folder of a run.", required=True)
+_OUT = flags.DEFINE_string("out", None, "PNG to write; by default loss.png in the first workdir.")
+
+
+def read_metric(workdir: str, name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of one metric of a run, each value the mean since the step before.
+
+    Means over less than half of the usual stretch, as around a stop, are noisier and left out.
+
+    Raises:
+        UserError: the folder holds no metrics file.
+    """
+    path = Path(workdir) / METRICS_FILE
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; expected the --workdir of a training run")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    before = [0, *(row["step"] for row in rows[:-1])]
+    stretches = [row["step"] - start for row, start in zip(rows, before, strict=False)]
+    longest = max(stretches, default=0)
+    whole = [row for row, n in zip(rows, stretches, strict=False) if 2 * n >= longest]
+    return [row["step"] for row in whole], [row[name] for row in whole]
+
+
+def plot_loss(workdirs: list[str], out: Path) -> None:
+    """Writes a PNG with one curve a run; the first steps, far above the rest, may leave the top."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120, layout="constrained")
+    curves = [(Path(workdir).name, *read_metric(workdir, "loss")) for workdir in workdirs]
+    for name, steps, losses in curves:
+        axes.plot(steps, losses, label=name, linewidth=1.2)
+    losses = sorted(loss for _, _, losses in curves for loss in losses)
+    if losses:
+        top = losses[int(0.95 * (len(losses) - 1))]
+        axes.set_ylim(losses[0] - 0.1 * (top - losses[0]), top + 0.3 * (top - losses[0]) + 1e-9)
+    axes.set(xlabel="step", ylabel="velocity loss (mean since the last logging step)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_write(out) as file:
+        figure.savefig(file, format="png")
+    pyplot.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)
+    out = Path(_OUT.value) if _OUT.value else Path(_WORKDIRS.value[0]) / "loss.png"
+    try:
+        plot_loss(_WORKDIRS.value, out)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(out)
+
+
+if __name__ == "__main__":
+    app.run(main)
