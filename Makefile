@@ -12,7 +12,7 @@ demo: $(VENV)/installed  ## Train on handwritten digits, then draw threes, seven
 		--guidance=2 --out=runs/digits/demo
 
 test: $(VENV)/installed  ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 lint: $(VENV)/installed  ## Check style
 	$(BIN)/ruff check .
