@@ -1,8 +1,11 @@
 """FlowDCN-S/2 on CIFAR-10 pixels: 32x32, patch 2 (256 tokens), 10 classes, 29.9 M parameters.
 
-python -m flowdcn_jax.tools.prepare_data --dataset=cifar10 --source=FOLDER
-python train.py --config=configs/cifar10_s2.py --workdir=DIR
+    python -m flowdcn_jax.tools.prepare_data --dataset=cifar10 --source=FOLDER
+    python train.py --config=configs/cifar10_s2.py --workdir=DIR
 
+20k steps of 256 images: 22 minutes of steps at the 3850 images/s that one H100 made with the
+plain-JAX operator. After 5.4k steps, six minutes, the loss is 0.165, and guidance 4 gives cars,
+horses, ships and trucks that anyone can name; cats and frogs take longer (docs/cifar10_s2.md).
 """
 
 from configs import default
@@ -18,5 +21,5 @@ def get_config():
     config.ema.decay = 0.999
     config.checkpoint.every_steps = 2_000
     config.log.sample_every_steps = 2_000
-    config.sampling.update(num_images=80, guidance=2.0, classes=())
+    config.sampling.update(num_images=80, guidance=4.0, classes=())
     return config

@@ -183,6 +183,8 @@ def sample_to_folder(
 ) -> Path:
     """What sample.py does, with its flags as arguments; returns the path of the grid.
 
+    batch_size is the largest number of images that a device draws at a time.
+
     Raises:
         SamplingError: classes, image_size or out cannot be used.
         flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
@@ -212,8 +214,9 @@ def sample_to_folder(
     generator = make_generator(
         config, mesh, size=size, num_steps=num_steps, guidance=guidance, seed=seed
     )
+    per_device = min(batch_size, math.ceil(num_images / mesh.size))
     x, images = generate_images(
-        generator, weights.params, labels, batch_size=batch_size * mesh.size, progress=True
+        generator, weights.params, labels, batch_size=per_device * mesh.size, progress=True
     )
     grid = make_grid(images, columns=grid_columns(num_images, len(chosen) or num_classes))
     if config.autoencoder.name == "none":
