@@ -54,7 +54,7 @@ def test_atomic_write_leaves_the_old_file_or_the_new_one(tmp_path):
 
 def test_metrics_of_abandoned_steps_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n\0\0\n{"ste')
     drop_later_lines(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     drop_later_lines(tmp_path / "none", 2)

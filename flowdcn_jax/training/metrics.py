@@ -94,10 +94,17 @@ def drop_later_lines(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    kept = [line for line in lines if _is_whole_and_not_after(line, last_step)]
     if kept != lines:
         with atomic_write(path) as file:
             file.write("".join(kept).encode())
+
+
+def _is_whole_and_not_after(line: str, last_step: int) -> bool:
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= last_step
+    except ValueError:  # a crash can leave anything at the end of a file
+        return False
 
 
 class Stopwatch:
