@@ -3,7 +3,8 @@
     python train.py --config=configs/s2.py --workdir=DIR
 
 400k steps of 256 images: 2.9e18 FLOPs, seven and a half hours on one H100 at the rate that
-cifar10_s2.py, with as many tokens, was measured at. The paper reports FID 54.6 and sFID 8.8 without guidance.
+cifar10_s2.py, with as many tokens, was measured at. The paper reports FID 54.6 and sFID 8.8
+without guidance.
 """
 
 from configs import default
