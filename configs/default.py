@@ -10,7 +10,7 @@ from ml_collections import config_dict
 
 def get_config() -> config_dict.ConfigDict:
     config = config_dict.ConfigDict()
-    config.seed = 0  # of initial values, data order, noise, times and dropped labels
+    config.seed = 0  # of initial values, data order, noise, times, dropped labels; below 2**32
 
     config.model = dict(
         name="flowdcn",

@@ -198,6 +198,8 @@ def sample_to_folder(
     ):
         if not (value >= minimum and math.isfinite(value)):
             raise SamplingError(f"--{name} is {value}; expected at least {minimum}")
+    if seed >= 2**32:
+        raise SamplingError(f"--seed is {seed}; expected a number below 2**32")
     mesh = make_mesh()
     weights = load_weights(workdir, step, mesh)
     config = weights.config
@@ -207,8 +209,10 @@ def sample_to_folder(
         chosen = tuple(parse_classes(classes, num_classes, weights.class_names))
     size = parse_size(image_size, config)
     folder = Path(out) if out else Path(workdir) / "samples" / f"step_{weights.step:08d}"
-    if folder.exists() and not folder.is_dir():
-        raise SamplingError(f"--out is {folder}, which is a file; expected a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # found out now, not after the work
+    except OSError as error:
+        raise SamplingError(f"--out={folder} cannot be made a folder: {error}") from error
 
     labels = labels_in_turn(chosen, num_images, num_classes)
     generator = make_generator(

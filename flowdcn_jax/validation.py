@@ -46,13 +46,12 @@ AT_LEAST_ONE = (
     "sampling.num_images",
     "sampling.num_steps",
 )
+SEEDS = ("seed", "sampling.seed")  # JAX keeps 32 bits of a seed without its 64-bit mode
 NOT_NEGATIVE = (
-    "seed",
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
     "log.sample_every_steps",
     "sampling.guidance",
-    "sampling.seed",
 )
 POSITIVE = ("model.max_scale", "data.latent_scale", "optimizer.learning_rate", "optimizer.epsilon")
 POSITIVE_OR_NONE = ("optimizer.clip_norm", "checkpoint.keep_every_steps")
@@ -77,6 +76,8 @@ def validate(config, num_devices: int, num_processes: int) -> None:
             _fail(config, key, f"one of {', '.join(sorted(choices))}")
     for key in AT_LEAST_ONE:
         _require(config, key, lambda value: value >= 1, "at least 1")
+    for key in SEEDS:
+        _require(config, key, lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
     for key in NOT_NEGATIVE:
         _require(config, key, lambda value: value >= 0, "at least 0")
     for key in POSITIVE:

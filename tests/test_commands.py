@@ -60,6 +60,7 @@ def files(folder):
         (dict(sampling__classes=(3, 10)), "classes is .*3, 10.*; expected classes from 0 to 9"),
         (dict(mesh__data=3), "data=3, fsdp=1; its product must be the number of devices, 8"),
         (dict(seed=-1), "seed is -1; expected at least 0"),
+        (dict(sampling__seed=2**32), "sampling.seed is 4294967296; expected .* below 2"),
     ],
 )
 def test_bad_configs_are_refused_before_anything_is_written(tmp_path, overrides, message):
@@ -133,6 +134,7 @@ def test_the_commands_print_one_error_and_no_traceback(command, message):
         (dict(image_size="0x8"), "'0x8'; expected HxW"),
         (dict(num_images=0), "num_images is 0; expected at least 1"),
         (dict(num_steps=0), "num_steps is 0; expected at least 1"),
+        (dict(seed=2**32), "seed is 4294967296; expected a number below 2"),
         (dict(guidance=-1.0), "guidance is -1.0; expected at least 0"),
         (dict(guidance=float("nan")), "guidance is nan; expected"),
     ],
@@ -143,9 +145,16 @@ def test_bad_sampling_requests_are_refused(trained, tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_workdir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="file cannot be made a folder"):
+        loop.train(tiny.config(), str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_sampling_to_a_file_or_from_a_missing_step_is_refused(trained, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(sampling.SamplingError, match="file, which is a file; expected a folder"):
+    with pytest.raises(sampling.SamplingError, match="file cannot be made a folder"):
         sampling.sample_to_folder(str(trained), out=str(tmp_path / "file"))
     with pytest.raises(CheckpointError, match=r"no step 5; there are \[2, 4, 6\]"):
         sampling.sample_to_folder(str(trained), step=5)

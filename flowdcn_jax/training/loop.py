@@ -45,6 +45,10 @@ def train(config, workdir: str) -> None:
     saved = checkpoint.saved_config(workdir)
     if saved is not None:
         check_resumable(saved, config)
+    try:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--workdir={workdir} cannot be made a folder: {error}") from error
 
     checkpointer = checkpoint.Checkpointer(
         workdir, keep=config.checkpoint.keep, keep_every_steps=config.checkpoint.keep_every_steps

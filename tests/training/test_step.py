@@ -142,3 +142,14 @@ def test_no_gradient_is_a_scatter():
     text = make_train_step(config, mesh).lower(state, batch).as_text()
     assert "stablehlo.dot_general" in text
     assert "stablehlo.scatter" not in text
+
+
+def test_every_step_and_seed_draws_anew():
+    mesh, losses = one_device(), []
+    for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0)):
+        config = tiny.config(seed=seed)
+        state = initial_state(tiny.config(), mesh)._replace(step=jnp.int32(step))
+        _, metrics = make_train_step(config, mesh)(state, batches(config, 1)[0])
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 3
