@@ -24,16 +24,18 @@ def read_metric(workdir: str, name: str) -> tuple[list[int], list[float]]:
     Means over less than half of the usual stretch, as around a stop, are noisier and left out.
 
     Raises:
-        UserError: the folder holds no metrics file.
+        UserError: the folder holds no metrics.
     """
     path = Path(workdir) / METRICS_FILE
     if not path.is_file():
         raise UserError(f"{path} does not exist; expected the --workdir of a training run")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    before = [0, *(row["step"] for row in rows[:-1])]
-    stretches = [row["step"] - start for row, start in zip(rows, before, strict=False)]
-    longest = max(stretches, default=0)
-    whole = [row for row, n in zip(rows, stretches, strict=False) if 2 * n >= longest]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the run may be writing
+    if not rows:
+        raise UserError(f"{path} holds no metrics yet")
+    starts = [0, *(row["step"] for row in rows[:-1])]
+    stretches = [row["step"] - start for row, start in zip(rows, starts, strict=True)]
+    whole = [row for row, n in zip(rows, stretches, strict=True) if 2 * n >= max(stretches)]
     return [row["step"] for row in whole], [row[name] for row in whole]
 
 
@@ -49,9 +51,8 @@ def plot_loss(workdirs: list[str], out: Path) -> None:
     for name, steps, losses in curves:
         axes.plot(steps, losses, label=name, linewidth=1.2)
     losses = sorted(loss for _, _, losses in curves for loss in losses)
-    if losses:
-        top = losses[int(0.95 * (len(losses) - 1))]
-        axes.set_ylim(losses[0] - 0.1 * (top - losses[0]), top + 0.3 * (top - losses[0]) + 1e-9)
+    top = losses[int(0.95 * (len(losses) - 1))]
+    axes.set_ylim(losses[0] - 0.1 * (top - losses[0]), top + 0.3 * (top - losses[0]) + 1e-9)
     axes.set(xlabel="step", ylabel="velocity loss (mean since the last logging step)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -168,3 +168,16 @@ def test_latents_train_and_sample(tmp_path):
     with np.load(grid.parent / "samples.npz", allow_pickle=False) as file:
         assert file["latents"].shape == (3, 8, 16, 4) and file["latents"].dtype == np.float32
         assert "arr_0" not in file.files
+
+
+def test_grids_are_drawn_with_the_ema(tmp_path, monkeypatch):
+    real, seen = sampling.generate_images, []
+
+    def watched(generator, params, *args, **options):
+        seen.append(np.asarray(params["stem"]["kernel"]))
+        return real(generator, params, *args, **options)
+
+    monkeypatch.setattr(sampling, "generate_images", watched)
+    loop.train(tiny.config(train__num_steps=2, log__sample_every_steps=2), str(tmp_path))
+    model, _ = flowdcn_jax.load_model(tmp_path)
+    np.testing.assert_array_equal(seen, [model.stem.kernel[...]])

@@ -1,0 +1,37 @@
+"""The loss plot: what it reads, and what it refuses."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from flowdcn_jax.errors import UserError
+from flowdcn_jax.tools.plot_metrics import plot_loss, read_metric
+
+
+def write(folder, steps, tail=""):
+    folder.mkdir()
+    lines = [json.dumps({"step": step, "loss": 1.0 / step}) + "\n" for step in steps]
+    (folder / "metrics.jsonl").write_text("".join(lines) + tail)
+
+
+def test_short_stretches_and_half_written_lines_are_left_out(tmp_path):
+    write(tmp_path / "run", [10, 20, 27, 30, 40], tail='{"step": 50, "lo')
+    steps, losses = read_metric(str(tmp_path / "run"), "loss")
+    assert steps == [10, 20, 27, 40]  # 30 speaks for three steps
+    assert losses == [1 / 10, 1 / 20, 1 / 27, 1 / 40]
+
+
+def test_plots_one_run_or_several(tmp_path):
+    write(tmp_path / "one", [10, 20, 30])
+    write(tmp_path / "two", [10])
+    plot_loss([str(tmp_path / "one"), str(tmp_path / "two")], tmp_path / "loss.png")
+    assert Image.open(tmp_path / "loss.png").size == (840, 480)
+
+
+def test_folders_without_metrics_are_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere/metrics.jsonl does not exist"):
+        read_metric(str(tmp_path / "nowhere"), "loss")
+    write(tmp_path / "empty", [])
+    with pytest.raises(UserError, match="empty/metrics.jsonl holds no metrics yet"):
+        read_metric(str(tmp_path / "empty"), "loss")
