@@ -14,12 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from absl import flags
-from absl.testing import flagsaver
 from PIL import Image
 
 from flowdcn_jax.data import DataError, DataNotFoundError, cifar10_files, prepare_cifar10
-from flowdcn_jax.tools import prepare_data
 from tests.data.conftest import CLASS_NAMES, COUNTS
 
 FORMS = ("npz", "folders", "binary")
@@ -223,34 +220,34 @@ def test_a_bad_image_is_named_and_leaves_nothing_prepared(write_cifar10, tmp_pat
 # --- the command -------------------------------------------------------------------------------
 
 
-def run_command(*arguments):
-    with flagsaver.flagsaver():
-        flags.FLAGS(["prepare_data", "--dataset=cifar10", *arguments])
-        return prepare_data.main(["prepare_data"])
+@pytest.fixture
+def run_command(repository):
+    """Runs the command in a process of its own, for absl's flags are one table a process."""
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "flowdcn_jax.tools.prepare_data", "--dataset=cifar10"]
+        return subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, timeout=120, cwd=repository
+        )
+
+    return run
 
 
-def test_command_prepares_once(write_cifar10, tmp_path, open_source, capsys):
+def test_command_prepares_once(run_command, write_cifar10, tmp_path, open_source):
     folder, data_dir = write_cifar10("npz"), tmp_path / "data"
     files = f"{folder}/tiny_train.npz,{folder}/tiny_test.npz"
-    assert run_command(f"--source={files}", f"--data_dir={data_dir}") == 0
-    assert "cifar10 prepared in" in capsys.readouterr().out
+    result = run_command(f"--source={files}", f"--data_dir={data_dir}")
+    assert result.returncode == 0 and "cifar10 prepared in" in result.stdout, result
     assert sorted(path.name for path in data_dir.iterdir()) == ["cifar10_local"]
     written = {path: path.stat().st_mtime_ns for path in data_dir.rglob("*.array_record*")}
-    assert run_command("--source=gone", f"--data_dir={data_dir}") == 0
-    assert "already prepared" in capsys.readouterr().out
+    result = run_command("--source=gone", f"--data_dir={data_dir}")
+    assert result.returncode == 0 and "already prepared" in result.stdout, result
     assert written == {path: path.stat().st_mtime_ns for path in data_dir.rglob("*.array_record*")}
     assert len(open_source("cifar10", data_dir=str(data_dir))) == COUNTS["train"]
 
 
-def test_command_reports_bad_sources_without_a_traceback(tmp_path, repository):
-    command = [sys.executable, "-m", "flowdcn_jax.tools.prepare_data", "--dataset=cifar10"]
-    result = subprocess.run(
-        [*command, f"--source={tmp_path}/gone", f"--data_dir={tmp_path}"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=repository,
-    )
+def test_command_reports_bad_sources_without_a_traceback(run_command, tmp_path):
+    result = run_command(f"--source={tmp_path}/gone", f"--data_dir={tmp_path}")
     assert result.returncode == 2
     assert result.stderr.strip() == f"error: no such file or folder: {tmp_path}/gone"
 
