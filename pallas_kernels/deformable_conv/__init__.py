@@ -3,6 +3,9 @@
 `reference.py` defines what is computed; `api.py` is the way in.
 """
 
-from pallas_kernels.deformable_conv.api import deformable_aggregate
+from pallas_kernels.deformable_conv.api import (
+    deformable_aggregate,
+    multiscale_deformable_aggregate,
+)
 
-__all__ = ["deformable_aggregate"]
+__all__ = ["deformable_aggregate", "multiscale_deformable_aggregate"]

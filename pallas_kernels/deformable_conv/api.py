@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.deformable_conv.pallas import deformable_aggregate_pallas
+from pallas_kernels.deformable_conv.points import Multiscale, Offsets, Points
 from pallas_kernels.deformable_conv.xla import deformable_aggregate_xla
 
 BOUNDARIES = ("zeros", "truncate")
-
-# Each takes (values, offsets, weights, boundary), checked.
-IMPLEMENTATIONS = {"xla": deformable_aggregate_xla}
+IMPLEMENTATIONS = ("pallas", "xla")
+DEFAULT_IMPLEMENTATION = "xla"
 
 VALUE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -20,13 +21,14 @@ def deformable_aggregate(
     *,
     boundary: str = "zeros",
     implementation: str | None = None,
+    deterministic: bool = True,
 ) -> jax.Array:
     """out[b, q, g] = sum over k of weights[b, q, g, k] * sample(values[b, :, :, g], q + offset k).
 
     The operator of FlowDCN (arXiv 2410.22655) between its projections. `sample` is bilinear;
     `reference.py` says what it does at the border, and with coordinates that are not finite (they
-    add nothing). Differentiable in reverse mode; works under jit, vmap and remat; a batch axis
-    sharded over a mesh stays so.
+    add nothing). Differentiable once, in reverse mode; works under jit, vmap and remat; a batch
+    axis sharded over a mesh stays so.
 
     Args:
       values: [B, h, w, G, C], float32, bfloat16 or float16.
@@ -35,23 +37,114 @@ def deformable_aggregate(
       weights: [B, h, w, G, K], of each sampling point; float32 or the dtype of `values`.
       boundary: "zeros" (the image is padded with zeros; for new training) or "truncate" (as in the
         kernels released with the paper; for released weights).
-      implementation: "xla", plain JAX for any platform; None picks one, at present always "xla".
+      implementation: "pallas", kernels for NVIDIA GPUs; "xla", plain JAX for any platform; None
+        takes "xla".
+      deterministic: whether two runs must give the same bits. Both implementations always do.
 
     Returns:
       [B, h, w, G, C] in the dtype of `values`. Coordinates and sums are float32 inside, and each
       gradient has the dtype of its input.
 
     Raises:
-      ValueError: a shape, `boundary` or `implementation` is not one of those above.
+      ValueError: a shape, `boundary` or `implementation` is not one of those above, or "pallas" is
+        asked for where there is no NVIDIA GPU.
       TypeError: an argument is not an array, or its dtype is not one of those above.
+      NotImplementedError: the result is differentiated twice.
     """
+    del deterministic
+    _check_values(values)
+    _check_per_point("weights", weights, values, "K")
+    _check_per_point("offsets", offsets, values, "K, 2", weights)
+    points = Offsets(jnp.asarray(offsets), jnp.asarray(weights))
+    return _aggregate(jnp.asarray(values), points, boundary, implementation)
+
+
+def multiscale_deformable_aggregate(
+    values: jax.Array,
+    directions: jax.Array,
+    scales: jax.Array,
+    weights: jax.Array,
+    scale_prior: jax.Array,
+    *,
+    direction_prior: jax.Array,
+    max_scale: float | jax.Array,
+    boundary: str = "zeros",
+    implementation: str | None = None,
+    deterministic: bool = True,
+) -> jax.Array:
+    """`deformable_aggregate` with FlowDCN's offsets, which need not exist in memory.
+
+    offsets = (directions + direction_prior) * sigmoid(scales + scale_prior) * max_scale, in float32
+    (paper section 3.2). Differentiable in all positional arguments.
+
+    Args:
+      values: [B, h, w, G, C], float32, bfloat16 or float16.
+      directions: [B, h, w, G, K, 2], (dx, dy); float32 or the dtype of `values`.
+      scales: [B, h, w, G, K]; float32 or the dtype of `values`.
+      weights: [B, h, w, G, K]; float32 or the dtype of `values`.
+      scale_prior: [G] float32.
+      direction_prior: [K, 2], a constant.
+      max_scale: the largest radius in tokens, a number or [2] for x and y; a constant, which may be
+        traced.
+      boundary: as for `deformable_aggregate`, like the other options, results and errors.
+      implementation: likewise.
+      deterministic: likewise.
+    """
+    del deterministic
+    _check_values(values)
+    _check_per_point("weights", weights, values, "K")
+    _check_per_point("scales", scales, values, "K", weights)
+    _check_per_point("directions", directions, values, "K, 2", weights)
+    groups, num_points = weights.shape[3:]
+    direction_prior = jnp.asarray(direction_prior, jnp.float32)
+    max_scale = jnp.asarray(max_scale, jnp.float32)
+    scale_prior = jnp.asarray(scale_prior)
+    if scale_prior.dtype != jnp.float32:
+        raise TypeError(f"scale_prior has dtype {scale_prior.dtype}; expected float32")
+    for name, array, shapes in (
+        ("scale_prior", scale_prior, [(groups,)]),
+        ("direction_prior", direction_prior, [(num_points, 2)]),
+        ("max_scale", max_scale, [(), (2,)]),
+    ):
+        if array.shape not in shapes:
+            expected = " or ".join(map(str, shapes))
+            raise ValueError(f"{name} has shape {array.shape}; expected {expected}")
+    points = Multiscale(
+        jnp.asarray(directions),
+        jnp.asarray(scales),
+        jnp.asarray(weights),
+        scale_prior,
+        jax.lax.stop_gradient(direction_prior),
+        jax.lax.stop_gradient(jnp.broadcast_to(max_scale, (2,))),
+    )
+    return _aggregate(jnp.asarray(values), points, boundary, implementation)
+
+
+def _aggregate(values, points: Points, boundary: str, implementation: str | None) -> jax.Array:
     _check_choice("boundary", boundary, BOUNDARIES)
     if implementation is None:
-        implementation = "xla"
-    _check_choice("implementation", implementation, tuple(IMPLEMENTATIONS))
-    _check_arrays(values, offsets, weights)
-    arrays = (jnp.asarray(array) for array in (values, offsets, weights))
-    return IMPLEMENTATIONS[implementation](*arrays, boundary)
+        implementation = DEFAULT_IMPLEMENTATION
+    _check_choice("implementation", implementation, IMPLEMENTATIONS)
+    if implementation == "pallas":
+        if reason := why_not_pallas():
+            raise ValueError(f"implementation is 'pallas', which can't run here: {reason}")
+        return deformable_aggregate_pallas(values, points, boundary)
+    if isinstance(points, Multiscale):
+        points = points.to_offsets()
+    return deformable_aggregate_xla(values, *points, boundary)
+
+
+def why_not_pallas() -> str | None:
+    """Why the Pallas kernels can't run on JAX's default backend; None if they can."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
+        return f"it needs an NVIDIA GPU, and the default device is {device}; take 'xla'"
+    if float(device.compute_capability) < 8.0:
+        return (
+            f"it needs compute capability 8.0 or higher, and {device.device_kind} has "
+            f"{device.compute_capability}; take 'xla'"
+        )
+    return None
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -59,33 +152,41 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
 
 
-def _check_arrays(values: jax.Array, offsets: jax.Array, weights: jax.Array) -> None:
-    for name, array in (("values", values), ("offsets", offsets), ("weights", weights)):
-        if not (hasattr(array, "dtype") and hasattr(array, "shape")):
-            raise TypeError(f"{name} is a {type(array).__name__}; expected an array")
+def _check_array(name: str, array: jax.Array) -> None:
+    if not (hasattr(array, "dtype") and hasattr(array, "shape")):
+        raise TypeError(f"{name} is a {type(array).__name__}; expected an array")
 
+
+def _check_values(values: jax.Array) -> None:
+    _check_array("values", values)
     if len(values.shape) != 5 or 0 in values.shape:
         raise ValueError(
             f"values has shape {values.shape}; expected [B, h, w, G, C] with no axis empty"
         )
-    tokens = tuple(values.shape[:4])
-    if len(weights.shape) != 5 or tuple(weights.shape[:4]) != tokens or weights.shape[4] == 0:
-        raise ValueError(
-            f"weights has shape {weights.shape}; expected [B, h, w, G, K] = {(*tokens, 'K')} with"
-            f" K >= 1, to go with values of shape {values.shape}"
-        )
-    expected = (*weights.shape, 2)
-    if tuple(offsets.shape) != expected:
-        raise ValueError(
-            f"offsets has shape {offsets.shape}; expected [B, h, w, G, K, 2] = {expected},"
-            f" to go with weights of shape {weights.shape}"
+    if values.dtype.name not in VALUE_DTYPES:
+        raise TypeError(
+            f"values has dtype {values.dtype}; expected one of {', '.join(VALUE_DTYPES)}"
         )
 
-    dtype = values.dtype.name
-    if dtype not in VALUE_DTYPES:
-        raise TypeError(f"values has dtype {dtype}; expected one of {', '.join(VALUE_DTYPES)}")
-    for name, array in (("offsets", offsets), ("weights", weights)):
-        if array.dtype.name not in ("float32", dtype):
-            raise TypeError(
-                f"{name} has dtype {array.dtype}; expected float32 or that of values, {dtype}"
-            )
+
+def _check_per_point(name: str, array, values, axes: str, weights=None) -> None:
+    """Checks the array of shape [B, h, w, G, axes]; `weights`, already checked, gives K."""
+    _check_array(name, array)
+    tokens = tuple(values.shape[:4])
+    tail = (
+        (array.shape[4] if len(array.shape) > 4 else 0,) if weights is None else weights.shape[4:]
+    )
+    expected = (*tokens, *tail, *((2,) if axes.endswith("2") else ()))
+    if tuple(array.shape) != expected or tail[0] == 0:
+        shown = (*tokens, "K") if weights is None else expected
+        beside = f"values of shape {values.shape}"
+        if weights is not None:
+            beside = f"weights of shape {weights.shape}"
+        raise ValueError(
+            f"{name} has shape {array.shape}; expected [B, h, w, G, {axes}] = {shown} with K >= 1,"
+            f" to go with {beside}"
+        )
+    if array.dtype.name not in ("float32", values.dtype.name):
+        raise TypeError(
+            f"{name} has dtype {array.dtype}; expected float32 or that of values, {values.dtype}"
+        )

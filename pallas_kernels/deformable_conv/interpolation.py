@@ -1,0 +1,64 @@
+"""The arithmetic of bilinear sampling along one axis, free of any backend.
+
+`reference.py` defines what is computed; here are the two forms in which the kernels use it. With
+base = floor or trunc of a coordinate x, and f = x - base, an image's axis of `size` tokens has at
+most two weights that are not zero: 1 - f at `base` and f at `base + 1`, where these lie inside.
+
+- `corners`: those two tokens and their weights, for kernels that gather.
+- `axis_weights`: the weights of given tokens, most of them zero, for kernels that multiply by the
+  interpolation matrix.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+BASES = {"zeros": jnp.floor, "truncate": jnp.trunc}
+NOWHERE = -4.0  # a coordinate that samples nothing, whatever the boundary
+
+
+class Corners(NamedTuple):
+    """The two tokens around each coordinate along one axis; arrays shaped like the coordinate."""
+
+    index: tuple[jax.Array, jax.Array]  # int32, moved inside where it lay outside
+    weight: tuple[jax.Array, jax.Array]  # float32; 0 where outside
+    slope: tuple[jax.Array, jax.Array]  # d weight / d coordinate: -1, +1; 0 where outside
+
+
+def discard_non_finite(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The coordinates, moved to where nothing is sampled if either is NaN or infinite."""
+    finite = (jnp.abs(x) < jnp.inf) & (jnp.abs(y) < jnp.inf)
+    return jnp.where(finite, x, NOWHERE), jnp.where(finite, y, NOWHERE)
+
+
+def corners(x: jax.Array, size: int, boundary: str) -> Corners:
+    """The corners along an axis of `size` tokens of finite coordinates `x`."""
+    base = BASES[boundary](x)
+    fraction = x - base
+    first = jnp.clip(base, -2.0, float(size)).astype(jnp.int32)
+    indices, weights, slopes = [], [], []
+    for index, weight, slope in ((first, 1 - fraction, -1.0), (first + 1, fraction, 1.0)):
+        inside = (index >= 0) & (index < size)
+        indices.append(jnp.clip(index, 0, size - 1))
+        weights.append(jnp.where(inside, weight, 0.0))
+        slopes.append(jnp.where(inside, slope, 0.0))
+    return Corners(tuple(indices), tuple(weights), tuple(slopes))
+
+
+def axis_weights(x: jax.Array, token: jax.Array, boundary: str) -> jax.Array:
+    """The weight of each `token` (float32, inside the image) for the finite coordinates `x`."""
+    if boundary == "zeros":
+        return jnp.maximum(0.0, 1.0 - jnp.abs(x - token))  # a tent
+    base = BASES[boundary](x)
+    distance = token - base
+    fraction = x - base
+    return jnp.where(distance == 0, 1 - fraction, jnp.where(distance == 1, fraction, 0.0))
+
+
+def split_bfloat16(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Three bfloat16 arrays whose sum is the float32 `x`, nearly to its last bit."""
+    high = x.astype(jnp.bfloat16)
+    rest = x - high.astype(jnp.float32)
+    middle = rest.astype(jnp.bfloat16)
+    return high, middle, (rest - middle.astype(jnp.float32)).astype(jnp.bfloat16)

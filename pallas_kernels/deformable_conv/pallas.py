@@ -1,0 +1,198 @@
+"""The deformable aggregation by Pallas kernels, for NVIDIA GPUs.
+
+Forward and the gradients of the sampling points gather (`gather.py`); the gradient of the values is
+a product with the transposed interpolation matrix (`tent.py`). Nothing is added up in an order that
+changes from run to run.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pallas_kernels.deformable_conv import gather, tent
+from pallas_kernels.deformable_conv.blocks import MAX_CHANNELS, Blocks, choose
+from pallas_kernels.deformable_conv.derivatives import differentiable_no_more
+from pallas_kernels.deformable_conv.points import Multiscale, Offsets, Points
+from pallas_kernels.deformable_conv.tiles import Grid
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def deformable_aggregate_pallas(
+    values: jax.Array, points: Points, boundary: str, interpret: bool = False
+) -> jax.Array:
+    """`api.deformable_aggregate` without its checks.
+
+    `interpret` runs the kernels on any platform, slowly, for tests.
+    """
+    (out,) = _sharded(_forward, type(points), boundary, interpret)(values, *points)
+    return out
+
+
+def _vjp_forward(values, points, boundary, interpret):
+    out = deformable_aggregate_pallas(values, points, boundary, interpret)
+    return out, (values, points)
+
+
+def _vjp_backward(boundary, interpret, residuals, d_out):
+    (values, points), d_out = differentiable_no_more((residuals, d_out))
+    gradients = _sharded(_backward, type(points), boundary, interpret)(values, *points, d_out)
+    d_values, *d_points = gradients
+    rest = [jnp.zeros_like(field) for field in points[len(d_points) :]]
+    if isinstance(points, Multiscale):
+        # Each group's prior moves all of its scales. The other two are constants.
+        rest[0] = jnp.sum(d_points[1].astype(jnp.float32), axis=(0, 1, 2, 4))
+    return d_values, type(points)(*d_points, *rest)
+
+
+deformable_aggregate_pallas.defvjp(_vjp_forward, _vjp_backward)
+
+
+# --- one device --------------------------------------------------------------------------------
+
+
+def _forward(values, *fields, form: type, boundary: str, interpret: bool) -> tuple[jax.Array]:
+    values_flat, points, blocks = _prepare(values, form(*fields))
+    tile_h, tile_w, num_warps = blocks.forward
+    grid = Grid(*values.shape[1:3], tile_h, tile_w)
+    options = dict(grid=grid, boundary=boundary, num_warps=num_warps, interpret=interpret)
+    parts = [gather.forward(part, points, **options) for part in _channel_parts(values_flat)]
+    return (jnp.concatenate(parts, axis=-1).reshape(values.shape),)
+
+
+def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: bool):
+    """(d values, gradients of the per-query fields of the points)."""
+    *fields, d_out = fields_and_d_out
+    shapes = [values.shape, *(field.shape for field in form(*fields).per_query)]
+    h, w = values.shape[1:3]
+    values, points, blocks = _prepare(values, form(*fields))
+    d_out = _flatten_tokens(d_out)
+
+    tile_h, tile_w, num_warps = blocks.point_gradients
+    d_points = gather.point_gradients(
+        values,
+        points,
+        d_out,
+        grid=Grid(h, w, tile_h, tile_w),
+        boundary=boundary,
+        num_warps=num_warps,
+        interpret=interpret,
+    )
+    tiling = blocks.values_gradient
+    if tiling.skip and isinstance(points, Multiscale):
+        points = points.to_offsets()  # each is wanted by several tiles of tokens
+    d_values = [
+        tent.values_gradient(
+            points,
+            part,
+            queries=Grid(h, w, *tiling.query_tile),
+            tokens=Grid(h, w, *tiling.token_tile),
+            tiles_per_program=tiling.tiles_per_program,
+            skip=tiling.skip,
+            boundary=boundary,
+            num_warps=tiling.num_warps,
+            num_stages=tiling.num_stages,
+            interpret=interpret,
+        )
+        for part in _channel_parts(d_out)
+    ]
+    gradients = (jnp.concatenate(d_values, axis=-1), *d_points)
+    return tuple(x.reshape(shape) for x, shape in zip(gradients, shapes, strict=True))
+
+
+def _prepare(values, points: Points) -> tuple[jax.Array, Points, Blocks]:
+    blocks = choose(*values.shape[1:3], points.weights.shape[-1], values.dtype)
+    per_query = map(_flatten_tokens, points.per_query)
+    points = type(points)(*per_query, *points.per_group, *points.constant)
+    return _flatten_tokens(values), points, blocks
+
+
+def _flatten_tokens(array: jax.Array) -> jax.Array:
+    """[B, h, w, ...] -> [B, h * w, ...]."""
+    return array.reshape(array.shape[0], -1, *array.shape[3:])
+
+
+def _channel_parts(array: jax.Array) -> list[jax.Array]:
+    count = -(-array.shape[-1] // MAX_CHANNELS)
+    return jnp.array_split(array, count, axis=-1) if count > 1 else [array]
+
+
+# --- many devices, and vmap --------------------------------------------------------------------
+
+# Axes of each array, by the names of custom_partitioning's sharding rules.
+_VALUES = "b h w g c"
+_FIELDS = {
+    Offsets: ("b h w g k t", "b h w g k"),
+    Multiscale: ("b h w g k t", "b h w g k", "b h w g k", "g", "k t", "t"),
+}
+_PER_QUERY = {Offsets: 2, Multiscale: 3}
+_SHARDABLE = ("b", "g")  # images and groups have nothing to do with one another
+
+
+@functools.cache
+def _sharded(function: Callable, form: type, boundary: str, interpret: bool) -> Callable:
+    """`function` of (values, *points, *others), run by each device on its images and groups.
+
+    Under vmap the mapped axis becomes a part of the batch.
+    """
+    backward = function is _backward
+    arguments = (_VALUES, *_FIELDS[form], *((_VALUES,) if backward else ()))
+    results = (_VALUES, *(_FIELDS[form][: _PER_QUERY[form]] if backward else ()))
+    local = functools.partial(function, form=form, boundary=boundary, interpret=interpret)
+    split = custom_partitioning(lambda *args: local(*args))
+
+    def shardings(mesh, arg_infos, axes):
+        spec = tuple(arg_infos[0].sharding.spec) + (None,) * 5
+        names = {"b": spec[0], "g": spec[3]}
+        return tuple(
+            NamedSharding(mesh, PartitionSpec(*(names.get(name) for name in array.split())))
+            for array in axes
+        )
+
+    def partition(mesh, arg_infos, result_infos):
+        del result_infos
+        return (
+            mesh,
+            local,
+            shardings(mesh, arg_infos, results),
+            shardings(mesh, arg_infos, arguments),
+        )
+
+    split.def_partition(
+        partition=partition,
+        infer_sharding_from_operands=lambda mesh, args, _: shardings(mesh, args, results),
+        sharding_rule=f"{', '.join(arguments)} -> {', '.join(results)}",
+        need_replication_factors=("h", "w", "c", "k", "t"),
+    )
+    return _mapped_as_batch(split, arguments)
+
+
+def _mapped_as_batch(function: Callable, arguments: tuple[str, ...]) -> Callable:
+    function = custom_vmap(function)
+
+    @function.def_vmap
+    def rule(axis_size, is_mapped, *args):
+        shared = [m for m, axes in zip(is_mapped, arguments, strict=True) if not axes[0] == "b"]
+        if any(shared):  # a scale prior for each: one after the other
+            outputs = [
+                function(*(a[i] if m else a for a, m in zip(args, is_mapped, strict=True)))
+                for i in range(axis_size)
+            ]
+            stacked = tuple(jnp.stack(parts) for parts in zip(*outputs, strict=True))
+            return stacked, tuple(True for _ in stacked)
+        merged = []
+        for array, mapped, axes in zip(args, is_mapped, arguments, strict=True):
+            if axes[0] == "b":
+                if not mapped:
+                    array = jnp.broadcast_to(array, (axis_size, *array.shape))
+                array = array.reshape(-1, *array.shape[2:])
+            merged.append(array)
+        outputs = function(*merged)
+        outputs = tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in outputs)
+        return outputs, tuple(True for _ in outputs)
+
+    return function

@@ -1,0 +1,105 @@
+"""Where the sampling points of a query lie, in the two forms that the operator takes.
+
+`Offsets` holds the offsets themselves. `Multiscale` holds what FlowDCN's projections give, from
+which offset = (direction + direction prior) * sigmoid(scale + scale prior) * max_scale (paper
+section 3.2): computed where it is used, it never exists in memory. Kernels see no difference: they
+ask for a point, and hand back the gradients of its offset and weight.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Point(NamedTuple):
+    """One sampling point of many queries; arrays are float32, an entry a query."""
+
+    dx: jax.Array  # tokens
+    dy: jax.Array
+    weight: jax.Array
+    # (d dx, d dy, d weight) -> gradients of the per-query fields, of a pair (x, y) as a tuple.
+    pull_back: Callable
+
+
+class Offsets(NamedTuple):
+    """Sampling points by their offsets. In a kernel the fields are references."""
+
+    offsets: jax.Array  # [B, h, w, G, K, 2], (dx, dy) in tokens
+    weights: jax.Array  # [B, h, w, G, K]
+
+    @property
+    def per_query(self) -> tuple:
+        """The fields with an entry a query, which have gradients."""
+        return tuple(self)
+
+    @property
+    def per_group(self) -> tuple:
+        """The fields with an entry a group."""
+        return ()
+
+    @property
+    def constant(self) -> tuple:
+        """The fields that all queries of all groups share."""
+        return ()
+
+    def point(self, read: Callable, k) -> Point:
+        """Point k; read(field, *index) gives the queries' entries of a per-query field."""
+        dx, dy = read(self.offsets, k, 0), read(self.offsets, k, 1)
+        return Point(dx, dy, read(self.weights, k), lambda dx, dy, weight: ((dx, dy), weight))
+
+
+class Multiscale(NamedTuple):
+    """Sampling points by direction and scale, as FlowDCN's layers project them."""
+
+    directions: jax.Array  # [B, h, w, G, K, 2], (dx, dy)
+    scales: jax.Array  # [B, h, w, G, K]
+    weights: jax.Array  # [B, h, w, G, K]
+    scale_prior: jax.Array  # [G] float32
+    direction_prior: jax.Array  # [K, 2] float32
+    max_scale: jax.Array  # [2] float32, of x and y, in tokens
+
+    @property
+    def per_query(self) -> tuple:
+        return tuple(self[:3])
+
+    @property
+    def per_group(self) -> tuple:
+        return (self.scale_prior,)
+
+    @property
+    def constant(self) -> tuple:
+        return self.direction_prior, self.max_scale
+
+    def point(self, read: Callable, k) -> Point:
+        max_x, max_y = self.max_scale[0], self.max_scale[1]
+        direction_x = read(self.directions, k, 0) + self.direction_prior[k, 0]
+        direction_y = read(self.directions, k, 1) + self.direction_prior[k, 1]
+        fraction, complement = _sigmoid(read(self.scales, k) + self.scale_prior[...])
+
+        def pull_back(d_dx, d_dy, d_weight):
+            d_x, d_y = d_dx * max_x, d_dy * max_y
+            d_scale = (d_x * direction_x + d_y * direction_y) * fraction * complement
+            return (d_x * fraction, d_y * fraction), d_scale, d_weight
+
+        dx, dy = direction_x * (fraction * max_x), direction_y * (fraction * max_y)
+        return Point(dx, dy, read(self.weights, k), pull_back)
+
+    def to_offsets(self) -> Offsets:
+        """The same sampling points by their offsets, in float32."""
+        scales = self.scales.astype(jnp.float32) + self.scale_prior[:, None]
+        radius = jax.nn.sigmoid(scales)[..., None] * self.max_scale
+        directions = self.directions.astype(jnp.float32) + self.direction_prior
+        return Offsets(directions * radius, self.weights)
+
+
+def _sigmoid(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(sigmoid(x), 1 - sigmoid(x)), each to full precision."""
+    e = jnp.exp(-jnp.maximum(x, -80.0))  # beyond, the product below would be 0 times infinity
+    # GPUs have an instruction for rsqrt, but divide in a dozen.
+    sigmoid = jnp.square(jax.lax.rsqrt(1 + e))
+    return sigmoid, e * sigmoid
+
+
+Points = Offsets | Multiscale

@@ -1,0 +1,125 @@
+"""What the kernels ask of their backend: here Pallas' Triton. Another backend is another such file.
+
+A kernel works on one tile of one group of one image. Its references are to that image and group:
+values [tokens, C], offsets [tokens, K, 2] and so on.
+"""
+
+from contextvars import ContextVar
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.deformable_conv.points import Points
+
+MAX_ELEMENTS = 2**31 - 1  # indices are int32
+MIN_DOT = 16  # the smallest side that a matrix product may have
+
+_interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
+
+load, store, dot = plgpu.load, plgpu.store, plgpu.dot
+
+
+def launch(
+    kernel,
+    *,
+    name: str,
+    tiles: int,
+    points: Points,
+    inputs: tuple[jax.Array, ...],
+    outputs: tuple[jax.ShapeDtypeStruct, ...],
+    num_warps: int,
+    num_stages: int = 1,
+    interpret: bool,
+) -> list[jax.Array]:
+    """Runs kernel(points, *inputs, *outputs) on every tile of every group of every image.
+
+    `points` has its tokens flattened, [B, tokens, G, ...]; `inputs` and `outputs` are so too, and
+    reach the kernel as references of [tokens, ...]. points.per_group reach it as references of one
+    number, points.constant whole. `tile_number()` tells the kernel which of the tiles it is to do.
+
+    Raises:
+      ValueError: an array has more elements than the kernels' indices reach.
+    """
+    per_token = (*points.per_query, *inputs)
+    for array in (*per_token, *outputs):
+        if array.size > MAX_ELEMENTS:
+            raise ValueError(
+                f"{name}: an array of shape {array.shape} has {array.size} elements; expected at "
+                f"most {MAX_ELEMENTS}. Split the batch, or take implementation='xla'"
+            )
+
+    def per_token_spec(array):
+        rest = array.shape[3:]
+        zeros = (0,) * len(rest)
+        return pl.BlockSpec(
+            (None, array.shape[1], None, *rest), lambda tile, g, b: (b, 0, g, *zeros)
+        )
+
+    def constant_spec(array):
+        return pl.BlockSpec(array.shape, lambda tile, g, b: (0,) * array.ndim)
+
+    def with_points(*refs):
+        fields, others = refs[: len(points)], refs[len(points) :]
+        token = _interpreted.set(interpret)
+        try:
+            kernel(type(points)(*fields), *others)
+        finally:
+            _interpreted.reset(token)
+
+    per_group_spec = pl.BlockSpec((None,), lambda tile, g, b: (g,))
+    batch, _, groups = outputs[0].shape[:3]
+    return pl.pallas_call(
+        with_points,
+        grid=(tiles, groups, batch),  # groups next to one another share cache lines
+        in_specs=[
+            *map(per_token_spec, points.per_query),
+            *(per_group_spec for _ in points.per_group),
+            *map(constant_spec, points.constant),
+            *map(per_token_spec, inputs),
+        ],
+        out_specs=[*map(per_token_spec, outputs)],
+        out_shape=list(outputs),
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        interpret=interpret,
+        name=name,
+    )(*points, *inputs)
+
+
+def tile_number() -> jax.Array:
+    return pl.program_id(0)
+
+
+def iota(size: int) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
+
+
+def to_float32(x: jax.Array) -> jax.Array:
+    """x in float32. Triton takes three instructions for two bfloat16; this takes two."""
+    if x.dtype != jnp.bfloat16 or x.shape[-1] % 2 or _interpreted.get():
+        return x.astype(jnp.float32)
+    [x] = plgpu.elementwise_inline_asm(
+        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+        args=[x],
+        constraints="=r,=r,r",
+        pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return x
+
+
+def opaque_zero(dtype) -> jax.Array:
+    """A zero that the compiler can't see through; call it outside of loops."""
+    return (tile_number() < 0).astype(dtype)
+
+
+def matrix_of_zeros(rows: int, columns: int, zero: jax.Array) -> jax.Array:
+    """Float32 zeros, laid out over the threads as the result of a matrix product is.
+
+    Each thread then holds a few columns of few rows, so that what is computed from a row's or a
+    column's number alone is computed once for many elements; and the matrix, cast to 16 bits, goes
+    into the next product without a detour through shared memory. Triton has no name for such a
+    layout, so this asks for a product of zeros; `zero` is `opaque_zero` of a 16-bit type.
+    """
+    return dot(jnp.full((rows, MIN_DOT), zero), jnp.full((MIN_DOT, columns), zero))
