@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flowdcn_jax.models.flowdcn import FlowDCN
+from flowdcn_jax.models.sit import SiT
 
-MODELS = {"flowdcn": FlowDCN}
+MODELS = {"flowdcn": FlowDCN, "sit": SiT}
 
 
 def compute_dtype(name: str):

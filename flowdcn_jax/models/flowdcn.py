@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array
 
 from flowdcn_jax.models import layers
+from flowdcn_jax.models.velocity_network import AdaLNBlock, VelocityNetwork
 from pallas_kernels.deformable_conv import deformable_aggregate
 
 SAMPLING_POINTS = 9  # K: a 3x3 grid
@@ -76,8 +77,8 @@ class MultiscaleDeformableConv(nnx.Module):
         return self.out(aggregated.reshape(x.shape))
 
 
-class FlowDCNBlock(nnx.Module):
-    """x += gate1 * DCN(adaLN(RMSNorm(x))); x += gate2 * SwiGLU(adaLN(RMSNorm(x)))."""
+class FlowDCNBlock(AdaLNBlock):
+    """Tokens are mixed by the deformable convolution."""
 
     def __init__(
         self,
@@ -98,33 +99,14 @@ class FlowDCNBlock(nnx.Module):
         self.mlp = layers.SwiGLU(width, **options)
         self.modulation = layers.linear(width, 6 * width, **options)
 
-    def __call__(self, x: Array, condition: Array) -> Array:
-        """x [B,h,w,d], condition [B,d] -> [B,h,w,d]."""
-        modulation = self.modulation(nnx.silu(condition))
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
-        x = x + gate1[:, None, None, :] * self.conv(layers.modulate(self.norm1(x), shift1, scale1))
-        return x + gate2[:, None, None, :] * self.mlp(
-            layers.modulate(self.norm2(x), shift2, scale2)
-        )
+    def mix(self, x: Array) -> Array:
+        return self.conv(x)
 
 
-class FinalLayer(nnx.Module):
-    """LayerNorm, adaLN and a Linear to p*p*channels; both Linears start at zero."""
+class FlowDCN(VelocityNetwork):
+    """The velocity network of the paper.
 
-    def __init__(self, width: int, out_features: int, *, dtype, rngs: nnx.Rngs):
-        zeros = nnx.initializers.zeros_init()
-        options = dict(kernel_init=zeros, bias_init=zeros, dtype=dtype, rngs=rngs)
-        self.norm = layers.plain_layer_norm(width, dtype=dtype, rngs=rngs)
-        self.modulation = layers.linear(width, 2 * width, **options)
-        self.linear = layers.linear(width, out_features, **options)
-
-    def __call__(self, x: Array, condition: Array) -> Array:
-        shift, scale = jnp.split(self.modulation(nnx.silu(condition)), 2, axis=-1)
-        return self.linear(layers.modulate(self.norm(x), shift, scale))
-
-
-class FlowDCN(nnx.Module):
-    """The velocity network.
+    `forward_macs` leaves out the sampling itself (4 * K * d a token), as the paper's figures do.
 
     Args:
         width: d, channels of a token; a multiple of num_groups.
@@ -157,72 +139,25 @@ class FlowDCN(nnx.Module):
         remat: bool,
         rngs: nnx.Rngs,
     ):
-        self.width = width
-        self.patch_size = patch_size
-        self.in_channels = in_channels
-        self.num_classes = num_classes
-        self.dtype = dtype
-        self.remat = remat
-        patch_features = patch_size**2 * in_channels
-        out_features = patch_features * (2 if learn_sigma else 1)
-        options = dict(dtype=dtype, rngs=rngs)
-        self.stem = layers.linear(
-            patch_features,
-            width,
-            kernel_init=nnx.initializers.xavier_uniform(),
-            bias_init=nnx.initializers.zeros_init(),
-            **options,
-        )
-        self.time_embedder = layers.TimestepEmbedder(width, **options)
-        self.class_embedder = layers.ClassEmbedder(num_classes, width, **options)
-        self.blocks = nnx.List(
-            FlowDCNBlock(width, num_groups, boundary=boundary, max_scale=max_scale, **options)
-            for _ in range(depth)
-        )
-        self.final = FinalLayer(width, out_features, **options)
-
-    def __call__(self, x: Array, t: Array, y: Array) -> Array:
-        """Velocity [B,H,W,C] (float32) at x [B,H,W,C], time t [B] in [0,1], class y [B] (integers).
-
-        Raises:
-            ValueError: a shape that does not fit, or a side that the patch size does not divide.
-        """
-        self._check(x, t, y)
-        tokens = self.stem(layers.patchify(x.astype(self.dtype), self.patch_size))
-        condition = self.time_embedder(t) + self.class_embedder(y)
-        apply = nnx.remat(lambda block, *args: block(*args)) if self.remat else _apply_block
-        for block in self.blocks:
-            tokens = apply(block, tokens, condition)
-        out = layers.unpatchify(self.final(tokens, condition), self.patch_size)
-        return out[..., : self.in_channels].astype(jnp.float32)
-
-    def forward_macs(self, height: int, width: int) -> int:
-        """Multiply-adds of the matrix products for one input of height x width (latent pixels).
-
-        The sampling itself (4 * K * d a token) is left out, as in the paper's figures.
-        """
-        tokens = (height // self.patch_size) * (width // self.patch_size)
-        once = {"time_embedder", "modulation"}  # act on the condition, not on the tokens
-        total = 0
-        for path, module in nnx.iter_modules(self):
-            if isinstance(module, nnx.Linear):
-                uses = 1 if once.intersection(path) else tokens
-                total += uses * module.in_features * module.out_features
-        return total
-
-    def _check(self, x: Array, t: Array, y: Array) -> None:
-        if x.ndim != 4 or x.shape[-1] != self.in_channels:
-            raise ValueError(f"x has shape {x.shape}; expected [B, H, W, {self.in_channels}]")
-        if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size or 0 in x.shape[1:3]:
-            raise ValueError(
-                f"x is {x.shape[1]}x{x.shape[2]}; both sides must be positive multiples of the "
-                f"patch size {self.patch_size}"
+        def make_block():
+            return FlowDCNBlock(
+                width,
+                num_groups,
+                boundary=boundary,
+                max_scale=max_scale,
+                dtype=dtype,
+                rngs=rngs,
             )
-        if t.shape != x.shape[:1] or y.shape != x.shape[:1]:
-            raise ValueError(f"t {t.shape} and y {y.shape} must both have shape {x.shape[:1]}")
-        if not jnp.issubdtype(y.dtype, jnp.integer):
-            raise ValueError(f"y has dtype {y.dtype}; expected integers")
 
-
-def _apply_block(block: FlowDCNBlock, x: Array, condition: Array) -> Array:
-    return block(x, condition)
+        super().__init__(
+            make_block,
+            width=width,
+            depth=depth,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            learn_sigma=learn_sigma,
+            dtype=dtype,
+            remat=remat,
+            rngs=rngs,
+        )
