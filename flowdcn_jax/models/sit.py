@@ -4,8 +4,6 @@ Sequences are kept as grids [B,h,w,d], as everywhere here. Positions are told by
 integer coordinates, so any h x w works; sizes beyond those of training are extrapolated.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,11 +76,9 @@ class Attention(nnx.Module):
 
 
 class SiTBlock(AdaLNBlock):
-    """Tokens are mixed by attention; the modulation starts at zero, so the block as the identity."""
+    """Tokens are mixed by attention; the modulation starts at zero: the block changes nothing."""
 
-    def __init__(
-        self, width: int, num_heads: int, *, norm: str, mlp: str, dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, width: int, num_heads: int, *, norm: str, mlp: str, dtype, rngs: nnx.Rngs):
         zeros = nnx.initializers.zeros_init()
         options = dict(dtype=dtype, rngs=rngs)
         self.norm1 = layers.NORMS[norm](width, **options)

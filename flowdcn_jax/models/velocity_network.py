@@ -1,4 +1,4 @@
-"""What every model here shares: patches in, adaLN blocks conditioned on time and class, patches out.
+"""What all models share: patches in, adaLN blocks conditioned on time and class, patches out.
 
 The models differ in their blocks, and in whether tokens are told their positions.
 """

@@ -3,11 +3,9 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from flax import nnx
 
 from flowdcn_jax import models
 from flowdcn_jax.models import sit
