@@ -32,11 +32,11 @@ def model_options(name: str) -> dict:
     Raises:
         ValueError: `name` is not a known model.
     """
-    parameters = inspect.signature(layers.choose("config.model.name", name, MODELS)).parameters
+    constructor = layers.choose("config.model.name", name, MODELS).__init__
     return {"name": None} | {
         key: None if parameter.default is parameter.empty else parameter.default
-        for key, parameter in parameters.items()
-        if key != "rngs"
+        for key, parameter in inspect.signature(constructor).parameters.items()
+        if key not in ("self", "rngs")
     }
 
 
