@@ -6,16 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import default
 from flowdcn_jax import sampling
 from flowdcn_jax.errors import ConfigError, UserError
 from flowdcn_jax.training import loop
 from flowdcn_jax.training.checkpoint import CheckpointError
 from tests import tiny
-
-SMALL = dict(width=16, depth=1, in_channels=1, num_classes=10, dtype="float32")
-SIT = default.sit() | SMALL | dict(num_heads=2)
-FLOWCNN = default.flowcnn() | SMALL | dict(num_groups=2)
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +45,21 @@ def files(folder):
             dict(model__name="sit"),
             r"model.boundary is 'zeros'; expected no such key, for the model 'sit' has .*num_heads",
         ),
-        (dict(model=SIT | dict(num_heads=3)), "width is 16; expected a multiple of .*num_heads=3"),
-        (dict(model=SIT | dict(width=6)), "model.width is 6; expected a multiple of 4"),
-        (dict(model=SIT | dict(norm="batch")), "norm is 'batch'; expected one of layer_norm, rms"),
-        (dict(model=FLOWCNN | dict(kernel_size=4)), "kernel_size is 4; expected an odd number"),
         (
-            dict(model={key: value for key, value in SIT.items() if key != "num_heads"}),
+            dict(model=tiny.SIT | dict(num_heads=3)),
+            "width is 16; expected a multiple of .*num_heads=3",
+        ),
+        (dict(model=tiny.SIT | dict(width=6)), "model.width is 6; expected a multiple of 4"),
+        (
+            dict(model=tiny.SIT | dict(norm="batch")),
+            "norm is 'batch'; expected one of layer_norm, rms",
+        ),
+        (
+            dict(model=tiny.FLOWCNN | dict(kernel_size=4)),
+            "kernel_size is 4; expected an odd number",
+        ),
+        (
+            dict(model={key: value for key, value in tiny.SIT.items() if key != "num_heads"}),
             "model.num_heads is missing; the model 'sit' needs it",
         ),
         (

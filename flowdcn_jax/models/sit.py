@@ -43,6 +43,9 @@ def attention_implementation(dtype, head_dim: int) -> str:
     cuDNN's fused kernel, which never holds the tokens x tokens matrix, for the 16-bit types on
     NVIDIA GPUs and the head sizes that it takes (multiples of 8 up to 128, which all published
     models are within). XLA otherwise: cuDNN has no float32, and no other platform has cuDNN.
+
+    The gradient of cuDNN's kernel adds its terms in any order, unless XLA is told to exclude such
+    operations (XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true).
     """
     fits = head_dim % 8 == 0 and head_dim <= CUDNN_MAX_HEAD_DIM
     on_cuda = "cuda" in backend.get_backend().platform_version
