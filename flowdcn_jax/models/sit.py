@@ -21,7 +21,7 @@ CUDNN_MAX_HEAD_DIM = 128  # of cuDNN's fused attention on every GPU since Ampere
 def position_embedding(h: int, w: int, width: int) -> np.ndarray:
     """Sinusoids of each token's column (first half of the channels) and row: [h,w,width] float32.
 
-    Each half holds the sines, then the cosines, of width/4 frequencies from 1 down to 1/10000.
+    Each half holds the sines, then the cosines, of width/4 frequencies from 1 down towards 1/10000.
     Coordinates are integers whatever the size, as in the released models, of each of which this is
     the constant: a 512x512 model's top left quarter is that of a 256x256 model. For a size that a
     model was not trained at it extrapolates: nothing is rescaled.

@@ -52,13 +52,12 @@ def test_the_committed_table_is_what_the_command_prints(tmp_path):
 
 
 def test_timing_on_any_device(tiny_configs):
-    result = measure(names=["s2"], image_sizes=(8, 16), batch_sizes=(3,), timed=True)
-    assert [row["image_size"] for row in result["timings"]] == [8, 16]
-    for row in result["timings"]:
-        assert row["images_per_s"] == pytest.approx(3 * 1000 / row["latency_ms"])
-        assert row["latency_ms"] > 0
+    result = measure(names=["s2"], image_sizes=(16,), batch_sizes=(3,), timed=True)
+    (row,) = result["timings"]
+    assert row["images_per_s"] == pytest.approx(3 * 1000 / row["latency_ms"])
+    assert row["latency_ms"] > 0
     markdown = model_table.to_markdown(result, "command")
-    assert f"| FlowDCN-S/2 | 16² | 3 | {result['timings'][1]['latency_ms']:.2f} |" in markdown
+    assert f"| FlowDCN-S/2 | 16² | 3 | {row['latency_ms']:.2f} |" in markdown
     assert "one cpu" in markdown
 
 
