@@ -5,6 +5,9 @@ they lie is predicted by the token (directions and scales), so the receptive fie
 content and no position embedding is needed: any h x w works.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ from flax import nnx
 from jax import Array
 
 from flowdcn_jax.models import layers
+from flowdcn_jax.models.velocity_network import AdaLNBlock, VelocityNetwork
 from pallas_kernels.deformable_conv import deformable_aggregate
 
 SAMPLING_POINTS = 9  # K: a 3x3 grid
@@ -29,6 +33,18 @@ def initial_scale_prior(num_groups: int) -> np.ndarray:
     return np.log(fraction / (1 - fraction)).astype(np.float32)
 
 
+def single_scale_prior(num_groups: int) -> np.ndarray:
+    """0: every group starts with half of max_scale, as it would with no prior at all; [G].
+
+    That is close to the mean radius of `initial_scale_prior`, (G+1)/2G, so what an ablation takes
+    away is the spread over the groups, not reach.
+    """
+    return np.zeros(num_groups, np.float32)
+
+
+SCALE_PRIORS = {"multiscale": initial_scale_prior, "single_scale": single_scale_prior}
+
+
 class MultiscaleDeformableConv(nnx.Module):
     """Group-wise multiscale deformable convolution (paper section 3.2).
 
@@ -43,6 +59,8 @@ class MultiscaleDeformableConv(nnx.Module):
         *,
         boundary: str,
         max_scale: float,
+        scale_prior: str,
+        learn_scale_prior: bool,
         dtype,
         rngs: nnx.Rngs,
     ):
@@ -59,7 +77,9 @@ class MultiscaleDeformableConv(nnx.Module):
         self.scales = layers.linear(width, points, use_bias=False, kernel_init=zeros, **options)
         self.weights = layers.linear(width, points, kernel_init=zeros, **options)
         self.out = layers.linear(width, width, bias_init=zeros, **options)
-        self.scale_prior = nnx.Param(jnp.asarray(initial_scale_prior(num_groups)))
+        self.initial_prior = layers.choose("scale_prior", scale_prior, SCALE_PRIORS)
+        prior = self.initial_prior(num_groups)
+        self.scale_prior = nnx.Param(jnp.asarray(prior)) if learn_scale_prior else None
 
     def __call__(self, x: Array) -> Array:
         """x [B,h,w,d] -> [B,h,w,d]."""
@@ -70,61 +90,37 @@ class MultiscaleDeformableConv(nnx.Module):
         scales = self.scales(x).reshape(points).astype(jnp.float32)
         weights = self.weights(x).reshape(points)
 
-        radius = jax.nn.sigmoid(scales + self.scale_prior[...][:, None]) * self.max_scale
+        fixed = self.scale_prior is None
+        prior = self.initial_prior(self.num_groups) if fixed else self.scale_prior[...]
+        radius = jax.nn.sigmoid(scales + prior[:, None]) * self.max_scale
         offsets = (directions + direction_prior()) * radius[..., None]
         aggregated = deformable_aggregate(values, offsets, weights, boundary=self.boundary)
         return self.out(aggregated.reshape(x.shape))
 
 
-class FlowDCNBlock(nnx.Module):
-    """x += gate1 * DCN(adaLN(RMSNorm(x))); x += gate2 * SwiGLU(adaLN(RMSNorm(x)))."""
+class FlowDCNBlock(AdaLNBlock):
+    """Tokens are mixed by a convolution, which `make_conv(dtype=, rngs=)` makes."""
 
     def __init__(
-        self,
-        width: int,
-        num_groups: int,
-        *,
-        boundary: str,
-        max_scale: float,
-        dtype,
-        rngs: nnx.Rngs,
+        self, width: int, make_conv: Callable, *, norm: str, mlp: str, dtype, rngs: nnx.Rngs
     ):
         options = dict(dtype=dtype, rngs=rngs)
-        self.norm1 = layers.rms_norm(width, **options)
-        self.conv = MultiscaleDeformableConv(
-            width, num_groups, boundary=boundary, max_scale=max_scale, **options
-        )
-        self.norm2 = layers.rms_norm(width, **options)
-        self.mlp = layers.SwiGLU(width, **options)
+        make_norm = layers.choose("norm", norm, layers.NORMS)
+        make_mlp = layers.choose("mlp", mlp, layers.MLPS)
+        self.norm1 = make_norm(width, **options)
+        self.conv = make_conv(**options)
+        self.norm2 = make_norm(width, **options)
+        self.mlp = make_mlp(width, **options)
         self.modulation = layers.linear(width, 6 * width, **options)
 
-    def __call__(self, x: Array, condition: Array) -> Array:
-        """x [B,h,w,d], condition [B,d] -> [B,h,w,d]."""
-        modulation = self.modulation(nnx.silu(condition))
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
-        x = x + gate1[:, None, None, :] * self.conv(layers.modulate(self.norm1(x), shift1, scale1))
-        return x + gate2[:, None, None, :] * self.mlp(
-            layers.modulate(self.norm2(x), shift2, scale2)
-        )
+    def mix(self, x: Array) -> Array:
+        return self.conv(x)
 
 
-class FinalLayer(nnx.Module):
-    """LayerNorm, adaLN and a Linear to p*p*channels; both Linears start at zero."""
+class FlowDCN(VelocityNetwork):
+    """The velocity network of the paper; the options that have defaults are its ablations.
 
-    def __init__(self, width: int, out_features: int, *, dtype, rngs: nnx.Rngs):
-        zeros = nnx.initializers.zeros_init()
-        options = dict(kernel_init=zeros, bias_init=zeros, dtype=dtype, rngs=rngs)
-        self.norm = layers.plain_layer_norm(width, dtype=dtype, rngs=rngs)
-        self.modulation = layers.linear(width, 2 * width, **options)
-        self.linear = layers.linear(width, out_features, **options)
-
-    def __call__(self, x: Array, condition: Array) -> Array:
-        shift, scale = jnp.split(self.modulation(nnx.silu(condition)), 2, axis=-1)
-        return self.linear(layers.modulate(self.norm(x), shift, scale))
-
-
-class FlowDCN(nnx.Module):
-    """The velocity network.
+    `forward_macs` leaves out the sampling itself (4 * K * d a token), as the paper's figures do.
 
     Args:
         width: d, channels of a token; a multiple of num_groups.
@@ -139,6 +135,11 @@ class FlowDCN(nnx.Module):
         dtype: compute dtype; parameters are float32.
         remat: recompute each block in the backward pass instead of keeping its activations.
         rngs: source of the initial values.
+        norm: "rms_norm", or "layer_norm" (without an affine part).
+        mlp: "swiglu", or "gelu" (hidden width 4d, with biases).
+        scale_prior: "multiscale" (group g starts with the radius (g+1)/G of max_scale), or
+            "single_scale" (every group starts with half of max_scale).
+        learn_scale_prior: whether training changes the scale priors; if not, they are constants.
     """
 
     def __init__(
@@ -156,73 +157,29 @@ class FlowDCN(nnx.Module):
         dtype,
         remat: bool,
         rngs: nnx.Rngs,
+        norm: str = "rms_norm",
+        mlp: str = "swiglu",
+        scale_prior: str = "multiscale",
+        learn_scale_prior: bool = True,
     ):
-        self.width = width
-        self.patch_size = patch_size
-        self.in_channels = in_channels
-        self.num_classes = num_classes
-        self.dtype = dtype
-        self.remat = remat
-        patch_features = patch_size**2 * in_channels
-        out_features = patch_features * (2 if learn_sigma else 1)
-        options = dict(dtype=dtype, rngs=rngs)
-        self.stem = layers.linear(
-            patch_features,
+        make_conv = functools.partial(
+            MultiscaleDeformableConv,
             width,
-            kernel_init=nnx.initializers.xavier_uniform(),
-            bias_init=nnx.initializers.zeros_init(),
-            **options,
+            num_groups,
+            boundary=boundary,
+            max_scale=max_scale,
+            scale_prior=scale_prior,
+            learn_scale_prior=learn_scale_prior,
         )
-        self.time_embedder = layers.TimestepEmbedder(width, **options)
-        self.class_embedder = layers.ClassEmbedder(num_classes, width, **options)
-        self.blocks = nnx.List(
-            FlowDCNBlock(width, num_groups, boundary=boundary, max_scale=max_scale, **options)
-            for _ in range(depth)
+        super().__init__(
+            lambda: FlowDCNBlock(width, make_conv, norm=norm, mlp=mlp, dtype=dtype, rngs=rngs),
+            width=width,
+            depth=depth,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            learn_sigma=learn_sigma,
+            dtype=dtype,
+            remat=remat,
+            rngs=rngs,
         )
-        self.final = FinalLayer(width, out_features, **options)
-
-    def __call__(self, x: Array, t: Array, y: Array) -> Array:
-        """Velocity [B,H,W,C] (float32) at x [B,H,W,C], time t [B] in [0,1], class y [B] (integers).
-
-        Raises:
-            ValueError: a shape that does not fit, or a side that the patch size does not divide.
-        """
-        self._check(x, t, y)
-        tokens = self.stem(layers.patchify(x.astype(self.dtype), self.patch_size))
-        condition = self.time_embedder(t) + self.class_embedder(y)
-        apply = nnx.remat(lambda block, *args: block(*args)) if self.remat else _apply_block
-        for block in self.blocks:
-            tokens = apply(block, tokens, condition)
-        out = layers.unpatchify(self.final(tokens, condition), self.patch_size)
-        return out[..., : self.in_channels].astype(jnp.float32)
-
-    def forward_macs(self, height: int, width: int) -> int:
-        """Multiply-adds of the matrix products for one input of height x width (latent pixels).
-
-        The sampling itself (4 * K * d a token) is left out, as in the paper's figures.
-        """
-        tokens = (height // self.patch_size) * (width // self.patch_size)
-        once = {"time_embedder", "modulation"}  # act on the condition, not on the tokens
-        total = 0
-        for path, module in nnx.iter_modules(self):
-            if isinstance(module, nnx.Linear):
-                uses = 1 if once.intersection(path) else tokens
-                total += uses * module.in_features * module.out_features
-        return total
-
-    def _check(self, x: Array, t: Array, y: Array) -> None:
-        if x.ndim != 4 or x.shape[-1] != self.in_channels:
-            raise ValueError(f"x has shape {x.shape}; expected [B, H, W, {self.in_channels}]")
-        if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size or 0 in x.shape[1:3]:
-            raise ValueError(
-                f"x is {x.shape[1]}x{x.shape[2]}; both sides must be positive multiples of the "
-                f"patch size {self.patch_size}"
-            )
-        if t.shape != x.shape[:1] or y.shape != x.shape[:1]:
-            raise ValueError(f"t {t.shape} and y {y.shape} must both have shape {x.shape[:1]}")
-        if not jnp.issubdtype(y.dtype, jnp.integer):
-            raise ValueError(f"y has dtype {y.dtype}; expected integers")
-
-
-def _apply_block(block: FlowDCNBlock, x: Array, condition: Array) -> Array:
-    return block(x, condition)

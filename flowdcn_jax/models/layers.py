@@ -16,6 +16,17 @@ TIMESTEP_FREQUENCIES = 128  # pairs of (cos, sin): 256 features
 TIMESTEP_MAX_PERIOD = 10_000.0
 
 
+def choose(option: str, name: str, registry: dict):
+    """registry[name].
+
+    Raises:
+        ValueError: no such name; the message lists the choices.
+    """
+    if name not in registry:
+        raise ValueError(f"{option} is {name!r}; expected one of {', '.join(sorted(registry))}")
+    return registry[name]
+
+
 def matmul_precision(dtype) -> jax.lax.Precision | None:
     """HIGHEST for float32 (no TF32), the backend's default for narrower types."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
@@ -56,6 +67,28 @@ def linear(
     )
 
 
+def xavier_linear(
+    in_features: int,
+    out_features: int,
+    *,
+    dtype,
+    rngs: nnx.Rngs,
+    use_bias: bool = True,
+    kernel_init=None,
+    bias_init=None,
+) -> nnx.Linear:
+    """A Linear with Xavier-uniform weights and a bias of zero unless others are given."""
+    return linear(
+        in_features,
+        out_features,
+        use_bias=use_bias,
+        kernel_init=kernel_init or nnx.initializers.xavier_uniform(),
+        bias_init=bias_init or nnx.initializers.zeros_init(),
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
 def rms_norm(features: int, *, dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
     """RMSNorm with a learnable weight and float32 statistics."""
     return nnx.RMSNorm(
@@ -63,7 +96,7 @@ def rms_norm(features: int, *, dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
     )
 
 
-def plain_layer_norm(features: int, *, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(features: int, *, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm without an affine part; float32 statistics in two passes."""
     return nnx.LayerNorm(
         features,
@@ -101,11 +134,12 @@ def unpatchify(x: Array, patch_size: int) -> Array:
 class SwiGLU(nnx.Module):
     """w2(SiLU(w1 x) * w3 x), no bias; hidden width int(8/3 width)."""
 
-    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs, linear=linear):
         hidden = self.hidden_width(width)
-        self.w1 = linear(width, hidden, use_bias=False, dtype=dtype, rngs=rngs)
-        self.w2 = linear(hidden, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.w3 = linear(width, hidden, use_bias=False, dtype=dtype, rngs=rngs)
+        options = dict(use_bias=False, dtype=dtype, rngs=rngs)
+        self.w1 = linear(width, hidden, **options)
+        self.w2 = linear(hidden, width, **options)
+        self.w3 = linear(width, hidden, **options)
 
     @staticmethod
     def hidden_width(width: int) -> int:
@@ -115,10 +149,25 @@ class SwiGLU(nnx.Module):
         return self.w2(nnx.silu(self.w1(x)) * self.w3(x))
 
 
+class GeluMLP(nnx.Module):
+    """out(GELU(hidden x)), with biases; hidden width 4 width; the tanh form of GELU."""
+
+    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs, linear=linear):
+        self.hidden = linear(width, 4 * width, dtype=dtype, rngs=rngs)
+        self.out = linear(4 * width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.out(nnx.gelu(self.hidden(x), approximate=True))
+
+
+NORMS = {"rms_norm": rms_norm, "layer_norm": layer_norm}
+MLPS = {"swiglu": SwiGLU, "gelu": GeluMLP}
+
+
 class TimestepEmbedder(nnx.Module):
     """Sinusoids of t in [0,1] (unscaled, cos before sin), then Linear-SiLU-Linear."""
 
-    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs, linear=linear):
         init = nnx.initializers.normal(0.02)
         features = 2 * TIMESTEP_FREQUENCIES
         self.hidden = linear(features, width, kernel_init=init, dtype=dtype, rngs=rngs)
