@@ -28,6 +28,12 @@ _SAVE_IMAGES = flags.DEFINE_bool("save_images", False, "Write every image as a P
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 64, "Images at a time on each device; does not change them.", lower_bound=1
 )
+_AUTOENCODER = flags.DEFINE_string(
+    "autoencoder", None, "Decoder: sd_vae, taesd, taef1 or taef2; by default the config's."
+)
+_AUTOENCODER_WEIGHTS = flags.DEFINE_string(
+    "autoencoder_weights", None, "Its safetensors file, or the folder; by default the config's."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -52,6 +58,8 @@ def main(argv: list[str]) -> None:
             out=_OUT.value,
             save_images=_SAVE_IMAGES.value,
             batch_size=_BATCH_SIZE.value,
+            autoencoder=_AUTOENCODER.value,
+            autoencoder_weights=_AUTOENCODER_WEIGHTS.value,
         )
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -19,13 +19,16 @@ def get_config() -> config_dict.ConfigDict:
         split="train",
         image_size=256,  # side of the training images, pixels
         random_flip=True,  # mirror half of the visits
-        latent_scale=0.18215,  # drawn latents are multiplied by it
+        latent_scale=0.18215,  # of the cached latents: sd_vae 0.18215; taesd, taef1, taef2 1
         num_threads=4,  # reader threads a process
         prefetch_batches=8,  # batches read ahead a process, in host memory
     )
     config.autoencoder = dict(
-        name="none",  # identity: pixels in [-1,1]; none: latents, shown without a decoder
+        name="none",  # identity: pixels in [-1,1]; none: latents, shown without a decoder;
+        # or a decoder: sd_vae, taesd, taef1, taef2
+        weights=config_dict.placeholder(str),  # its safetensors file, or the folder that holds it
         downsampling=8,  # image pixels a latent pixel, each side
+        dtype="float32",  # compute dtype: float32, bfloat16, or auto as in model.dtype
     )
     config.train = dict(
         batch_size=256,  # global, all devices of all hosts together

@@ -1,5 +1,6 @@
 """From weights to pictures: restoring a model and drawing images with it."""
 
+import functools
 import logging
 import math
 import re
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from flowdcn_jax import samplers
-from flowdcn_jax.autoencoders import AUTOENCODERS
+from flowdcn_jax.autoencoders import Autoencoder, check_fits, decode_images, load_autoencoder
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.files import atomic_write
 from flowdcn_jax.flow.guidance import guided_velocity
@@ -71,20 +72,33 @@ def initial_noise(seed: int, indices: jax.Array, shape: tuple[int, ...]) -> jax.
 
 
 def make_generator(
-    config, mesh: Mesh, *, size: tuple[int, int], num_steps: int, guidance: float, seed: int
+    config,
+    mesh: Mesh,
+    *,
+    size: tuple[int, int],
+    num_steps: int,
+    guidance: float,
+    seed: int,
+    autoencoder: Autoencoder | None = None,
 ) -> Callable:
     """A compiled function (params, indices [n], labels [n]) -> (x [n,h,w,C], images uint8).
 
-    x is in the model's space; images are decoded as config.autoencoder says. n is a multiple of the
-    number of devices; rows are split over them. `size` (height, width) is in image pixels.
+    x is in the model's space; images are decoded by `autoencoder`, by default the one that
+    config.autoencoder names. n is a multiple of the number of devices; rows are split over them.
+    `size` (height, width) is in image pixels.
+
+    Raises:
+        flowdcn_jax.errors.UserError: the autoencoder's weights are not there, or do not fit.
     """
+    if autoencoder is None:
+        autoencoder = load_autoencoder(config.autoencoder)
+    check_fits(autoencoder, config)
     graphdef, _ = abstract_model(config.model)
     downsampling = config.autoencoder.downsampling
     shape = (size[0] // downsampling, size[1] // downsampling, config.model.in_channels)
     times = samplers.uniform_times(num_steps)
-    decode = AUTOENCODERS[config.autoencoder.name]
 
-    def generate(params, indices, labels):
+    def generate(decoder_params, params, indices, labels):
         def velocity_fn(x, t, y):
             return apply_model(graphdef, params, x, t, y)
 
@@ -92,9 +106,11 @@ def make_generator(
         rows = batch_sharding(mesh)
         noise = jax.lax.with_sharding_constraint(initial_noise(seed, indices, shape), rows)
         x = samplers.euler(guided, noise, jax.lax.with_sharding_constraint(labels, rows), times)
-        return x, decode(x)
+        return x, decode_images(autoencoder, decoder_params, x, mesh=mesh)
 
-    return jax.jit(generate, out_shardings=replicated(mesh))
+    copied = replicated(mesh)
+    decoder_params = jax.jit(lambda tree: tree, out_shardings=copied)(autoencoder.params)
+    return functools.partial(jax.jit(generate, out_shardings=copied), decoder_params)
 
 
 def generate_images(
@@ -167,6 +183,19 @@ def parse_size(image_size: str | None, config) -> tuple[int, int]:
     return size
 
 
+def with_autoencoder(config: ConfigDict, name: str | None, weights: str | None) -> ConfigDict:
+    """A copy of a run's config that decodes with another autoencoder, or with weights elsewhere.
+
+    Another `name` has its own weights: those of the config are then left out.
+    """
+    config = config.copy_and_resolve_references()
+    if name not in (None, config.autoencoder.name):
+        config.autoencoder.update(name=name, weights=None)
+    if weights is not None:
+        config.autoencoder.weights = weights
+    return config
+
+
 def sample_to_folder(
     workdir: str,
     *,
@@ -180,6 +209,8 @@ def sample_to_folder(
     out: str | None = None,
     save_images: bool = False,
     batch_size: int = 64,
+    autoencoder: str | None = None,
+    autoencoder_weights: str | None = None,
 ) -> Path:
     """What sample.py does, with its flags as arguments; returns the path of the grid.
 
@@ -187,6 +218,7 @@ def sample_to_folder(
 
     Raises:
         SamplingError: classes, image_size or out cannot be used.
+        flowdcn_jax.errors.UserError: the autoencoder's weights are not there, or do not fit.
         flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
     for name, value, minimum in (
@@ -202,7 +234,9 @@ def sample_to_folder(
         raise SamplingError(f"--seed is {seed}; expected a number below 2**32")
     mesh = make_mesh()
     weights = load_weights(workdir, step, mesh)
-    config = weights.config
+    config = with_autoencoder(weights.config, autoencoder, autoencoder_weights)
+    decoder = load_autoencoder(config.autoencoder)
+    check_fits(decoder, config)
     num_classes = config.model.num_classes
     chosen = tuple(config.sampling.classes)
     if classes is not None:
@@ -216,7 +250,13 @@ def sample_to_folder(
 
     labels = labels_in_turn(chosen, num_images, num_classes)
     generator = make_generator(
-        config, mesh, size=size, num_steps=num_steps, guidance=guidance, seed=seed
+        config,
+        mesh,
+        size=size,
+        num_steps=num_steps,
+        guidance=guidance,
+        seed=seed,
+        autoencoder=decoder,
     )
     per_device = min(batch_size, math.ceil(num_images / mesh.size))
     x, images = generate_images(

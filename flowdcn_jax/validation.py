@@ -27,6 +27,7 @@ CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16"),
     "data.name": tuple(SOURCES),
     "autoencoder.name": tuple(AUTOENCODERS),
+    "autoencoder.dtype": ("auto", "float32", "bfloat16"),
     "flow.time_distribution": tuple(TIME_DISTRIBUTIONS),
 }
 AT_LEAST_ONE = (

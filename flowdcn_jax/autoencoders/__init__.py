@@ -1,25 +1,25 @@
-"""What stands between the model's space and pictures, chosen by `config.autoencoder.name`.
+"""Autoencoders: between images and the space that the model works in.
 
-"identity": the model works on pixels in [-1,1].
-"none": the model works on latents and there is no decoder. Grids then show the first three latent
-channels as red, green and blue, which is a preview and not a picture.
+`load_autoencoder(config.autoencoder)` gives an `Autoencoder`, whichever the config names.
 """
 
-import jax
-import jax.numpy as jnp
+from flowdcn_jax.autoencoders.interface import (
+    Autoencoder,
+    decode_images,
+    decode_pixels,
+    preview_latents,
+)
+from flowdcn_jax.autoencoders.registry import AUTOENCODERS, check_fits, load_autoencoder
+from flowdcn_jax.autoencoders.weights import AutoencoderError, WeightsNotFoundError
 
-LATENT_PREVIEW_RANGE = 3.0  # scaled latents have a standard deviation near 1
-
-
-def decode_pixels(x: jax.Array) -> jax.Array:
-    """[-1,1] float [B,H,W,C] -> uint8 [B,H,W,C]."""
-    return jnp.round(jnp.clip(x * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
-
-
-def preview_latents(x: jax.Array) -> jax.Array:
-    """Latents [B,h,w,C] -> uint8 [B,h,w,3]: three channels, +-3 filling the range."""
-    channels = jnp.minimum(jnp.arange(3), x.shape[-1] - 1)
-    return decode_pixels(x[..., channels] / LATENT_PREVIEW_RANGE)
-
-
-AUTOENCODERS = {"identity": decode_pixels, "none": preview_latents}
+__all__ = [
+    "AUTOENCODERS",
+    "Autoencoder",
+    "AutoencoderError",
+    "WeightsNotFoundError",
+    "check_fits",
+    "decode_images",
+    "decode_pixels",
+    "load_autoencoder",
+    "preview_latents",
+]

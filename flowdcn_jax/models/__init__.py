@@ -3,25 +3,15 @@
 import inspect
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from flowdcn_jax.models import layers
 from flowdcn_jax.models.flowcnn import FlowCNN
 from flowdcn_jax.models.flowdcn import FlowDCN
 from flowdcn_jax.models.sit import SiT
+from flowdcn_jax.precision import compute_dtype
 
 MODELS = {"flowdcn": FlowDCN, "flowcnn": FlowCNN, "sit": SiT}
-
-
-def compute_dtype(name: str):
-    """The compute dtype that a config's "auto", "float32" or "bfloat16" stands for.
-
-    "auto" is bfloat16 on accelerators and float32 on CPUs, which have no fast bfloat16.
-    """
-    if name == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
 
 
 def model_options(name: str) -> dict:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from flowdcn_jax.precision import matmul_precision
+
 NORM_EPSILON = 1e-6
 TIMESTEP_FREQUENCIES = 128  # pairs of (cos, sin): 256 features
 TIMESTEP_MAX_PERIOD = 10_000.0
@@ -25,11 +27,6 @@ def choose(option: str, name: str, registry: dict):
     if name not in registry:
         raise ValueError(f"{option} is {name!r}; expected one of {', '.join(sorted(registry))}")
     return registry[name]
-
-
-def matmul_precision(dtype) -> jax.lax.Precision | None:
-    """HIGHEST for float32 (no TF32), the backend's default for narrower types."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def uniform_fan_in(fan_in: int):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from flowdcn_jax import data, sampling
+from flowdcn_jax.autoencoders import Autoencoder, check_fits, load_autoencoder
 from flowdcn_jax.errors import ConfigError, UserError
 from flowdcn_jax.images import grid_columns, make_grid, save_png
 from flowdcn_jax.models import forward_macs
@@ -31,15 +32,19 @@ class NonFiniteError(UserError, RuntimeError):
 def train(config, workdir: str) -> None:
     """Trains until config.train.num_steps, or until SIGTERM; goes on from the newest checkpoint.
 
-    Nothing is written to `workdir` before the config, the data and the checkpoints are found good.
+    Nothing is written to `workdir` before the config, the autoencoder, the data and the checkpoints
+    are found good.
 
     Raises:
         flowdcn_jax.errors.ConfigError: a value, or a difference from the run in `workdir`.
+        flowdcn_jax.autoencoders.AutoencoderError: weights that are missing or of no use.
         flowdcn_jax.training.checkpoint.CheckpointError: not one checkpoint there can be read.
         NonFiniteError: the loss or gradient norm was not finite.
     """
     validate(config, jax.device_count(), jax.process_count())
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    autoencoder = load_autoencoder(config.autoencoder)
+    check_fits(autoencoder, config)
     source = data.make_source(config.data)
     check_source(config, source)
     saved = checkpoint.saved_config(workdir)
@@ -56,7 +61,7 @@ def train(config, workdir: str) -> None:
     try:
         state = checkpointer.restore_newest(abstract_state(config, mesh))
         state = initial_state(config, mesh) if state is None else state
-        _Run(config, workdir, mesh, source, checkpointer).train(state)
+        _Run(config, workdir, mesh, source, checkpointer, autoencoder).train(state)
     finally:
         checkpointer.close()
 
@@ -85,12 +90,13 @@ def check_source(config, source) -> None:
 class _Run:
     """One process's run of the loop: what it reads from and reports to."""
 
-    def __init__(self, config, workdir: str, mesh, source, checkpointer):
+    def __init__(self, config, workdir: str, mesh, source, checkpointer, autoencoder: Autoencoder):
         self.config = config
         self.workdir = Path(workdir)
         self.mesh = mesh
         self.source = source
         self.checkpointer = checkpointer
+        self.autoencoder = autoencoder
         self.on_device: list[tuple[int, dict]] = []  # (step, metrics) not fetched yet
         self.window: list[dict] = []  # metrics fetched since the last logging step
         macs = forward_macs(config.model, *source.image_shape[:2])
@@ -209,6 +215,7 @@ class _Run:
             num_steps=options.num_steps,
             guidance=options.guidance,
             seed=options.seed,
+            autoencoder=self.autoencoder,
         )
         labels = sampling.labels_in_turn(
             options.classes, options.num_images, config.model.num_classes

@@ -1,0 +1,353 @@
+"""The autoencoder of Stable Diffusion (Rombach et al., arXiv 2112.10752), diffusers' AutoencoderKL.
+
+Modules and attributes have the publisher's names, so that a parameter's path here is its tensor's
+name there.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from flowdcn_jax.autoencoders import layers
+from flowdcn_jax.autoencoders.weights import AutoencoderError, check_config
+from flowdcn_jax.precision import matmul_precision
+
+NORM_EPSILON = 1e-6
+NORM_GROUPS = 32  # where no config.json says otherwise
+LOG_VARIANCE_RANGE = (-30.0, 20.0)
+
+_OLD_ATTENTION_NAMES = {
+    ".to_q.": ".query.",
+    ".to_k.": ".key.",
+    ".to_v.": ".value.",
+    ".to_out.0.": ".proj_attn.",
+}
+# What config.json may say that this module is not.
+_FIXED_CONFIG = {
+    "act_fn": "silu",
+    "mid_block_add_attention": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "latents_mean": None,
+    "latents_std": None,
+}
+
+
+class KLSizes(NamedTuple):
+    """What the AutoencoderKL architecture leaves open."""
+
+    image_channels: int
+    latent_channels: int
+    widths: tuple[int, ...]  # channels of each resolution, the largest resolution first
+    layers_per_block: int  # residual blocks a resolution in the encoder; the decoder has one more
+    norm_groups: int
+
+    @property
+    def downsampling(self) -> int:
+        return 2 ** (len(self.widths) - 1)
+
+
+class ResnetBlock(nnx.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))); a 1x1 convolution of x where channels change."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, norm_groups: int, dtype, rngs: nnx.Rngs
+    ):
+        options = dict(dtype=dtype, rngs=rngs)
+        norm = dict(num_groups=norm_groups, epsilon=NORM_EPSILON, **options)
+        self.norm1 = layers.group_norm(in_features, **norm)
+        self.conv1 = layers.conv(in_features, out_features, **options)
+        self.norm2 = layers.group_norm(out_features, **norm)
+        self.conv2 = layers.conv(out_features, out_features, **options)
+        self.conv_shortcut = (
+            None
+            if in_features == out_features
+            else layers.conv(in_features, out_features, 1, **options)
+        )
+
+    def __call__(self, x: Array) -> Array:
+        hidden = self.conv1(nnx.silu(self.norm1(x)))
+        hidden = self.conv2(nnx.silu(self.norm2(hidden)))
+        return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class AttentionBlock(nnx.Module):
+    """Single-head self-attention over all places of the feature map, with a residual."""
+
+    def __init__(self, features: int, *, norm_groups: int, dtype, rngs: nnx.Rngs):
+        options = dict(dtype=dtype, rngs=rngs)
+        self.group_norm = layers.group_norm(features, norm_groups, epsilon=NORM_EPSILON, **options)
+        self.to_q = layers.linear(features, features, **options)
+        self.to_k = layers.linear(features, features, **options)
+        self.to_v = layers.linear(features, features, **options)
+        self.to_out = nnx.List([layers.linear(features, features, **options)])
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        """x [B,h,w,C] -> [B,h,w,C]; logits and softmax are float32."""
+        batch, _, _, features = x.shape
+        tokens = self.group_norm(x).reshape(batch, -1, features)
+        precision = matmul_precision(self.dtype)
+        logits = jnp.einsum(
+            "bqc,bkc->bqk",
+            self.to_q(tokens),
+            self.to_k(tokens),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+        weights = jax.nn.softmax(logits * features**-0.5, axis=-1).astype(self.dtype)
+        mixed = jnp.einsum("bqk,bkc->bqc", weights, self.to_v(tokens), precision=precision)
+        return x + self.to_out[0](mixed).reshape(x.shape)
+
+
+class Downsample(nnx.Module):
+    """Half of both sides by a 3x3 convolution, padded on the right and at the bottom only."""
+
+    def __init__(self, features: int, *, dtype, rngs: nnx.Rngs):
+        options = dict(dtype=dtype, rngs=rngs)
+        self.conv = layers.conv(features, features, stride=2, padding=(0, 1), **options)
+
+    def __call__(self, x: Array) -> Array:
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Twice both sides by nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, features: int, *, dtype, rngs: nnx.Rngs):
+        self.conv = layers.conv(features, features, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.conv(layers.upsample(x))
+
+
+def resnet_blocks(
+    in_features: int, features: int, count: int, *, norm_groups: int, dtype, rngs: nnx.Rngs
+) -> nnx.List:
+    """`count` residual blocks; the first goes from in_features to features."""
+    inputs = [in_features] + [features] * (count - 1)
+    options = dict(norm_groups=norm_groups, dtype=dtype, rngs=rngs)
+    return nnx.List([ResnetBlock(width, features, **options) for width in inputs])
+
+
+class DownBlock(nnx.Module):
+    """Residual blocks, then half the resolution unless `last`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        count: int,
+        *,
+        last: bool,
+        norm_groups: int,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        options = dict(dtype=dtype, rngs=rngs)
+        self.resnets = resnet_blocks(
+            in_features, features, count, norm_groups=norm_groups, **options
+        )
+        self.downsamplers = nnx.List([] if last else [Downsample(features, **options)])
+
+    def __call__(self, x: Array) -> Array:
+        for layer in (*self.resnets, *self.downsamplers):
+            x = layer(x)
+        return x
+
+
+class UpBlock(nnx.Module):
+    """Residual blocks, then twice the resolution unless `last`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        count: int,
+        *,
+        last: bool,
+        norm_groups: int,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        options = dict(dtype=dtype, rngs=rngs)
+        self.resnets = resnet_blocks(
+            in_features, features, count, norm_groups=norm_groups, **options
+        )
+        self.upsamplers = nnx.List([] if last else [Upsample(features, **options)])
+
+    def __call__(self, x: Array) -> Array:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+class MidBlock(nnx.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, features: int, *, norm_groups: int, dtype, rngs: nnx.Rngs):
+        options = dict(norm_groups=norm_groups, dtype=dtype, rngs=rngs)
+        self.resnets = resnet_blocks(features, features, 2, **options)
+        self.attentions = nnx.List([AttentionBlock(features, **options)])
+
+    def __call__(self, x: Array) -> Array:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nnx.Module):
+    """Images [B,H,W,3] -> twice the latent channels, float32 [B,H/f,W/f,2C], before quant_conv."""
+
+    def __init__(self, sizes: KLSizes, *, dtype, rngs: nnx.Rngs):
+        widths, groups = sizes.widths, sizes.norm_groups
+        options = dict(dtype=dtype, rngs=rngs)
+        self.conv_in = layers.conv(sizes.image_channels, widths[0], **options)
+        self.down_blocks = nnx.List(
+            DownBlock(
+                widths[max(0, level - 1)],
+                width,
+                sizes.layers_per_block,
+                last=level == len(widths) - 1,
+                norm_groups=groups,
+                **options,
+            )
+            for level, width in enumerate(widths)
+        )
+        self.mid_block = MidBlock(widths[-1], norm_groups=groups, **options)
+        self.conv_norm_out = layers.group_norm(widths[-1], groups, epsilon=NORM_EPSILON, **options)
+        self.conv_out = layers.conv(
+            widths[-1], 2 * sizes.latent_channels, dtype=jnp.float32, rngs=rngs
+        )
+
+    def __call__(self, x: Array) -> Array:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(nnx.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nnx.Module):
+    """Latents [B,h,w,C], after post_quant_conv, -> images, float32 [B,h*f,w*f,3]."""
+
+    def __init__(self, sizes: KLSizes, *, dtype, rngs: nnx.Rngs):
+        widths, groups = sizes.widths[::-1], sizes.norm_groups
+        options = dict(dtype=dtype, rngs=rngs)
+        self.conv_in = layers.conv(sizes.latent_channels, widths[0], **options)
+        self.mid_block = MidBlock(widths[0], norm_groups=groups, **options)
+        self.up_blocks = nnx.List(
+            UpBlock(
+                widths[max(0, level - 1)],
+                width,
+                sizes.layers_per_block + 1,
+                last=level == len(widths) - 1,
+                norm_groups=groups,
+                **options,
+            )
+            for level, width in enumerate(widths)
+        )
+        self.conv_norm_out = layers.group_norm(widths[-1], groups, epsilon=NORM_EPSILON, **options)
+        self.conv_out = layers.conv(widths[-1], sizes.image_channels, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nnx.Module):
+    """Images to the mean and standard deviation of their latents, and latents to images.
+
+    What leaves the network is computed in float32, also where `dtype` is narrower: the latents of
+    a picture reach 5 and more, and their standard deviation is far below bfloat16's steps there.
+    """
+
+    def __init__(self, sizes: KLSizes, *, dtype, rngs: nnx.Rngs):
+        channels = sizes.latent_channels
+        exact = dict(dtype=jnp.float32, rngs=rngs)
+        self.encoder = Encoder(sizes, dtype=dtype, rngs=rngs)
+        self.quant_conv = layers.conv(2 * channels, 2 * channels, 1, **exact)
+        self.post_quant_conv = layers.conv(channels, channels, 1, **exact)
+        self.decoder = Decoder(sizes, dtype=dtype, rngs=rngs)
+
+    def encode(self, images: Array) -> tuple[Array, Array]:
+        """[B,H,W,3] in [-1,1] -> (mean, std), unscaled latents [B,H/f,W/f,C]."""
+        mean, log_variance = jnp.split(self.quant_conv(self.encoder(images)), 2, axis=-1)
+        return mean, jnp.exp(0.5 * jnp.clip(log_variance, *LOG_VARIANCE_RANGE))
+
+    def decode(self, latents: Array) -> Array:
+        """Unscaled latents [B,h,w,C] -> [B,h*f,w*f,3], near [-1,1] but not clipped."""
+        return self.decoder(self.post_quant_conv(latents))
+
+
+def tensor_name(path: tuple) -> str:
+    """The publisher's name of the parameter at `path`."""
+    leaf = {"kernel": "weight", "scale": "weight"}.get(path[-1], path[-1])
+    return ".".join(map(str, (*path[:-1], leaf)))
+
+
+def old_tensor_name(path: tuple) -> str:
+    """The same in the files of older versions of diffusers, such as sd-vae-ft-ema's."""
+    name = tensor_name(path)
+    for new, old in _OLD_ATTENTION_NAMES.items():
+        name = name.replace(new, old)
+    return name
+
+
+def naming(tensors: Mapping[str, np.ndarray]) -> Callable[[tuple], str]:
+    """The one of the two namings that the tensors follow."""
+    return old_tensor_name if any(".query." in name for name in tensors) else tensor_name
+
+
+def find_sizes(tensors: Mapping[str, np.ndarray], config: Mapping, source: str) -> KLSizes:
+    """The sizes that the tensors show and config.json, where there is one, confirms.
+
+    Args:
+        tensors: by name.
+        config: the contents of config.json; empty: its defaults.
+        source: where they are from, for messages.
+
+    Raises:
+        AutoencoderError: another architecture, or config.json says something else.
+    """
+
+    def size(name: str, axis: int) -> int:
+        if name not in tensors or tensors[name].ndim != 4:
+            raise AutoencoderError(f"{source} is no AutoencoderKL: it has no convolution {name!r}")
+        return tensors[name].shape[axis]
+
+    def count(name: str) -> int:
+        found = 0
+        while name.format(found) in tensors:
+            found += 1
+        return found
+
+    stages = count("encoder.down_blocks.{}.resnets.0.conv1.weight")
+    sizes = KLSizes(
+        image_channels=size("encoder.conv_in.weight", 1),
+        latent_channels=size("decoder.conv_in.weight", 1),
+        widths=tuple(
+            size(f"encoder.down_blocks.{stage}.resnets.0.conv1.weight", 0)
+            for stage in range(max(1, stages))
+        ),
+        layers_per_block=count("encoder.down_blocks.0.resnets.{}.conv1.weight"),
+        norm_groups=config.get("norm_num_groups", NORM_GROUPS),
+    )
+    expected = _FIXED_CONFIG | {
+        "latent_channels": sizes.latent_channels,
+        "block_out_channels": list(sizes.widths),
+        "layers_per_block": sizes.layers_per_block,
+        "down_block_types": ["DownEncoderBlock2D"] * stages,
+        "up_block_types": ["UpDecoderBlock2D"] * stages,
+    }
+    check_config(config, expected, source)
+    if any(width % sizes.norm_groups for width in sizes.widths):
+        raise AutoencoderError(
+            f"{source} has widths {sizes.widths}; expected multiples of the {sizes.norm_groups} "
+            "groups of its norms (norm_num_groups in config.json)"
+        )
+    return sizes

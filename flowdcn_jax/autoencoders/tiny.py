@@ -1,0 +1,186 @@
+"""The TAESD family of tiny autoencoders (github.com/madebyollin/taesd): TAESD, TAEF1, TAEF2.
+
+They imitate the big autoencoders of Stable Diffusion, FLUX.1 and FLUX.2 in the space in which those
+diffusion models work: scaled already, and without a variance. The layers stand in the order of the
+publisher's taesd.py, so that their numbers are those of its tensors.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from flowdcn_jax.autoencoders import layers
+from flowdcn_jax.autoencoders.weights import AutoencoderError, check_config
+
+LATENT_LIMIT = 3.0  # the decoder squashes latents to +-3
+MIDBLOCK_NORM_GROUPS = 4
+MIDBLOCK_NORM_EPSILON = 1e-5
+MIDBLOCK_EXPANSION = 4
+
+# What config.json may say that this module is not.
+_FIXED_CONFIG = {
+    "act_fn": "relu",
+    "num_encoder_blocks": [1, 3, 3, 3],
+    "num_decoder_blocks": [3, 3, 3, 1],
+    "upsampling_scaling_factor": 2,
+}
+
+
+class TinySizes(NamedTuple):
+    """What the architecture leaves open."""
+
+    image_channels: int
+    latent_channels: int
+    width: int
+    midblock_norm: bool  # GroupNorm branches at the lowest resolution (TAEF2)
+    downsampling: int = 8
+
+
+class Squash(nnx.Module):
+    """A smooth clip to +-LATENT_LIMIT."""
+
+    def __call__(self, x: Array) -> Array:
+        return jnp.tanh(x / LATENT_LIMIT) * LATENT_LIMIT
+
+
+def norm_branch(width: int, *, dtype, rngs: nnx.Rngs) -> nnx.Sequential:
+    """What TAEF2's lowest resolution adds to a block's input; it sees the whole feature map."""
+    hidden, options = MIDBLOCK_EXPANSION * width, dict(dtype=dtype, rngs=rngs)
+    return nnx.Sequential(
+        layers.conv(width, hidden, 1, use_bias=False, **options),
+        layers.group_norm(hidden, MIDBLOCK_NORM_GROUPS, epsilon=MIDBLOCK_NORM_EPSILON, **options),
+        nnx.relu,
+        layers.conv(hidden, width, 1, use_bias=False, **options),
+    )
+
+
+class Block(nnx.Module):
+    """relu(x + three convolutions of x), after x += norm_branch(x) if `norm`."""
+
+    def __init__(self, width: int, *, norm: bool = False, dtype, rngs: nnx.Rngs):
+        options = dict(dtype=dtype, rngs=rngs)
+        self.pool = norm_branch(width, **options) if norm else None
+        self.conv = nnx.Sequential(
+            layers.conv(width, width, **options),
+            nnx.relu,
+            layers.conv(width, width, **options),
+            nnx.relu,
+            layers.conv(width, width, **options),
+        )
+
+    def __call__(self, x: Array) -> Array:
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return nnx.relu(self.conv(x) + x)
+
+
+def encoder(sizes: TinySizes, *, dtype, rngs: nnx.Rngs) -> nnx.Sequential:
+    """Images [B,H,W,3] in [0,1] -> latents [B,H/8,W/8,C], float32."""
+    width, options = sizes.width, dict(dtype=dtype, rngs=rngs)
+
+    def halve_and_blocks(norm: bool = False) -> list:
+        halve = layers.conv(width, width, stride=2, use_bias=False, **options)
+        return [halve, *(Block(width, norm=norm, **options) for _ in range(3))]
+
+    return nnx.Sequential(
+        layers.conv(sizes.image_channels, width, **options),
+        Block(width, **options),
+        *halve_and_blocks(),
+        *halve_and_blocks(),
+        *halve_and_blocks(norm=sizes.midblock_norm),
+        layers.conv(width, sizes.latent_channels, dtype=jnp.float32, rngs=rngs),
+    )
+
+
+def decoder(sizes: TinySizes, *, dtype, rngs: nnx.Rngs) -> nnx.Sequential:
+    """Latents [B,h,w,C] -> images [B,8h,8w,3], float32 near [0,1]."""
+    width, options = sizes.width, dict(dtype=dtype, rngs=rngs)
+
+    def blocks_and_double(norm: bool = False) -> list:
+        blocks = [Block(width, norm=norm, **options) for _ in range(3)]
+        return [*blocks, layers.upsample, layers.conv(width, width, use_bias=False, **options)]
+
+    return nnx.Sequential(
+        Squash(),
+        layers.conv(sizes.latent_channels, width, **options),
+        nnx.relu,
+        *blocks_and_double(norm=sizes.midblock_norm),
+        *blocks_and_double(),
+        *blocks_and_double(),
+        Block(width, **options),
+        layers.conv(width, sizes.image_channels, dtype=jnp.float32, rngs=rngs),
+    )
+
+
+class AutoencoderTiny(nnx.Module):
+    """Images to latents and back; deterministic."""
+
+    def __init__(self, sizes: TinySizes, *, dtype, rngs: nnx.Rngs):
+        self.encoder = encoder(sizes, dtype=dtype, rngs=rngs)
+        self.decoder = decoder(sizes, dtype=dtype, rngs=rngs)
+
+    def encode(self, images: Array) -> tuple[Array, Array]:
+        """[B,H,W,3] in [-1,1] -> (latents [B,H/8,W/8,C], zeros)."""
+        latents = self.encoder(images * 0.5 + 0.5)
+        return latents, jnp.zeros_like(latents)
+
+    def decode(self, latents: Array) -> Array:
+        """Latents [B,h,w,C] -> [B,8h,8w,3], near [-1,1] but not clipped."""
+        return self.decoder(latents) * 2 - 1
+
+
+def taesd_name(path: tuple) -> str:
+    """The name in taesd.py of the parameter at `path`, after "encoder." or "decoder."."""
+    leaf = {"kernel": "weight", "scale": "weight"}.get(path[-1], path[-1])
+    return ".".join(str(part) for part in (*path[:-1], leaf) if part != "layers")
+
+
+def diffusers_name(path: tuple) -> str:
+    """The name in diffusers' AutoencoderTiny, whose decoder does not count the squashing."""
+    half, index, rest = taesd_name(path).split(".", 2)
+    return f"{half}.layers.{int(index) - (half == 'decoder')}.{rest}"
+
+
+def naming(tensors: Mapping[str, np.ndarray]) -> Callable[[tuple], str]:
+    """The one of the two namings that the tensors follow."""
+    return diffusers_name if any(".layers." in name for name in tensors) else taesd_name
+
+
+def find_sizes(tensors: Mapping[str, np.ndarray], config: Mapping, source: str) -> TinySizes:
+    """The sizes that the tensors show and config.json, where there is one, confirms.
+
+    Args:
+        tensors: in either naming.
+        config: the contents of config.json; empty: its defaults.
+        source: where they are from, for messages.
+
+    Raises:
+        AutoencoderError: another architecture, or config.json says something else.
+    """
+    tensor_name = naming(tensors)
+
+    def size(layer: int, axis: int) -> int:
+        name = tensor_name(("encoder", "layers", layer, "kernel"))
+        if name not in tensors or tensors[name].ndim != 4:
+            raise AutoencoderError(
+                f"{source} is no autoencoder of the TAESD family: it has no convolution {name!r}"
+            )
+        return tensors[name].shape[axis]
+
+    sizes = TinySizes(
+        image_channels=size(0, 1),
+        latent_channels=size(14, 0),
+        width=size(0, 0),
+        midblock_norm=any(".pool." in name for name in tensors),
+    )
+    expected = _FIXED_CONFIG | {
+        "latent_channels": sizes.latent_channels,
+        "encoder_block_out_channels": [sizes.width] * 4,
+        "decoder_block_out_channels": [sizes.width] * 4,
+    }
+    check_config(config, expected, source)
+    return sizes

@@ -1,0 +1,19 @@
+"""Which dtype to compute in, and how exactly to multiply in it."""
+
+import jax
+import jax.numpy as jnp
+
+
+def compute_dtype(name: str):
+    """The compute dtype that a config's "auto", "float32" or "bfloat16" stands for.
+
+    "auto" is bfloat16 on accelerators and float32 on CPUs, which have no fast bfloat16.
+    """
+    if name == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
+
+
+def matmul_precision(dtype) -> jax.lax.Precision | None:
+    """HIGHEST for float32 (no TF32), the backend's default for narrower types."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
