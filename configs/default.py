@@ -12,20 +12,7 @@ def get_config() -> config_dict.ConfigDict:
     config = config_dict.ConfigDict()
     config.seed = 0  # of initial values, data order, noise, times, dropped labels; below 2**32
 
-    config.model = dict(
-        name="flowdcn",
-        width=384,  # channels of a token
-        depth=12,  # blocks
-        num_groups=6,  # groups of the deformable convolution; divides width
-        patch_size=2,  # latent pixels a side
-        in_channels=4,
-        num_classes=1000,  # the label num_classes means "no class"
-        learn_sigma=True,  # predict 2*in_channels, use the first half (as released)
-        boundary="zeros",  # or "truncate", which released weights were trained with
-        max_scale=6.0,  # S_max: largest sampling radius, tokens
-        dtype="auto",  # compute dtype: float32, bfloat16, or auto: bfloat16 except on CPUs
-        remat=False,  # recompute blocks in the backward pass: less memory, a third more time
-    )
+    config.model = flowdcn()  # below; other models have other keys
     config.data = dict(
         name="imagenet_latents",  # or cifar10, digits
         data_dir=config_dict.placeholder(str),  # TFDS folder; None: TFDS's default
@@ -80,3 +67,50 @@ def get_config() -> config_dict.ConfigDict:
         classes=(207, 360, 387, 974, 88, 979, 417, 279),  # in turn; (): all classes in turn
     )
     return config
+
+
+def flowdcn() -> dict:
+    """config.model of a FlowDCN."""
+    return _shared() | dict(
+        name="flowdcn",
+        num_groups=6,  # groups of the deformable convolution; divides width
+        boundary="zeros",  # or "truncate", which released weights were trained with
+        max_scale=6.0,  # S_max: largest sampling radius, tokens
+        scale_prior="multiscale",  # each group has a radius; or single_scale: all start alike
+        learn_scale_prior=True,  # False: the radii before the content's influence are constants
+        norm="rms_norm",  # or layer_norm
+        mlp="swiglu",  # or gelu
+    )
+
+
+def flowcnn() -> dict:
+    """config.model of a FlowCNN: ordinary convolutions instead of deformable ones."""
+    return _shared() | dict(
+        name="flowcnn",
+        num_groups=6,  # groups of the convolution; divides width
+        kernel_size=3,  # tokens a side; odd
+    )
+
+
+def sit() -> dict:
+    """config.model of a SiT or DiT: attention, and a position embedding."""
+    return _shared() | dict(
+        name="sit",
+        num_heads=6,  # divides width
+        norm="layer_norm",  # or rms_norm
+        mlp="gelu",  # or swiglu
+    )
+
+
+def _shared() -> dict:
+    """What all models have."""
+    return dict(
+        width=384,  # channels of a token
+        depth=12,  # blocks
+        patch_size=2,  # latent pixels a side
+        in_channels=4,
+        num_classes=1000,  # the label num_classes means "no class"
+        learn_sigma=True,  # predict 2*in_channels, use the first half (as released)
+        dtype="auto",  # compute dtype: float32, bfloat16, or auto: bfloat16 except on CPUs
+        remat=False,  # recompute blocks in the backward pass: less memory, a third more time
+    )

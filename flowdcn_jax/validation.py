@@ -6,7 +6,8 @@ from flowdcn_jax.autoencoders import AUTOENCODERS
 from flowdcn_jax.data import SOURCES
 from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.flow.path import TIME_DISTRIBUTIONS
-from flowdcn_jax.models import MODELS
+from flowdcn_jax.models import MODELS, layers, model_options
+from flowdcn_jax.models.flowdcn import SCALE_PRIORS
 
 # A run may go on with other values of these; everything else under model and data is fixed.
 CHANGEABLE = {
@@ -20,8 +21,10 @@ FIXED = ("seed", "model", "data", "train.batch_size")
 FIXED_BY_WEIGHTS = ("model",)  # of converted weights, that no training has gone on from yet
 
 CHOICES = {
-    "model.name": tuple(MODELS),
     "model.boundary": ("zeros", "truncate"),
+    "model.norm": tuple(layers.NORMS),
+    "model.mlp": tuple(layers.MLPS),
+    "model.scale_prior": tuple(SCALE_PRIORS),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "data.name": tuple(SOURCES),
     "autoencoder.name": tuple(AUTOENCODERS),
@@ -31,6 +34,8 @@ AT_LEAST_ONE = (
     "model.width",
     "model.depth",
     "model.num_groups",
+    "model.num_heads",
+    "model.kernel_size",
     "model.patch_size",
     "model.in_channels",
     "model.num_classes",
@@ -47,6 +52,7 @@ AT_LEAST_ONE = (
     "sampling.num_images",
     "sampling.num_steps",
 )
+MULTIPLES = (("model.width", "model.num_groups"), ("model.width", "model.num_heads"))
 SEEDS = ("seed", "sampling.seed")  # JAX keeps 32 bits of a seed without its 64-bit mode
 NOT_NEGATIVE = (
     "optimizer.warmup_steps",
@@ -72,9 +78,9 @@ def validate(config, num_devices: int, num_processes: int) -> None:
     Raises:
         ConfigError: the first value that does not fit.
     """
+    _check_model_keys(config)
     for key, choices in CHOICES.items():
-        if lookup(config, key) not in choices:
-            _fail(config, key, f"one of {', '.join(sorted(choices))}")
+        _require(config, key, lambda v, c=choices: v in c, f"one of {', '.join(sorted(choices))}")
     for key in AT_LEAST_ONE:
         _require(config, key, lambda value: value >= 1, "at least 1")
     for key in SEEDS:
@@ -106,6 +112,8 @@ def check_resumable(saved: dict, config, *, weights_only: bool = False) -> None:
         ConfigError: it names every key that differs, with both values.
     """
     current = json.loads(config.to_json())
+    saved = saved | {"model": _with_defaults(saved["model"])}
+    current = current | {"model": _with_defaults(current["model"])}
     differences = []
     for key in FIXED_BY_WEIGHTS if weights_only else FIXED:
         before, now = _flatten(key, _get(saved, key)), _flatten(key, _get(current, key))
@@ -120,11 +128,35 @@ def check_resumable(saved: dict, config, *, weights_only: bool = False) -> None:
         )
 
 
+def _check_model_keys(config) -> None:
+    """config.model holds the options of the model that it names, and no others."""
+    name = config.model.name
+    if name not in MODELS:
+        _fail(config, "model.name", f"one of {', '.join(sorted(MODELS))}")
+    options = model_options(name)
+    for key in config.model:
+        if key not in options:
+            raise ConfigError(
+                f"config.model.{key} is {config.model[key]!r}; expected no such key, for the model "
+                f"{name!r} has {', '.join(sorted(options))}. Start from one of its own configs"
+            )
+    for key, default in options.items():
+        if key not in config.model and default is None:
+            raise ConfigError(
+                f"config.model.{key} is missing; the model {name!r} needs it. Start from one of "
+                "its own configs"
+            )
+
+
 def _check_sizes(config) -> None:
-    model = config.model
-    if model.width % model.num_groups:
-        _fail(config, "model.width", f"a multiple of config.model.num_groups={model.num_groups}")
-    stride = config.autoencoder.downsampling * model.patch_size
+    for key, divisor in MULTIPLES:
+        if _applies(config, divisor) and lookup(config, key) % lookup(config, divisor):
+            _fail(config, key, f"a multiple of config.{divisor}={lookup(config, divisor)}")
+    if config.model.name == "sit" and config.model.width % 4:
+        _fail(config, "model.width", "a multiple of 4, for the position embedding")
+    if _applies(config, "model.kernel_size") and config.model.kernel_size % 2 == 0:
+        _fail(config, "model.kernel_size", "an odd number")
+    stride = config.autoencoder.downsampling * config.model.patch_size
     if config.data.image_size % stride:
         _fail(
             config,
@@ -147,12 +179,24 @@ def _check_batch(config, num_devices: int, num_processes: int) -> None:
 
 
 def _require(config, key: str, holds, expected: str) -> None:
-    if not holds(lookup(config, key)):
+    if _applies(config, key) and not holds(lookup(config, key)):
         _fail(config, key, expected)
+
+
+def _applies(config, key: str) -> bool:
+    """False for the options of other models, which `_check_model_keys` keeps out."""
+    section, _, name = key.partition(".")
+    return section != "model" or name in config.model
 
 
 def _fail(config, key: str, expected: str) -> None:
     raise ConfigError(f"config.{key} is {lookup(config, key)!r}; expected {expected}")
+
+
+def _with_defaults(model: dict) -> dict:
+    """config.model with the options that were added after it was saved."""
+    defaults = model_options(model["name"])
+    return {key: value for key, value in defaults.items() if value is not None} | model
 
 
 def _get(tree: dict, key: str):

@@ -1,8 +1,11 @@
 """Every config is whole: it holds default.py's keys, passes the checks, and says how to run it."""
 
 import importlib
+import re
 from pathlib import Path
 
+import ml_collections
+import numpy as np
 import pytest
 
 from flowdcn_jax import models
@@ -19,14 +22,35 @@ def keys(config, prefix=""):
         yield from keys(value, f"{prefix}{key}.") if hasattr(value, "items") else [prefix + key]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_config_is_whole(name):
-    module = importlib.import_module(f"configs.{name}")
-    config = module.get_config()
-    default = importlib.import_module("configs.default").get_config()
-    assert set(keys(config)) == set(keys(default))
-    validate(config, num_devices=8, num_processes=2)
+def counts(config) -> tuple[int, int]:
+    """(parameters, MACs of an image), from models of one and two blocks, for blocks are all alike.
+
+    Building XL/2 takes seconds; tests/models holds the full sizes to published figures.
+    """
     side = config.data.image_size // config.autoencoder.downsampling
-    assert models.forward_macs(config.model, side, side) > 0
-    if name != "default":
-        assert f"python train.py --config=configs/{name}.py" in module.__doc__
+    model = ml_collections.ConfigDict(config.model)
+
+    def of_depth(depth):
+        model.depth = depth
+        return np.array([models.parameter_count(model), models.forward_macs(model, side, side)])
+
+    one, two = of_depth(1), of_depth(2)
+    return tuple(one + (config.model.depth - 1) * (two - one))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_is_whole_and_says_what_it_costs(name):
+    module = importlib.import_module(f"configs.{name}")
+    config, default = module.get_config(), importlib.import_module("configs.default").get_config()
+    assert set(config.model) == set(models.model_options(config.model.name))
+    del default.model
+    assert set(keys(config)) - {f"model.{key}" for key in config.model} == set(keys(default))
+    validate(config, num_devices=8, num_processes=2)
+    if name == "default":
+        return
+    assert f"python train.py --config=configs/{name}.py" in module.__doc__
+    for count, unit in zip(counts(config), (r"M\s+parameters", r"GMACs\s+an\s+image"), strict=True):
+        stated = re.search(rf"([\d.]+)\s+{unit}", module.__doc__)
+        if stated or unit.startswith("M"):
+            digits = len(stated[1].partition(".")[2])
+            assert float(stated[1]) == round(count / (1e6 if unit[0] == "M" else 1e9), digits)

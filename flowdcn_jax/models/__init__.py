@@ -1,13 +1,17 @@
 """Velocity networks, built by name from `config.model`."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flowdcn_jax.models import layers
+from flowdcn_jax.models.flowcnn import FlowCNN
 from flowdcn_jax.models.flowdcn import FlowDCN
 from flowdcn_jax.models.sit import SiT
 
-MODELS = {"flowdcn": FlowDCN, "sit": SiT}
+MODELS = {"flowdcn": FlowDCN, "flowcnn": FlowCNN, "sit": SiT}
 
 
 def compute_dtype(name: str):
@@ -20,16 +24,31 @@ def compute_dtype(name: str):
     return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
 
 
+def model_options(name: str) -> dict:
+    """The keys of config.model for the model `name` -> its default; None where it has none.
+
+    A default is the published model, for configs saved before the option was there.
+
+    Raises:
+        ValueError: `name` is not a known model.
+    """
+    constructor = layers.choose("config.model.name", name, MODELS).__init__
+    return {"name": None} | {
+        key: None if parameter.default is parameter.empty else parameter.default
+        for key, parameter in inspect.signature(constructor).parameters.items()
+        if key not in ("self", "rngs")
+    }
+
+
 def build_model(config, *, rngs: nnx.Rngs) -> nnx.Module:
     """The module that `config` (config.model) describes, called as model(x, t, y) -> velocity.
 
     Raises:
         ValueError: `config.name` is not a known model.
     """
-    if config.name not in MODELS:
-        raise ValueError(f"config.model.name is {config.name!r}; known models: {sorted(MODELS)}")
+    make_model = layers.choose("config.model.name", config.name, MODELS)
     options = {key: value for key, value in config.items() if key not in ("name", "dtype")}
-    return MODELS[config.name](**options, dtype=compute_dtype(config.dtype), rngs=rngs)
+    return make_model(**options, dtype=compute_dtype(config.dtype), rngs=rngs)
 
 
 def abstract_model(config):
@@ -49,6 +68,12 @@ def init_params(config, key: jax.Array) -> dict:
 def apply_model(graphdef, params: dict, x, t, y) -> jax.Array:
     """model(x, t, y) for parameters held as nested dicts."""
     return nnx.merge(graphdef, params)(x, t, y)
+
+
+def parameter_count(config) -> int:
+    """Numbers that training changes."""
+    _, params = abstract_model(config)
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def forward_macs(config, height: int, width: int) -> int:

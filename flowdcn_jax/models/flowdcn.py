@@ -5,6 +5,9 @@ they lie is predicted by the token (directions and scales), so the receptive fie
 content and no position embedding is needed: any h x w works.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +33,18 @@ def initial_scale_prior(num_groups: int) -> np.ndarray:
     return np.log(fraction / (1 - fraction)).astype(np.float32)
 
 
+def single_scale_prior(num_groups: int) -> np.ndarray:
+    """0: every group starts with half of max_scale, as it would with no prior at all; [G].
+
+    That is close to the mean radius of `initial_scale_prior`, (G+1)/2G, so what an ablation takes
+    away is the spread over the groups, not reach.
+    """
+    return np.zeros(num_groups, np.float32)
+
+
+SCALE_PRIORS = {"multiscale": initial_scale_prior, "single_scale": single_scale_prior}
+
+
 class MultiscaleDeformableConv(nnx.Module):
     """Group-wise multiscale deformable convolution (paper section 3.2).
 
@@ -44,6 +59,8 @@ class MultiscaleDeformableConv(nnx.Module):
         *,
         boundary: str,
         max_scale: float,
+        scale_prior: str,
+        learn_scale_prior: bool,
         dtype,
         rngs: nnx.Rngs,
     ):
@@ -60,7 +77,9 @@ class MultiscaleDeformableConv(nnx.Module):
         self.scales = layers.linear(width, points, use_bias=False, kernel_init=zeros, **options)
         self.weights = layers.linear(width, points, kernel_init=zeros, **options)
         self.out = layers.linear(width, width, bias_init=zeros, **options)
-        self.scale_prior = nnx.Param(jnp.asarray(initial_scale_prior(num_groups)))
+        self.initial_prior = layers.choose("scale_prior", scale_prior, SCALE_PRIORS)
+        prior = self.initial_prior(num_groups)
+        self.scale_prior = nnx.Param(jnp.asarray(prior)) if learn_scale_prior else None
 
     def __call__(self, x: Array) -> Array:
         """x [B,h,w,d] -> [B,h,w,d]."""
@@ -71,32 +90,27 @@ class MultiscaleDeformableConv(nnx.Module):
         scales = self.scales(x).reshape(points).astype(jnp.float32)
         weights = self.weights(x).reshape(points)
 
-        radius = jax.nn.sigmoid(scales + self.scale_prior[...][:, None]) * self.max_scale
+        fixed = self.scale_prior is None
+        prior = self.initial_prior(self.num_groups) if fixed else self.scale_prior[...]
+        radius = jax.nn.sigmoid(scales + prior[:, None]) * self.max_scale
         offsets = (directions + direction_prior()) * radius[..., None]
         aggregated = deformable_aggregate(values, offsets, weights, boundary=self.boundary)
         return self.out(aggregated.reshape(x.shape))
 
 
 class FlowDCNBlock(AdaLNBlock):
-    """Tokens are mixed by the deformable convolution."""
+    """Tokens are mixed by a convolution, which `make_conv(dtype=, rngs=)` makes."""
 
     def __init__(
-        self,
-        width: int,
-        num_groups: int,
-        *,
-        boundary: str,
-        max_scale: float,
-        dtype,
-        rngs: nnx.Rngs,
+        self, width: int, make_conv: Callable, *, norm: str, mlp: str, dtype, rngs: nnx.Rngs
     ):
         options = dict(dtype=dtype, rngs=rngs)
-        self.norm1 = layers.rms_norm(width, **options)
-        self.conv = MultiscaleDeformableConv(
-            width, num_groups, boundary=boundary, max_scale=max_scale, **options
-        )
-        self.norm2 = layers.rms_norm(width, **options)
-        self.mlp = layers.SwiGLU(width, **options)
+        make_norm = layers.choose("norm", norm, layers.NORMS)
+        make_mlp = layers.choose("mlp", mlp, layers.MLPS)
+        self.norm1 = make_norm(width, **options)
+        self.conv = make_conv(**options)
+        self.norm2 = make_norm(width, **options)
+        self.mlp = make_mlp(width, **options)
         self.modulation = layers.linear(width, 6 * width, **options)
 
     def mix(self, x: Array) -> Array:
@@ -104,7 +118,7 @@ class FlowDCNBlock(AdaLNBlock):
 
 
 class FlowDCN(VelocityNetwork):
-    """The velocity network of the paper.
+    """The velocity network of the paper; the options that have defaults are its ablations.
 
     `forward_macs` leaves out the sampling itself (4 * K * d a token), as the paper's figures do.
 
@@ -121,6 +135,11 @@ class FlowDCN(VelocityNetwork):
         dtype: compute dtype; parameters are float32.
         remat: recompute each block in the backward pass instead of keeping its activations.
         rngs: source of the initial values.
+        norm: "rms_norm", or "layer_norm" (without an affine part).
+        mlp: "swiglu", or "gelu" (hidden width 4d, with biases).
+        scale_prior: "multiscale" (group g starts with the radius (g+1)/G of max_scale), or
+            "single_scale" (every group starts with half of max_scale).
+        learn_scale_prior: whether training changes the scale priors; if not, they are constants.
     """
 
     def __init__(
@@ -138,19 +157,22 @@ class FlowDCN(VelocityNetwork):
         dtype,
         remat: bool,
         rngs: nnx.Rngs,
+        norm: str = "rms_norm",
+        mlp: str = "swiglu",
+        scale_prior: str = "multiscale",
+        learn_scale_prior: bool = True,
     ):
-        def make_block():
-            return FlowDCNBlock(
-                width,
-                num_groups,
-                boundary=boundary,
-                max_scale=max_scale,
-                dtype=dtype,
-                rngs=rngs,
-            )
-
+        make_conv = functools.partial(
+            MultiscaleDeformableConv,
+            width,
+            num_groups,
+            boundary=boundary,
+            max_scale=max_scale,
+            scale_prior=scale_prior,
+            learn_scale_prior=learn_scale_prior,
+        )
         super().__init__(
-            make_block,
+            lambda: FlowDCNBlock(width, make_conv, norm=norm, mlp=mlp, dtype=dtype, rngs=rngs),
             width=width,
             depth=depth,
             patch_size=patch_size,

@@ -16,6 +16,17 @@ TIMESTEP_FREQUENCIES = 128  # pairs of (cos, sin): 256 features
 TIMESTEP_MAX_PERIOD = 10_000.0
 
 
+def choose(option: str, name: str, registry: dict):
+    """registry[name].
+
+    Raises:
+        ValueError: no such name; the message lists the choices.
+    """
+    if name not in registry:
+        raise ValueError(f"{option} is {name!r}; expected one of {', '.join(sorted(registry))}")
+    return registry[name]
+
+
 def matmul_precision(dtype) -> jax.lax.Precision | None:
     """HIGHEST for float32 (no TF32), the backend's default for narrower types."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

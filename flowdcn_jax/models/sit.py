@@ -81,10 +81,12 @@ class SiTBlock(AdaLNBlock):
     def __init__(self, width: int, num_heads: int, *, norm: str, mlp: str, dtype, rngs: nnx.Rngs):
         zeros = nnx.initializers.zeros_init()
         options = dict(dtype=dtype, rngs=rngs)
-        self.norm1 = layers.NORMS[norm](width, **options)
+        make_norm = layers.choose("norm", norm, layers.NORMS)
+        make_mlp = layers.choose("mlp", mlp, layers.MLPS)
+        self.norm1 = make_norm(width, **options)
         self.attention = Attention(width, num_heads, **options)
-        self.norm2 = layers.NORMS[norm](width, **options)
-        self.mlp = layers.MLPS[mlp](width, linear=layers.xavier_linear, **options)
+        self.norm2 = make_norm(width, **options)
+        self.mlp = make_mlp(width, linear=layers.xavier_linear, **options)
         self.modulation = layers.linear(
             width, 6 * width, kernel_init=zeros, bias_init=zeros, **options
         )
@@ -127,11 +129,8 @@ class SiT(VelocityNetwork):
         norm: str = "layer_norm",
         mlp: str = "gelu",
     ):
-        def make_block():
-            return SiTBlock(width, num_heads, norm=norm, mlp=mlp, dtype=dtype, rngs=rngs)
-
         super().__init__(
-            make_block,
+            lambda: SiTBlock(width, num_heads, norm=norm, mlp=mlp, dtype=dtype, rngs=rngs),
             width=width,
             depth=depth,
             patch_size=patch_size,

@@ -3,6 +3,7 @@
 The models differ in their blocks, and in whether tokens are told their positions.
 """
 
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -107,14 +108,18 @@ class VelocityNetwork(nnx.Module):
         return self.stem(layers.patchify(x.astype(self.dtype), self.patch_size))
 
     def forward_macs(self, height: int, width: int) -> int:
-        """Multiply-adds of the matrix products for one input of height x width (latent pixels)."""
+        """Multiply-adds of one forward pass over one input of height x width (latent pixels).
+
+        Of the Linears and convolutions, as published figures count: elementwise work, norms and the
+        lookup of the class are left out, and convolutions count their padding.
+        """
         tokens = (height // self.patch_size) * (width // self.patch_size)
         once = {"time_embedder", "modulation"}  # act on the condition, not on the tokens
         total = 0
         for path, module in nnx.iter_modules(self):
-            if isinstance(module, nnx.Linear):
+            if isinstance(module, nnx.Linear | nnx.Conv):
                 uses = 1 if once.intersection(path) else tokens
-                total += uses * module.in_features * module.out_features
+                total += uses * math.prod(module.kernel.shape)
         return total
 
     def _check(self, x: Array, t: Array, y: Array) -> None:

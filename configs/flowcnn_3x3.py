@@ -1,0 +1,15 @@
+"""FlowCNN-3x3 (S/2) on 256x256 ImageNet latents: 32.0 M parameters, 5.23 GMACs an image.
+
+    python train.py --config=configs/flowcnn_3x3.py --workdir=DIR
+
+400k steps of 256 images: 3.2e18 FLOPs. FlowDCN-S/2 with ordinary 3x3 convolutions in groups instead
+of deformable ones; flowdcn_jax/models/flowcnn.py says in which form.
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.model = default.flowcnn()
+    return config
