@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from flowdcn_jax.published_weights.errors import PublishedWeightsError
-from flowdcn_jax.published_weights.names import DIRECTION_PRIOR, POSITIONS, OfficialTensor
+from flowdcn_jax.published_weights.names import DIRECTION_PRIOR, OfficialTensor
 from flowdcn_jax.published_weights.source import StoredTensor
 
 MAX_LISTED = 3  # tensors that a message names
@@ -60,10 +60,9 @@ def check_constant(tensor: OfficialTensor, value: np.ndarray) -> None:
     """
     difference = float(np.abs(value - tensor.constant).max())
     if not difference <= CONSTANT_TOLERANCE:
-        what = "the sin-cos table of positions" if tensor.name == POSITIONS else "the 3x3 grid"
         raise PublishedWeightsError(
-            f"{tensor.name} of the source differs by up to {difference:.3g} from {what}, which is "
-            "a constant here; such weights are of another model"
+            f"{tensor.name} of the source differs by up to {difference:.3g} from the constant that "
+            "it is in this model; the weights are of another one"
         )
 
 
@@ -76,9 +75,9 @@ def _differences(stored: Mapping[str, StoredTensor], config) -> str:
     """The keys of config.model to which the source's shapes give other values."""
     found = _model_of(stored)
     parts = [
-        f"{key}={value!r} (config.model.{key} is {config.get(key)!r})"
+        f"{key}={value!r} (config.model.{key} is {config[key]!r})"
         for key, value in found.items()
-        if config.get(key) != value
+        if key in config and config[key] != value
     ]
     return f"it looks like a model with {', '.join(parts)}; " if parts else ""
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -72,6 +73,8 @@ def convert(
             check_constant(tensor, value)
         else:
             put(params, tensor.path, jax.device_put(tensor.to_ours(value)))
+    if progress:
+        print(f"writing {workdir}", file=sys.stderr)
     origin = {
         "file": source.name,
         "sha256": _sha256(source),
@@ -79,9 +82,13 @@ def convert(
         "weights": chosen.which,
         "flowdcn_jax": flowdcn_jax.__version__,
     }
-    with atomic_folder(Path(workdir)) as folder:
-        checkpoint.save_weights(folder, params, config)
-        (folder / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+    try:
+        with atomic_folder(Path(workdir)) as folder:
+            checkpoint.save_weights(folder, params, config)
+            text = json.dumps(origin, indent=2) + "\n"
+            (folder / ORIGIN_FILE).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise PublishedWeightsError(f"--workdir={workdir} cannot be written: {error}") from error
     return origin
 
 

@@ -11,11 +11,16 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from flowdcn_jax.models import abstract_model
-from flowdcn_jax.models.flowdcn import direction_prior
+from flowdcn_jax.models import abstract_model, model_options
+from flowdcn_jax.models.flowdcn import SCALE_PRIORS, direction_prior
 from flowdcn_jax.models.sit import position_embedding
 from flowdcn_jax.published_weights.errors import PublishedWeightsError
 
+# The models that the authors published, as options of config.model.
+PUBLISHED = {
+    "flowdcn": dict(norm="rms_norm", mlp="swiglu"),
+    "sit": dict(norm="layer_norm", mlp="gelu"),
+}
 # Their module -> ours, in the order of the authors' parameters(). A model has some of them.
 OUTER_MODULES = {
     "x_embedder.proj": "stem",
@@ -103,6 +108,7 @@ def official_tensors(config, *, tokens_per_side: int) -> dict[str, OfficialTenso
     Raises:
         PublishedWeightsError: the authors have no such model.
     """
+    options = _published_options(config)
     _, params = abstract_model(config)
     flat = {_keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     tensors: list[OfficialTensor] = []
@@ -115,15 +121,9 @@ def official_tensors(config, *, tokens_per_side: int) -> dict[str, OfficialTenso
         for module, ours in BLOCK_MODULES.items():
             name, path = f"blocks.{number}.{module}", ("blocks", number, *ours.split("."))
             if module == "attn" and config.name == "flowdcn":
-                prior = direction_prior()[None, None, None, None]
-                tensors.append(_constant(f"{name}.{DIRECTION_PRIOR}", prior))
+                tensors += _fixed_priors(name, options)
             tensors += _module_tensors(name, path, flat, config)
-    if flat:
-        path = "/".join(map(str, next(iter(flat))))
-        raise PublishedWeightsError(
-            f"config.model (name={config.name!r}) is none of the models with published weights: "
-            f"they have no counterpart of the parameter {path}"
-        )
+    assert not flat, f"parameters without the authors' names: {list(flat)}"
     return {tensor.name: tensor for tensor in tensors}
 
 
@@ -148,6 +148,36 @@ def pop(tree: dict, path: tuple[str | int, ...]):
     for key in path[:-1]:
         tree = tree[key]
     return tree.pop(path[-1])
+
+
+def _published_options(config) -> dict:
+    """config.model with its defaults; raises PublishedWeightsError if nobody published it."""
+    if config.name not in PUBLISHED:
+        raise PublishedWeightsError(
+            f"config.model.name is {config.name!r}; expected one of those with published weights: "
+            f"{', '.join(PUBLISHED)}"
+        )
+    options = model_options(config.name) | dict(config.items())
+    for key, value in PUBLISHED[config.name].items():
+        if options[key] != value:
+            raise PublishedWeightsError(
+                f"config.model.{key} is {options[key]!r}; expected {value!r}, as in the weights "
+                f"published for {config.name!r}"
+            )
+    return options
+
+
+def _fixed_priors(module: str, options: dict) -> list[OfficialTensor]:
+    """The priors that are constants: of the directions, and of the scales if they are not learned.
+
+    The authors' module holds both as parameters.
+    """
+    priors = [_constant(f"{module}.{DIRECTION_PRIOR}", direction_prior()[None, None, None, None])]
+    if not options["learn_scale_prior"]:
+        scales = SCALE_PRIORS[options["scale_prior"]](options["num_groups"])
+        shape = (1, 1, 1, len(scales), 1, 1)
+        priors.append(_constant(f"{module}.{LEAVES['scale_prior']}", scales.reshape(shape)))
+    return priors
 
 
 def _constant(name: str, value: np.ndarray) -> OfficialTensor:

@@ -54,10 +54,15 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    which = "its only set of weights" if origin["weights"] == "only" else _WEIGHTS.value
-    print(f"{_WORKDIR.value}: {origin['format']} {origin['file']}, {which}")
-    if _CONFIG.value.model.name == "flowdcn":
-        print("its config has model.boundary=truncate; train.py needs it as well to fine-tune")
+    which = "its only weights" if origin["weights"] == "only" else f"its {_WEIGHTS.value} weights"
+    truncates = _CONFIG.value.model.name == "flowdcn"
+    boundary = " --config.model.boundary=truncate" if truncates else ""
+    print(f"{_WORKDIR.value}: {origin['file']}, a {origin['format']}, {which}")
+    print(f"to sample:    python sample.py --workdir={_WORKDIR.value}")
+    print(
+        f"to fine-tune: python train.py --config={flags.FLAGS['config'].config_filename}{boundary} "
+        f"--workdir={_WORKDIR.value}"
+    )
     return 0
 
 
