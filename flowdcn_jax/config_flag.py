@@ -18,7 +18,10 @@ def parse_flags(argv: list[str], config: flags.FlagHolder) -> list[str]:
         cause = error.args[0]  # a KeyError, wrapped
         text = cause.args[0] if isinstance(cause, Exception) else str(cause)
         raise ConfigError("unknown key in --config: " + text.replace("\n", " ")) from error
-    path = flags.FLAGS[config.name].config_filename
-    if path is not None and not isinstance(config.value, ConfigDict):  # its form of a bad file
-        raise ConfigError(f"--config={path} cannot be loaded; expected a file like configs/s2.py")
+    flag = flags.FLAGS[config.name]
+    if flag.present and not isinstance(config.value, ConfigDict):  # its form of a bad file
+        raise ConfigError(
+            f"--config={flag.config_filename} cannot be loaded; expected a file such as "
+            "configs/s2.py"
+        )
     return remaining
