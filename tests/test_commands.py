@@ -40,7 +40,28 @@ def files(folder):
             dict(model__boundary="floor"),
             "model.boundary is 'floor'; expected one of truncate, zeros",
         ),
-        (dict(model__name="dit"), "model.name is 'dit'; expected one of flowdcn"),
+        (dict(model__name="dit"), "model.name is 'dit'; expected one of flowcnn, flowdcn, sit"),
+        (
+            dict(model__name="sit"),
+            r"model.boundary is 'zeros'; expected no such key, for the model 'sit' has .*num_heads",
+        ),
+        (
+            dict(model=tiny.SIT | dict(num_heads=3)),
+            "width is 16; expected a multiple of .*num_heads=3",
+        ),
+        (dict(model=tiny.SIT | dict(width=6)), "model.width is 6; expected a multiple of 4"),
+        (
+            dict(model=tiny.SIT | dict(norm="batch")),
+            "norm is 'batch'; expected one of layer_norm, rms",
+        ),
+        (
+            dict(model=tiny.FLOWCNN | dict(kernel_size=4)),
+            "kernel_size is 4; expected an odd number",
+        ),
+        (
+            dict(model={key: value for key, value in tiny.SIT.items() if key != "num_heads"}),
+            "model.num_heads is missing; the model 'sit' needs it",
+        ),
         (
             dict(data__name="mnist"),
             "data.name is 'mnist'; expected one of cifar10, digits, imagenet",

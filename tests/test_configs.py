@@ -1,6 +1,7 @@
 """Every config is whole: it holds default.py's keys, passes the checks, and says how to run it."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from flowdcn_jax import models
-from flowdcn_jax.validation import validate
+from flowdcn_jax.errors import ConfigError
+from flowdcn_jax.validation import check_resumable, validate
 from tests.tiny import REPOSITORY
 
 NAMES = sorted(
@@ -54,3 +56,16 @@ def test_config_is_whole_and_says_what_it_costs(name):
         if stated or unit.startswith("M"):
             digits = len(stated[1].partition(".")[2])
             assert float(stated[1]) == round(count / (1e6 if unit[0] == "M" else 1e9), digits)
+
+
+def test_a_config_saved_before_an_option_was_there_means_the_published_model():
+    config = importlib.import_module("configs.s2").get_config()
+    saved = json.loads(config.to_json())
+    for key in ("norm", "mlp", "scale_prior", "learn_scale_prior"):
+        del saved["model"][key]
+    old = ml_collections.ConfigDict(saved["model"])
+    assert models.abstract_model(old)[0] == models.abstract_model(config.model)[0]
+    check_resumable(saved, config)
+    config.model.norm = "layer_norm"
+    with pytest.raises(ConfigError, match="config.model.norm: rms_norm -> layer_norm"):
+        check_resumable(saved, config)

@@ -12,6 +12,7 @@ from flowdcn_jax.training.step import make_train_step
 from pallas_kernels.deformable_conv import deformable_aggregate
 from tests import official, tiny
 from tests.comparison import relative_error
+from tests.models import test_sit
 
 pytestmark = pytest.mark.gpu
 
@@ -58,6 +59,34 @@ def test_model_matches_official(fixture_file, suffix):
     assert relative_error(single, official.nhwc(golden["out" + suffix])) < 2e-5
     halved = jax.tree.map(lambda leaf: leaf / 2, params)
     assert relative_error(run(jnp.bfloat16, halved), run(jnp.float32, halved)) < 2e-2
+
+
+def test_sit_matches_official_and_uses_cudnn_in_bfloat16(fixture_file):
+    golden = fixture_file("sit.npz")
+    x, expected = official.nhwc(golden["x"]), official.nhwc(golden["out"])
+    params = test_sit.to_tree(golden)
+
+    def run(dtype):
+        """(output, program) of forward and backward passes."""
+        graphdef, _ = models.abstract_model(test_sit.model_config(golden, dtype=dtype))
+
+        def both(params):
+            out, pullback = jax.vjp(
+                lambda p: models.apply_model(graphdef, p, x, golden["t"], golden["y"]), params
+            )
+            return out, *pullback(out)
+
+        compiled = jax.jit(both).lower(params).compile()
+        return *compiled(params), compiled.as_text()
+
+    single, single_grads, program = run("float32")
+    assert relative_error(single, expected) < 1e-5
+    assert "fmha" not in program
+    half, half_grads, program = run("bfloat16")
+    assert relative_error(half, expected) < 2e-2
+    assert "fmhaSoftmax" in program and "fmhaSoftmaxBackward" in program
+    qkv, half_qkv = (g["blocks"][1]["attention"]["qkv"] for g in (single_grads, half_grads))
+    assert relative_error(half_qkv["kernel"], qkv["kernel"]) < 5e-2
 
 
 def test_training_steps_repeat_to_the_bit():

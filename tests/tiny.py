@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from configs import digits
+from configs import default, digits
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -26,6 +26,11 @@ OVERRIDES = {
     "sampling.num_images": 4,
     "sampling.num_steps": 2,
 }
+
+# config.model of the other models, of the same size.
+_SMALL = dict(width=16, depth=1, in_channels=1, num_classes=10, dtype="float32")
+SIT = default.sit() | _SMALL | dict(num_heads=2)
+FLOWCNN = default.flowcnn() | _SMALL | dict(num_groups=2)
 
 
 def config(**overrides):

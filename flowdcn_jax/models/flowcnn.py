@@ -3,7 +3,8 @@
 The paper compares with it (FlowCNN-3x3 and -5x5) without saying its exact form. Here the Linears
 before and after stay, and between them a k x k convolution in the same groups, zero-padded, takes
 the place of the deformable aggregation and of the Linears that steer it. Of the S/2 size that is
-32.0 M parameters with 3x3 and 36.7 M with 5x5, beside FlowDCN's 30.3 M.
+32.0 M parameters with 3x3 and 36.7 M with 5x5, beside FlowDCN's 30.3 M; a convolution without
+groups would take 45 M and 74 M, one of single channels would leave 29 M and next to no mixing.
 """
 
 import functools

@@ -21,7 +21,7 @@ CUDNN_MAX_HEAD_DIM = 128  # of cuDNN's fused attention on every GPU since Ampere
 def position_embedding(h: int, w: int, width: int) -> np.ndarray:
     """Sinusoids of each token's column (first half of the channels) and row: [h,w,width] float32.
 
-    Each half holds the sines, then the cosines, of width/4 frequencies from 1 down to 1/10000.
+    Each half holds the sines, then the cosines, of width/4 frequencies from 1 down towards 1/10000.
     Coordinates are integers whatever the size, as in the released models, of each of which this is
     the constant: a 512x512 model's top left quarter is that of a 256x256 model. For a size that a
     model was not trained at it extrapolates: nothing is rescaled.
@@ -43,6 +43,9 @@ def attention_implementation(dtype, head_dim: int) -> str:
     cuDNN's fused kernel, which never holds the tokens x tokens matrix, for the 16-bit types on
     NVIDIA GPUs and the head sizes that it takes (multiples of 8 up to 128, which all published
     models are within). XLA otherwise: cuDNN has no float32, and no other platform has cuDNN.
+
+    The gradient of cuDNN's kernel adds its terms in any order, unless XLA is told to exclude such
+    operations (XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true).
     """
     fits = head_dim % 8 == 0 and head_dim <= CUDNN_MAX_HEAD_DIM
     on_cuda = "cuda" in backend.get_backend().platform_version

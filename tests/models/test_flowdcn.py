@@ -176,6 +176,45 @@ def test_initial_values():
     assert not model(x, jnp.array([0.1, 0.9]), jnp.array([0, 5])).any()  # starts at zero velocity
 
 
+def test_ablations_take_away_what_they_name():
+    def block(**options):
+        _, params = models.abstract_model(small_config(**options))
+        return jax.tree.map(lambda leaf: leaf.shape, params["blocks"][0])
+
+    full = block()
+    assert block(norm="layer_norm").keys() == full.keys() - {"norm1", "norm2"}
+    assert block(mlp="gelu")["mlp"] == {
+        "hidden": {"kernel": (24, 96), "bias": (96,)},
+        "out": {"kernel": (96, 24), "bias": (24,)},
+    }
+    assert block(learn_scale_prior=False)["conv"].keys() == full["conv"].keys() - {"scale_prior"}
+    assert block(scale_prior="single_scale") == full
+
+
+@pytest.mark.parametrize("scale_prior", flowdcn.SCALE_PRIORS)
+def test_a_fixed_prior_is_the_one_that_a_learned_one_starts_from(scale_prior):
+    def out_and_prior(learn_scale_prior):
+        conv = flowdcn.MultiscaleDeformableConv(
+            24,
+            3,
+            boundary="zeros",
+            max_scale=6.0,
+            scale_prior=scale_prior,
+            learn_scale_prior=learn_scale_prior,
+            dtype=jnp.float32,
+            rngs=nnx.Rngs(0),
+        )
+        return conv(jax.random.normal(jax.random.key(1), (1, 4, 4, 24))), conv.scale_prior
+
+    learned, prior = out_and_prior(True)
+    fixed, nothing = out_and_prior(False)
+    np.testing.assert_array_equal(fixed, learned)
+    assert nothing is None and np.abs(learned).max() > 0
+    radii = jax.nn.sigmoid(prior[...])
+    expected = {"multiscale": [1 / 3, 2 / 3, 1], "single_scale": [0.5] * 3}[scale_prior]
+    np.testing.assert_allclose(radii, expected, atol=2e-4)
+
+
 @pytest.mark.parametrize(
     "patch_size, channels, size", [(1, 1, (3, 5)), (2, 3, (6, 4)), (4, 7, (8, 12))]
 )

@@ -52,9 +52,8 @@ def model_config(golden, **overrides):
     )
 
 
-@pytest.fixture(scope="module")
-def params(golden):
-    """The official tiny model's parameters, once they are known to fit."""
+def to_tree(golden):
+    """The fixture's parameters as this project's nested dict."""
     tree: dict = {}
     for key, value in golden.items():
         name = key.removeprefix("param/")
@@ -73,6 +72,13 @@ def params(golden):
         for section in sections:
             node = node.setdefault(section, {})
         node[last] = value
+    return tree
+
+
+@pytest.fixture(scope="module")
+def params(golden):
+    """The official tiny model's parameters, once they are known to fit."""
+    tree = to_tree(golden)
     _, abstract = models.abstract_model(model_config(golden))
     assert jax.tree.map(np.shape, tree) == jax.tree.map(np.shape, abstract)
     return tree

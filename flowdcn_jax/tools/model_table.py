@@ -1,0 +1,261 @@
+"""Prints what every model of the paper costs, as Markdown: python -m flowdcn_jax.tools.model_table
+
+Parameters and multiply-adds come from shapes alone, so XL/2 needs no memory. On a GPU the forward
+pass is timed too. --json=FILE writes the same numbers with the device, the versions and the date.
+"""
+
+import functools
+import importlib
+import json
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+from flax import nnx
+from tqdm import tqdm
+
+from flowdcn_jax import environment
+from flowdcn_jax.errors import UserError
+from flowdcn_jax.files import atomic_write
+from flowdcn_jax.models import abstract_model, apply_model
+
+# A config of configs/ -> the model's name in the paper.
+MODELS = {
+    "s2": "FlowDCN-S/2",
+    "b2": "FlowDCN-B/2",
+    "l2": "FlowDCN-L/2",
+    "xl2": "FlowDCN-XL/2",
+    "sit_s2": "SiT-S/2 and DiT-S/2",
+    "sit_b2": "SiT-B/2 and DiT-B/2",
+    "sit_l2": "SiT-L/2 and DiT-L/2",
+    "sit_xl2": "SiT-XL/2 and DiT-XL/2",
+    "sit_s2_plus": "SiT-S/2+",
+    "flowcnn_3x3": "FlowCNN-3x3 (S/2)",
+    "flowcnn_5x5": "FlowCNN-5x5 (S/2)",
+    "s2_layer_norm": "FlowDCN-S/2, LayerNorm",
+    "s2_gelu": "FlowDCN-S/2, GELU MLP",
+    "s2_layer_norm_gelu": "FlowDCN-S/2, LayerNorm and GELU MLP",
+    "s2_fixed_prior": "FlowDCN-S/2, fixed priors",
+    "s2_single_scale": "FlowDCN-S/2, single-scale priors",
+}
+TIMED_PASSES = 20
+TIMED_DTYPE = "bfloat16"
+
+_MODELS = flags.DEFINE_list("models", list(MODELS), "Configs, such as s2,sit_s2; by default all.")
+_IMAGE_SIZES = flags.DEFINE_list("image_sizes", ["256", "512"], "Sides of the images, in pixels.")
+_BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "64"], "Images at a time, where timed.")
+_TIMING = flags.DEFINE_enum(
+    "timing", "auto", ["auto", "always", "never"], "auto: time on GPUs, not on CPUs."
+)
+_JSON = flags.DEFINE_string("json", None, "File to write the numbers to, as JSON.")
+
+
+def load_config(name: str):
+    """The config of configs/`name`.py. The library knows no configs; this command is their user."""
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def count(config, image_sizes: list[int]) -> dict:
+    """{"parameters": n, "forward_gmacs": {image size: 1e9 multiply-adds of an image}}."""
+    graphdef, params = abstract_model(config.model)
+    network = nnx.merge(graphdef, params)  # of shapes, not of numbers
+    sides = {size: size // config.autoencoder.downsampling for size in image_sizes}
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "forward_gmacs": {
+            size: network.forward_macs(side, side) / 1e9 for size, side in sides.items()
+        },
+    }
+
+
+def time_forward(config, image_size: int, batch_size: int) -> dict:
+    """{"latency_ms": of one forward pass over the batch, "images_per_s"}; None if memory ran out.
+
+    Wall time, the median of TIMED_PASSES after one to warm up, compiled, on one device: bfloat16
+    activations and float32 parameters, as in sampling, and no guidance.
+    """
+    config.model.dtype = TIMED_DTYPE
+    graphdef, shapes = abstract_model(config.model)
+    side = image_size // config.autoencoder.downsampling
+    x = jax.random.normal(jax.random.key(0), (batch_size, side, side, config.model.in_channels))
+    t, y = jnp.linspace(0.1, 0.9, batch_size), jnp.zeros(batch_size, jnp.int32)
+    try:
+        params = random_params(shapes)
+        forward = jax.jit(functools.partial(apply_model, graphdef))
+        forward = forward.lower(params, x, t, y).compile()
+        jax.block_until_ready(forward(params, x, t, y))
+        passes_s = []
+        for _ in range(TIMED_PASSES):
+            start = time.perf_counter()
+            jax.block_until_ready(forward(params, x, t, y))
+            passes_s.append(time.perf_counter() - start)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"latency_ms": None, "images_per_s": None}
+    seconds = statistics.median(passes_s)
+    return {"latency_ms": 1e3 * seconds, "images_per_s": batch_size / seconds}
+
+
+def random_params(shapes):
+    """Parameters of about a trained model's size.
+
+    With initial values the sampling points of FlowDCN would all lie on one regular grid.
+    """
+    leaves, structure = jax.tree.flatten(shapes)
+
+    def draw(index, leaf):
+        deviation = leaf.shape[-2] ** -0.5 if len(leaf.shape) > 1 else 1.0
+        key = jax.random.fold_in(jax.random.key(0), index)
+        return deviation * jax.random.normal(key, leaf.shape, leaf.dtype)
+
+    return jax.tree.unflatten(structure, [draw(*pair) for pair in enumerate(leaves)])
+
+
+def measure(
+    names: list[str], *, image_sizes: list[int], batch_sizes: list[int], timed: bool
+) -> dict:
+    """Everything that the command prints, as it writes it to --json.
+
+    Raises:
+        UserError: an unknown model, or a size that the models cannot take.
+    """
+    check(names, image_sizes, batch_sizes)
+    runs = [(size, batch) for size in image_sizes for batch in batch_sizes] if timed else []
+    rows, timings = [], []
+    with tqdm(total=len(names) * (1 + len(runs)), unit="step", dynamic_ncols=True) as bar:
+        for name in names:
+            bar.set_description(MODELS[name])
+            rows.append({"config": name, "model": MODELS[name]})
+            rows[-1] |= count(load_config(name), image_sizes)
+            bar.update()
+            for size, batch in runs:
+                timings.append({"config": name, "image_size": size, "batch_size": batch})
+                timings[-1] |= time_forward(load_config(name), size, batch)
+                bar.update()
+    return {"environment": environment.describe(), "models": rows, "timings": timings}
+
+
+def check(names: list[str], image_sizes: list[int], batch_sizes: list[int]) -> None:
+    """Raises a UserError for the first value that cannot be used."""
+    for name in names:
+        if name not in MODELS:
+            raise UserError(f"--models names {name!r}; expected some of {', '.join(MODELS)}")
+        config = load_config(name)
+        stride = config.autoencoder.downsampling * config.model.patch_size
+        for size in image_sizes:
+            if size < 1 or size % stride:
+                raise UserError(
+                    f"--image_sizes names {size}; expected positive multiples of {stride}"
+                )
+    if min(batch_sizes) < 1:
+        raise UserError(f"--batch_sizes names {min(batch_sizes)}; expected positive numbers")
+
+
+def check_writable(path: Path) -> None:
+    """Makes the folder of a file to be written, now and not after the work.
+
+    Raises:
+        UserError: that cannot be done, or `path` is a folder.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--json={path} cannot be written: {error}") from error
+    if path.is_dir():
+        raise UserError(f"--json={path} is a folder; expected a file")
+
+
+def to_markdown(result: dict, command: str) -> str:
+    """The result as a document."""
+    sizes = list(result["models"][0]["forward_gmacs"])
+    header = ["model", "config", "parameters (M)", *(f"GMACs at {size}²" for size in sizes)]
+    rows = [
+        [row["model"], f"`{row['config']}`", f"{row['parameters'] / 1e6:.2f}"]
+        + [f"{row['forward_gmacs'][size]:.2f}" for size in sizes]
+        for row in result["models"]
+    ]
+    parts = [
+        "# What the models cost",
+        f"Made by\n\n```bash\n{command}\n```",
+        "Parameters are the numbers that training changes. GMACs are 10⁹ multiply-adds of the\n"
+        "forward pass over one image: of Linears, convolutions and attention's two products, as\n"
+        "published figures count; elementwise work and FlowDCN's bilinear sampling are left out.\n"
+        "SiT's and DiT's published parameters hold the position embedding, a constant here.",
+        _table(header, rows),
+    ]
+    if result["timings"]:
+        parts += _timings_markdown(result)
+    return "\n\n".join(parts) + "\n"
+
+
+def _timings_markdown(result: dict) -> list[str]:
+    titles = {row["config"]: row["model"] for row in result["models"]}
+    header = ["model", "image", "batch", "latency (ms)", "images/s"]
+    rows = [
+        [titles[row["config"]], f"{row['image_size']}²", str(row["batch_size"])]
+        + [
+            "out of memory" if row[key] is None else f"{row[key]:.{digits}f}"
+            for key, digits in (("latency_ms", 2), ("images_per_s", 1))
+        ]
+        for row in result["timings"]
+    ]
+    machine = result["environment"]
+    return [
+        f"One forward pass without guidance, on one {machine['device']} (driver "
+        f"{machine['driver']}, jax {machine['jax']}, {machine['date']} UTC): {TIMED_DTYPE}\n"
+        f"activations and float32 parameters, wall time, median of {TIMED_PASSES} passes.",
+        _table(header, rows),
+    ]
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _numbers(flag: flags.FlagHolder) -> list[int]:
+    """The numbers of a list flag, which must not be empty.
+
+    Raises:
+        UserError: not a number.
+    """
+    if not flag.value or not all(text.strip().isdecimal() for text in flag.value):
+        raise UserError(f"--{flag.name} is {','.join(flag.value)!r}; expected numbers like 256,512")
+    return [int(text) for text in flag.value]
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)
+    timed = _TIMING.value == "always" or (
+        _TIMING.value == "auto" and jax.default_backend() == "gpu"
+    )
+    try:
+        if _JSON.value:
+            check_writable(Path(_JSON.value))
+        result = measure(
+            _MODELS.value,
+            image_sizes=_numbers(_IMAGE_SIZES),
+            batch_sizes=_numbers(_BATCH_SIZES),
+            timed=timed,
+        )
+        if _JSON.value:
+            with atomic_write(Path(_JSON.value)) as file:
+                file.write((json.dumps(result, indent=2) + "\n").encode())
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    arguments = shlex.join(sys.argv[1:])
+    print(
+        to_markdown(result, f"python -m flowdcn_jax.tools.model_table {arguments}".strip()), end=""
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)
