@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def convert(
         PublishedWeightsError: the source cannot be read or does not fit, or the workdir is taken.
         flowdcn_jax.errors.ConfigError: a value of `config`.
     """
+    _check_choice(weights)
     source = Path(source)
     config = copy.deepcopy(config)
     if config.model.name == "flowdcn":
@@ -63,6 +65,7 @@ def convert(
     official = official_tensors(config.model, tokens_per_side=_trained_side(opened, config))
     chosen = select_weights(opened, weights, official)
     check_tensors(chosen.tensors, official, config.model)
+    _check_space(Path(workdir), sum(4 * math.prod(t.shape) for t in official.values()))
 
     params: dict = {}
     for name, tensor in tqdm(official.items(), unit="tensor", disable=not progress):
@@ -115,6 +118,7 @@ def export(
         PublishedWeightsError: the authors have no such model, or `file` cannot be written.
         flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
+    _check_choice(weights)
     mesh = make_mesh(devices=jax.local_devices()[:1])
     restore = {"ema": checkpoint.restore_ema, "model": checkpoint.restore_params}[weights]
     saved = restore(
@@ -142,18 +146,38 @@ def export(
     return saved.step
 
 
+def _check_choice(weights: str) -> None:
+    if weights not in WEIGHTS:
+        raise PublishedWeightsError(f"weights is {weights!r}; expected {' or '.join(WEIGHTS)}")
+
+
 def _check_free(workdir: Path) -> None:
     """The workdir must be new or empty, and one that can be made."""
     if workdir.is_dir() and any(workdir.iterdir()):
         raise PublishedWeightsError(
             f"--workdir={workdir} is not empty; expected a new or empty folder"
         )
-    above = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    above = _existing_part(workdir)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise PublishedWeightsError(
             f"--workdir={workdir} cannot be made a folder: {above} is "
             + ("not writable" if above.is_dir() else "a file")
         )
+
+
+def _check_space(workdir: Path, needed_bytes: int) -> None:
+    """Found out now, for Orbax tells a full disk in a hundred lines."""
+    free_bytes = shutil.disk_usage(_existing_part(workdir)).free
+    if free_bytes < needed_bytes:
+        raise PublishedWeightsError(
+            f"--workdir={workdir} has {free_bytes / 1e6:,.0f} MB free; expected "
+            f"{needed_bytes / 1e6:,.0f} MB, as the weights need"
+        )
+
+
+def _existing_part(path: Path) -> Path:
+    """The path itself, or the closest of the folders that it lies in."""
+    return next(part for part in (path, *path.absolute().parents) if part.exists())
 
 
 def _config_side(config) -> int:

@@ -22,6 +22,7 @@ LIGHTNING_STATE = "state_dict."
 LIGHTNING_EMA = "optimizer_states.0.ema."
 LIGHTNING_PREFIX = "denoiser."
 SIT_SETS = {"ema": "ema.", "model": "model."}
+REMAP_BYTES = 2**27
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -176,25 +177,53 @@ def _open_safetensors(path: Path) -> Source:
 
 
 def _open_torch(path: Path, *, mmap: bool) -> Source:
-    try:
-        import torch
-    except ImportError as error:
-        raise PublishedWeightsError(
-            f"--source={path} is a PyTorch file, and PyTorch, which nothing else here needs, is "
-            "not installed. Install its CPU build (pip install torch --index-url "
-            "https://download.pytorch.org/whl/cpu), or give the weights as safetensors"
-        ) from error
-    try:
-        # SiT's training script keeps its arguments beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # whatever a damaged file makes it raise
-        raise PublishedWeightsError(f"--source={path} {_explain(error)}") from error
-    tensors: dict[str, StoredTensor] = {}
-    for name, tensor in _flatten(tree, torch.Tensor):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        tensors[name] = StoredTensor(tuple(tensor.shape), dtype, tensor.detach().numpy)
+    file = _TorchFile(path, mmap)
+    tensors = {
+        name: StoredTensor(
+            tuple(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+            functools.partial(file.read, name),
+        )
+        for name, tensor in file.tensors.items()
+    }
     return Source("torch", tensors)
+
+
+class _TorchFile:
+    """A file of PyTorch's, mapped to memory if its format allows (that of 1.6 and later does)."""
+
+    def __init__(self, path: Path, mmap: bool):
+        self.path = path
+        self.mmap = mmap
+        self.tensors = self._load()
+        self.read_bytes = 0  # since the file was mapped
+
+    def read(self, name: str) -> np.ndarray:
+        if self.mmap and self.read_bytes > REMAP_BYTES:
+            self.tensors = {}  # the pages that were read stay in memory until the mapping goes
+            self.tensors = self._load()
+            self.read_bytes = 0
+        array = self.tensors[name].detach().numpy().copy()  # or it would hold the mapping
+        self.read_bytes += array.nbytes
+        return array
+
+    def _load(self) -> dict:
+        """The tensors by their joined keys."""
+        try:
+            import torch
+        except ImportError as error:
+            raise PublishedWeightsError(
+                f"--source={self.path} is a PyTorch file, and PyTorch, which nothing else here "
+                "needs, is not installed. Install its CPU build (pip install torch --index-url "
+                "https://download.pytorch.org/whl/cpu), or give the weights as safetensors"
+            ) from error
+        try:
+            # SiT's training script keeps its arguments beside the weights.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                tree = torch.load(self.path, "cpu", weights_only=True, mmap=self.mmap)
+        except Exception as error:  # whatever a damaged file makes it raise
+            raise PublishedWeightsError(f"--source={self.path} {_explain(error)}") from error
+        return dict(_flatten(tree, torch.Tensor))
 
 
 def _explain(error: Exception) -> str:

@@ -4,6 +4,8 @@ import functools
 import hashlib
 import json
 import logging
+import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -246,11 +248,21 @@ def test_a_failure_while_writing_leaves_nothing(golden, tensors, write, monkeypa
     assert list(source.parent.iterdir()) == [source]
 
 
+def test_a_full_disk_is_found_before_the_work(golden, tensors, write, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    source = write(tensors)
+    with pytest.raises(PublishedWeightsError, match="has 0 MB free; expected 1 MB, as"):
+        convert(source, official.run_config(golden), source.parent / "new" / "run")
+    assert list(source.parent.iterdir()) == [source]
+
+
 def test_bad_configs_are_refused(golden, tensors, write):
     config = official.run_config(golden)
     config.data.image_size = 100
     with pytest.raises(ConfigError, match="image_size is 100; expected a multiple of 16"):
         convert(write(tensors), config, "unused")
+    with pytest.raises(PublishedWeightsError, match="weights is 'best'; expected ema or model"):
+        convert("unused", config, "unused", weights="best")
 
 
 def wave(shape):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flowdcn_jax.published_weights import PublishedWeightsError
+from flowdcn_jax.published_weights import PublishedWeightsError, source
 from flowdcn_jax.published_weights.names import official_tensors
 from flowdcn_jax.published_weights.source import open_source, select_weights
 from tests import official
@@ -132,6 +132,15 @@ def test_the_authors_files(torch, tensors, expected):
     assert (form, found) == ("Lightning checkpoint", "ema")
     assert_same(arrays, half(tensors), constants=tensors)
     assert_same(read(FIXTURES / "official_tiny.ckpt", "model", expected)[2], tensors)
+
+
+def test_files_are_mapped_anew_as_they_are_read(torch, tensors, expected, monkeypatch):
+    loads = []
+    monkeypatch.setattr(source, "REMAP_BYTES", 100_000)
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: (loads.append(k["mmap"]), load(*a, **k))[1])
+    assert_same(read(FIXTURES / "official_tiny.pth", "ema", expected)[2], tensors)
+    assert loads == [True] * 8  # a MB of tensors, of which four are of 98 KB
 
 
 def test_an_ema_list_follows_the_state_dicts_own_order(torch, tensors, tmp_path, expected):
