@@ -7,7 +7,10 @@ The same command goes on with a run that was stopped. Several hosts: the same co
 import sys
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
+
+from flowdcn_jax import config_flag
+from flowdcn_jax.errors import ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, grids.")
@@ -38,17 +41,10 @@ def main(argv: list[str]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with one line instead of a traceback for what config_flags lets through."""
     try:
-        remaining = app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:  # its form of an unknown key
-        cause = error.args[0]  # a KeyError, wrapped
-        text = cause.args[0] if isinstance(cause, Exception) else str(cause)
-        sys.exit("error: unknown key in --config: " + text.replace("\n", " "))
-    if not isinstance(_CONFIG.value, ConfigDict):  # its form of a file that does not load
-        path = flags.FLAGS["config"].config_filename
-        sys.exit(f"error: --config={path} cannot be loaded; expected a file such as configs/s2.py")
-    return remaining
+        return config_flag.parse_flags(argv, _CONFIG)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python train.py --config=configs/xl2_512.py --workdir=DIR
 
-100k steps of 256 images: 6.1e19 FLOPs. The paper starts from its 256x256 weights and reports FID
-2.44 with 250 SDE steps. Blocks are recomputed in the backward pass to fit larger batches.
+100k steps of 256 images: 6.1e19 FLOPs. The paper starts from its 256x256 weights (README,
+"Published weights") and reports FID 2.44 with 250 SDE steps. Blocks are recomputed in the backward
+pass to fit larger batches.
 """
 
 from configs import xl2

@@ -18,6 +18,7 @@ CHANGEABLE = {
     "data.prefetch_batches",
 }
 FIXED = ("seed", "model", "data", "train.batch_size")
+FIXED_BY_WEIGHTS = ("model",)  # of converted weights, that no training has gone on from yet
 
 CHOICES = {
     "model.boundary": ("zeros", "truncate"),
@@ -100,12 +101,13 @@ def validate(config, num_devices: int, num_processes: int) -> None:
             _fail(config, "sampling.classes", f"classes from 0 to {config.model.num_classes - 1}")
 
 
-def check_resumable(saved: dict, config) -> None:
+def check_resumable(saved: dict, config, *, weights_only: bool = False) -> None:
     """Refuses to go on with a run under a config that differs in what cannot change.
 
     Args:
         saved: the config beside the run's checkpoint, as nested dicts.
         config: the config asked for.
+        weights_only: the checkpoint holds converted weights; then only the model is fixed.
 
     Raises:
         ConfigError: it names every key that differs, with both values.
@@ -114,7 +116,7 @@ def check_resumable(saved: dict, config) -> None:
     saved = saved | {"model": _with_defaults(saved["model"])}
     current = current | {"model": _with_defaults(current["model"])}
     differences = []
-    for key in FIXED:
+    for key in FIXED_BY_WEIGHTS if weights_only else FIXED:
         before, now = _flatten(key, _get(saved, key)), _flatten(key, _get(current, key))
         for name in sorted(before.keys() | now.keys()):
             if name not in CHANGEABLE and before.get(name) != now.get(name):

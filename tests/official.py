@@ -1,34 +1,16 @@
-"""The authors' parameter names, for the tests that hold the models against golden fixtures."""
+"""The authors' tiny models of the golden fixtures, as configs and parameters of this project."""
 
+import importlib
 import json
+from pathlib import Path
 
 import ml_collections
 import numpy as np
 from flax import nnx
+from safetensors.numpy import save_file
 
 from flowdcn_jax.models.flowdcn import FlowDCN
-
-BLOCK = {
-    "norm1.weight": ("norm1", "scale"),
-    "norm2.weight": ("norm2", "scale"),
-    "attn.deformables_scale": ("conv", "scale_prior"),
-    "attn.v": ("conv", "values"),
-    "attn.qk_deformables": ("conv", "directions"),
-    "attn.qk_scales": ("conv", "scales"),
-    "attn.qk_weights": ("conv", "weights"),
-    "attn.out": ("conv", "out"),
-    "mlp.w1": ("mlp", "w1"),
-    "mlp.w2": ("mlp", "w2"),
-    "mlp.w3": ("mlp", "w3"),
-    "adaLN_modulation.1": ("modulation",),
-}
-TOP = {
-    "t_embedder.mlp.0": ("time_embedder", "hidden"),
-    "t_embedder.mlp.2": ("time_embedder", "out"),
-    "y_embedder.embedding_table.weight": ("class_embedder", "embedding"),
-    "final_layer.linear": ("final", "linear"),
-    "final_layer.adaLN_modulation.1": ("final", "modulation"),
-}
+from flowdcn_jax.published_weights.names import official_tensors, to_params
 
 
 def build(config: ml_collections.ConfigDict, dtype) -> tuple:
@@ -40,7 +22,7 @@ def build(config: ml_collections.ConfigDict, dtype) -> tuple:
 
 
 def model_config(fixture: dict) -> ml_collections.ConfigDict:
-    """config.model for the tiny official model of a fixture."""
+    """config.model for the tiny official FlowDCN of a fixture."""
     config = json.loads(str(fixture["config"]))
     return ml_collections.ConfigDict(
         dict(
@@ -60,37 +42,58 @@ def model_config(fixture: dict) -> ml_collections.ConfigDict:
     )
 
 
+def run_config(fixture: dict) -> ml_collections.ConfigDict:
+    """A whole config for the tiny official model of a fixture, FlowDCN or SiT."""
+    sizes = json.loads(str(fixture["config"]))
+    is_sit = "num_heads" in sizes
+    config = importlib.import_module("configs.sit_s2" if is_sit else "configs.s2").get_config()
+    config.model.update(
+        width=sizes["hidden_size"],
+        depth=sizes["depth" if is_sit else "num_blocks"],
+        num_classes=sizes["num_classes"],
+        dtype="float32",
+    )
+    heads_or_groups = "num_heads" if is_sit else "num_groups"
+    config.model[heads_or_groups] = sizes[heads_or_groups]
+    config.data.image_size = 8 * fixture["x"].shape[-1]
+    config.sampling.classes = ()
+    return config
+
+
+def state_dict(fixture: dict, prefix: str = "param/") -> dict[str, np.ndarray]:
+    """The fixture's arrays under `prefix` by the authors' names, in their order."""
+    return {key.removeprefix(prefix): fixture[key] for key in fixture if key.startswith(prefix)}
+
+
 def to_tree(fixture: dict, prefix: str = "param/") -> dict:
     """The fixture's arrays under `prefix` as this project's nested dict of parameters."""
-    tree: dict = {}
-    for key, value in fixture.items():
-        if key.startswith(prefix) and not key.endswith("deformables_prior"):
-            path, array = _convert(key.removeprefix(prefix), value)
-            node = tree
-            for part in path[:-1]:
-                node = node.setdefault(part, {})
-            node[path[-1]] = array
-    return tree
-
-
-def _convert(name: str, value: np.ndarray) -> tuple[tuple, np.ndarray]:
-    if name.startswith("x_embedder.proj"):
-        if name.endswith("bias"):
-            return ("stem", "bias"), value
-        return ("stem", "kernel"), value.transpose(2, 3, 1, 0).reshape(-1, value.shape[0])
-    if name.startswith("blocks."):
-        _, number, rest = name.split(".", 2)
-        prefix, table = ("blocks", int(number)), BLOCK
-    else:
-        prefix, rest, table = (), name, TOP
-    if rest in table:
-        return prefix + table[rest], value.reshape(-1) if "deformables_scale" in rest else value
-    layer, kind = rest.rsplit(".", 1)
-    if kind == "weight":
-        return prefix + table[layer] + ("kernel",), value.T
-    return prefix + table[layer] + ("bias",), value
+    official = official_tensors(model_config(fixture), tokens_per_side=8)
+    return to_params(official, state_dict(fixture, prefix))
 
 
 def nhwc(x: np.ndarray) -> np.ndarray:
     """[B,C,H,W] -> [B,H,W,C]."""
     return np.moveaxis(x, 1, -1)
+
+
+def half(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """As the EMA of official_tiny.ckpt: half of each parameter."""
+    return {name: value / 2 for name, value in tensors.items()}
+
+
+def under(prefix: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same tensors with `prefix` before their names."""
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+def lightning(tensors: dict[str, np.ndarray], ema: dict) -> dict[str, np.ndarray]:
+    """A Lightning checkpoint, keys joined by dots; the EMA has places in the place of names."""
+    places = {f"optimizer_states.0.ema.{i}": value for i, value in enumerate(ema.values())}
+    moments = {"optimizer_states.0.opt.state.0.exp_avg": next(iter(tensors.values()))}
+    return under("state_dict.denoiser.", tensors) | places | moments
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> Path:
+    """Writes the file and returns its path."""
+    save_file(tensors, path)
+    return path

@@ -5,6 +5,8 @@ optimizer), `ema`, `run` (the config, and the names of the classes), and `checks
 a position-weighted sum of an array's bits, taken on the devices before saving and again after
 restoring, so a flipped bit anywhere on the way is noticed, whatever the number of devices on
 either side.
+
+A workdir of converted weights has a checkpoint 0 without `state`: training starts from its `ema`.
 """
 
 import json
@@ -54,24 +56,14 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         items = {"state": _resumable(state), "ema": state.ema}
-        run = {"config": json.loads(config.to_json()), "class_names": class_names}
-        checksums = {name: checksum(item) for name, item in items.items()}
-        checksums["run"] = _text_checksum(run)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                **{name: ocp.args.StandardSave(item) for name, item in items.items()},
-                run=ocp.args.JsonSave(run),
-                checksums=ocp.args.JsonSave(checksums),
-            ),
-            force=True,
-        )
+        self._manager.save(step, args=_save_args(items, config, class_names), force=True)
 
     def restore_newest(self, abstract: TrainState) -> TrainState | None:
         """The newest state that restores and matches its checksums, in `abstract`'s shardings.
 
         Newer ones that are damaged are named in a warning and, once an older one is restored, moved
-        to damaged_checkpoints/. None if there is no checkpoint.
+        to damaged_checkpoints/. None if there is no checkpoint. Of one that holds weights alone
+        they are both params and ema, and opt_state is None.
 
         Raises:
             CheckpointError: there are checkpoints, and not one of them is whole.
@@ -81,10 +73,13 @@ class Checkpointer:
         for step in sorted(self._manager.all_steps(), reverse=True):
             state, error = None, ""
             try:
-                _restore_run(self._manager, step)  # sampling will want it
-                wanted = {"state": _resumable(abstract), "ema": abstract.ema}
+                wanted = {"ema": abstract.ema}
+                if not _restore_run(self._manager, step).weights_only:
+                    wanted["state"] = _resumable(abstract)
                 items = _restore_items(self._manager, step, wanted)
-                state = TrainState(**items["state"], ema=items["ema"])
+                ema = items["ema"]
+                fresh = {"step": jnp.asarray(step, jnp.int32), "params": ema, "opt_state": None}
+                state = TrainState(**items.get("state", fresh), ema=ema)
             except Exception as e:  # whatever a damaged file makes Orbax raise
                 error = _first_line(e)
             if _all_processes(state is not None):
@@ -121,8 +116,16 @@ class Checkpointer:
             self._manager.reload()
 
 
-def saved_config(workdir: str) -> dict | None:
-    """The config of the newest checkpoint that has a readable one; None without checkpoints.
+class SavedRun(NamedTuple):
+    """What a checkpoint tells about its run."""
+
+    config: dict  # nested
+    class_names: tuple[str, ...] | None
+    weights_only: bool  # converted weights: no training yet
+
+
+def saved_run(workdir: str) -> SavedRun | None:
+    """What the newest checkpoint with a readable config tells; None without checkpoints.
 
     Raises:
         CheckpointError: there are checkpoints, and none with a readable config.
@@ -134,12 +137,28 @@ def saved_config(workdir: str) -> dict | None:
     with _reader(folder) as manager:
         for step in sorted(manager.all_steps(), reverse=True):
             try:
-                return _restore_run(manager, step)["config"]
+                return _restore_run(manager, step)
             except Exception as e:
                 unreadable[step] = _first_line(e)
     if unreadable:
         raise CheckpointError(_none_whole(folder.parent, unreadable))
     return None
+
+
+def save_weights(workdir: str | Path, params: dict, config) -> None:
+    """Writes weights alone to an empty workdir, as its checkpoint 0.
+
+    Arrays are compressed a few at a time, so that it takes little memory beside the weights.
+    """
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    handler = ocp.StandardCheckpointHandler(save_concurrent_gb=2 * largest / 1e9)
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add("ema", ocp.args.StandardSave, handler)
+    registry.add("run", ocp.args.JsonSave)
+    registry.add("checksums", ocp.args.JsonSave)
+    folder = Path(workdir).absolute() / FOLDER
+    with ocp.CheckpointManager(folder, handler_registry=registry) as manager:
+        manager.save(0, args=_save_args({"ema": params}, config, None))
 
 
 class Weights(NamedTuple):
@@ -148,7 +167,7 @@ class Weights(NamedTuple):
     step: int
     config: ConfigDict  # of the training run
     class_names: tuple[str, ...] | None
-    params: dict  # EMA
+    params: dict
 
 
 def restore_ema(workdir: str, step: int | None, abstract_params: Callable) -> Weights:
@@ -164,6 +183,17 @@ def restore_ema(workdir: str, step: int | None, abstract_params: Callable) -> We
         CheckpointError: no checkpoint, not that step (the message lists those there are), or it is
             damaged.
     """
+    return _restore_weights(workdir, step, abstract_params, averaged=True)
+
+
+def restore_params(workdir: str, step: int | None, abstract_params: Callable) -> Weights:
+    """The weights that training goes on from, in place of their EMA; otherwise as restore_ema."""
+    return _restore_weights(workdir, step, abstract_params, averaged=False)
+
+
+def _restore_weights(
+    workdir: str, step: int | None, abstract_params: Callable, *, averaged: bool
+) -> Weights:
     folder = Path(workdir).absolute() / FOLDER
     if not folder.is_dir():
         raise CheckpointError(
@@ -179,10 +209,15 @@ def restore_ema(workdir: str, step: int | None, abstract_params: Callable) -> We
         for candidate in steps if step is None else [step]:
             try:
                 run = _restore_run(manager, candidate)
-                config = ConfigDict(run["config"])
-                items = _restore_items(manager, candidate, {"ema": abstract_params(config)})
-                names = tuple(run["class_names"]) if run["class_names"] else None
-                return Weights(candidate, config, names, items["ema"])
+                config = ConfigDict(run.config)
+                params = abstract_params(config)
+                if averaged or run.weights_only:
+                    params = _restore_items(manager, candidate, {"ema": params})["ema"]
+                else:
+                    wanted = {"state": {"params": params}}
+                    items = _restore_items(manager, candidate, wanted, partial=True)
+                    params = items["state"]["params"]
+                return Weights(candidate, config, run.class_names, params)
             except Exception as e:
                 damaged[candidate] = _first_line(e)
                 logging.warning(
@@ -229,25 +264,52 @@ def _reader(folder: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False))
 
 
-def _restore_run(manager: ocp.CheckpointManager, step: int) -> dict:
+def _save_args(items: dict, config, class_names: tuple[str, ...] | None) -> ocp.args.Composite:
+    """What goes into a checkpoint: `items` (name -> tree of arrays), the run, and checksums."""
+    run = {"config": json.loads(config.to_json()), "class_names": class_names}
+    checksums = {name: checksum(item) for name, item in items.items()}
+    checksums["run"] = _text_checksum(run)
+    return ocp.args.Composite(
+        **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+        run=ocp.args.JsonSave(run),
+        checksums=ocp.args.JsonSave(checksums),
+    )
+
+
+def _restore_run(manager: ocp.CheckpointManager, step: int) -> SavedRun:
     items = dict(run=ocp.args.JsonRestore(), checksums=ocp.args.JsonRestore())
     restored = manager.restore(step, args=ocp.args.Composite(**items))
     if restored.checksums["run"] != _text_checksum(restored.run):
         raise CheckpointError("checksum mismatch in run")
-    return restored.run
-
-
-def _restore_items(manager: ocp.CheckpointManager, step: int, wanted: dict) -> dict:
-    """The items `wanted` (name -> abstract tree) of a step, checked against their checksums."""
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            **{name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()},
-            checksums=ocp.args.JsonRestore(),
-        ),
+    names = restored.run["class_names"]
+    return SavedRun(
+        config=restored.run["config"],
+        class_names=tuple(names) if names else None,
+        weights_only="state" not in restored.checksums,
     )
+
+
+def _restore_items(
+    manager: ocp.CheckpointManager, step: int, wanted: dict, *, partial: bool = False
+) -> dict:
+    """The items `wanted` (name -> abstract tree) of a step, checked against their checksums.
+
+    partial: the trees may leave out some of what was saved at their top.
+    """
+
+    def restore_args(tree):
+        if not partial:
+            return ocp.args.StandardRestore(tree)
+        options = ocp.checkpoint_utils.construct_restore_args(tree)
+        return ocp.args.PyTreeRestore(tree, restore_args=options, partial_restore=True)
+
+    items = {name: restore_args(tree) for name, tree in wanted.items()}
+    args = ocp.args.Composite(**items, checksums=ocp.args.JsonRestore())
+    restored = manager.restore(step, args=args)
     for name in wanted:
         saved, found = restored.checksums[name], checksum(restored[name])
+        if partial:
+            saved = {path: saved[path] for path in saved if path.split("/")[0] in wanted[name]}
         wrong = sorted(key for key in saved.keys() | found if saved.get(key) != found.get(key))
         if wrong:
             raise CheckpointError(f"checksum mismatch in {name}: {', '.join(wrong[:3])}")

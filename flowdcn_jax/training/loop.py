@@ -17,7 +17,12 @@ from flowdcn_jax.training import checkpoint
 from flowdcn_jax.training.metrics import MetricWriter, Stopwatch, model_flops_utilisation
 from flowdcn_jax.training.preemption import Preemption
 from flowdcn_jax.training.sharding import batch_sharding, make_mesh
-from flowdcn_jax.training.state import TrainState, abstract_state, initial_state
+from flowdcn_jax.training.state import (
+    TrainState,
+    abstract_state,
+    initial_state,
+    state_from_weights,
+)
 from flowdcn_jax.training.step import make_train_step
 from flowdcn_jax.validation import check_resumable, validate
 
@@ -32,6 +37,7 @@ class NonFiniteError(UserError, RuntimeError):
 def train(config, workdir: str) -> None:
     """Trains until config.train.num_steps, or until SIGTERM; goes on from the newest checkpoint.
 
+    Converted weights in `workdir` are started from, whatever the data, with a fresh optimizer.
     Nothing is written to `workdir` before the config, the autoencoder, the data and the checkpoints
     are found good.
 
@@ -47,9 +53,9 @@ def train(config, workdir: str) -> None:
     check_fits(autoencoder, config)
     source = data.make_source(config.data)
     check_source(config, source)
-    saved = checkpoint.saved_config(workdir)
+    saved = checkpoint.saved_run(workdir)
     if saved is not None:
-        check_resumable(saved, config)
+        check_resumable(saved.config, config, weights_only=saved.weights_only)
     try:
         Path(workdir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -60,7 +66,11 @@ def train(config, workdir: str) -> None:
     )
     try:
         state = checkpointer.restore_newest(abstract_state(config, mesh))
-        state = initial_state(config, mesh) if state is None else state
+        if state is None:
+            state = initial_state(config, mesh)
+        elif state.opt_state is None:
+            logging.warning("starting from the converted weights in %s", workdir)
+            state = state_from_weights(config, mesh, state.params)
         _Run(config, workdir, mesh, source, checkpointer, autoencoder).train(state)
     finally:
         checkpointer.close()

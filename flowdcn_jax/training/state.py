@@ -53,10 +53,18 @@ def initial_state(config, mesh: Mesh) -> TrainState:
     """A fresh state, made on the devices in its sharding (no device ever holds all of it)."""
 
     def init(key) -> TrainState:
-        params = init_params(config.model, key)
-        opt_state = make_optimizer(config.optimizer).init(params)
-        ema = jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
+        return _fresh_state(config, init_params(config.model, key))
 
     shardings = state_sharding(abstract_state(config, mesh), mesh)
     return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
+
+
+def state_from_weights(config, mesh: Mesh, params) -> TrainState:
+    """A state at step 0 with `params` for parameters and EMA, and a fresh optimizer."""
+    shardings = state_sharding(abstract_state(config, mesh), mesh)
+    return jax.jit(lambda params: _fresh_state(config, params), out_shardings=shardings)(params)
+
+
+def _fresh_state(config, params) -> TrainState:
+    opt_state = make_optimizer(config.optimizer).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.tree.map(jnp.copy, params))

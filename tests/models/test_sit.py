@@ -12,20 +12,9 @@ from flax import nnx
 
 from flowdcn_jax import models
 from flowdcn_jax.models import sit
+from flowdcn_jax.published_weights.names import official_tensors, to_params
 from tests.comparison import relative_error
-from tests.official import nhwc
-
-NAMES = {
-    "x_embedder.proj": "stem",
-    "t_embedder.mlp.0": "time_embedder.hidden",
-    "t_embedder.mlp.2": "time_embedder.out",
-    "attn.proj": "attention.out",
-    "attn.qkv": "attention.qkv",
-    "mlp.fc1": "mlp.hidden",
-    "mlp.fc2": "mlp.out",
-    "adaLN_modulation.1": "modulation",
-    "final_layer": "final",
-}
+from tests.official import nhwc, state_dict
 
 
 @pytest.fixture(scope="module")
@@ -54,25 +43,8 @@ def model_config(golden, **overrides):
 
 def to_tree(golden):
     """The fixture's parameters as this project's nested dict."""
-    tree: dict = {}
-    for key, value in golden.items():
-        name = key.removeprefix("param/")
-        if name == key or name == "pos_embed":
-            continue
-        if name == "y_embedder.embedding_table.weight":
-            name = "class_embedder.embedding"
-        elif value.ndim == 4:
-            name, value = "stem.kernel", value.transpose(2, 3, 1, 0).reshape(-1, value.shape[0])
-        elif value.ndim == 2:
-            name, value = name.replace(".weight", ".kernel"), value.T
-        for theirs, ours in NAMES.items():
-            name = name.replace(theirs, ours)
-        *sections, last = (int(part) if part.isdecimal() else part for part in name.split("."))
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[last] = value
-    return tree
+    tensors = official_tensors(model_config(golden), tokens_per_side=8)
+    return to_params(tensors, state_dict(golden))
 
 
 @pytest.fixture(scope="module")

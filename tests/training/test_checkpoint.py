@@ -81,7 +81,7 @@ def test_restores_exactly_on_fewer_and_more_devices(tmp_path):
 
 
 def test_an_empty_workdir_has_no_checkpoint(tmp_path):
-    assert checkpoint.saved_config(tmp_path) is None
+    assert checkpoint.saved_run(tmp_path) is None
     assert restore(tmp_path) is None
 
 
@@ -204,4 +204,6 @@ def test_checksums_see_any_changed_word_and_swaps():
 
 
 def test_the_saved_config_is_the_runs(workdir):
-    assert checkpoint.saved_config(workdir) == json.loads(CONFIG.to_json())
+    run = checkpoint.saved_run(workdir)
+    assert run.config == json.loads(CONFIG.to_json())
+    assert run.class_names == NAMES and not run.weights_only

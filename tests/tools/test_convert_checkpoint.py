@@ -1,0 +1,77 @@
+"""The command: both directions, one line for what is wrong, and its memory."""
+
+import json
+import sys
+
+import pytest
+from safetensors.numpy import load_file
+
+import flowdcn_jax
+from tests import official, tiny
+
+COMMAND = [sys.executable, "-m", "flowdcn_jax.tools.convert_checkpoint"]
+TINY = [f"--config.model.{key}" for key in ("width=64", "depth=3", "num_groups=4")]
+TINY += ["--config.model.num_classes=10", "--config.data.image_size=128"]
+TINY += ["--config.sampling.classes=()"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, fixture_file):
+    tensors = official.state_dict(fixture_file("model.npz"))
+    lightning = official.lightning(tensors, official.half(tensors))
+    return official.write_safetensors(tmp_path_factory.mktemp("source") / "tiny", lightning)
+
+
+def test_there_and_back(source, tmp_path):
+    config = ["--config=configs/s2.py", *TINY]
+    run = f"--workdir={tmp_path / 'run'}"
+    code, output = tiny.run([*COMMAND, f"--source={source}", *config, run, "--weights=model"])
+    assert code == 0, output
+    assert "tiny, a Lightning checkpoint (safetensors), its model weights" in output
+    assert output.splitlines()[-1] == (
+        "to fine-tune: python train.py --config=configs/s2.py --config.model.boundary=truncate "
+        f"--workdir={tmp_path / 'run'}"
+    )
+    assert json.loads((tmp_path / "run" / "origin.json").read_text())["weights"] == "model"
+    assert flowdcn_jax.load_model(tmp_path / "run")[1].data.image_size == 128
+    out = tmp_path / "out.safetensors"
+    code, output = tiny.run([*COMMAND, run, f"--export={out}"])
+    assert code == 0, output
+    assert output.splitlines()[-1] == f"{out}: the ema weights of step 0"
+    names = {name for name in load_file(source) if name.startswith("state_dict.")}
+    assert {f"state_dict.denoiser.{name}" for name in load_file(out)} == names
+
+
+CONVERT = ["--source=no.pth", "--config=configs/s2.py", "--workdir=unused"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "give either --source, to convert, or --export"),
+        ([*CONVERT, "--export=x"], "give either --source"),
+        (CONVERT[:2], "--workdir is missing"),
+        ([CONVERT[0], CONVERT[2]], "--config is missing"),
+        ([*CONVERT, "stray"], "unexpected arguments ['stray']"),
+        ([*CONVERT, "--config.model.widht=3"], "unknown key in --config"),
+        ([CONVERT[0], "--config=configs/no.py"], "--config=configs/no.py cannot be loaded"),
+        (CONVERT, "--source=no.pth cannot be read: No such file"),
+        (["--workdir=unused", "--export=x"], "unused holds no checkpoints"),
+    ],
+)
+def test_bad_requests_end_in_one_line(flags, message):
+    code, output = tiny.run([*COMMAND, *flags])
+    assert code == 2
+    assert output.startswith("error: ") and message in output
+    assert output.count("\n") == 1
+    assert not (tiny.REPOSITORY / "unused").exists()
+
+
+def test_memory_is_that_of_the_weights_and_a_few_tensors():
+    """XL/2 is measured by hand with the same module; it takes 2.5 GB of disk, twice."""
+    code, output = tiny.run([sys.executable, "-m", "tests.published_weights.measure", "b2"])
+    assert code == 0, output
+    measured = json.loads(output.splitlines()[-1])
+    assert measured["weights_mb"] > 450
+    beyond_mb = measured["peak_mb"] - measured["before_mb"] - measured["weights_mb"]
+    assert beyond_mb < 330, measured  # 240, half of it the libraries that writing loads
