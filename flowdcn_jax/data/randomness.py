@@ -20,6 +20,7 @@ MAX_SEED = 2**63 - 1
 SHUFFLE = 1
 FLIP = 2
 NOISE = 3
+CROP = 4
 
 _CACHED_EPOCHS = 4  # a batch may straddle two epochs while a thread ahead needs the next
 
@@ -46,6 +47,11 @@ def hash64(indices: np.ndarray, *, seed: int, purpose: int, epoch: int = 0) -> n
 def random_bits(positions: np.ndarray, *, seed: int, purpose: int) -> np.ndarray:
     """A fair coin for each position: bool array of the shape of `positions`."""
     return hash64(positions, seed=seed, purpose=purpose) >> np.uint64(63) != 0
+
+
+def uniform(positions: np.ndarray, *, seed: int, purpose: int) -> np.ndarray:
+    """A number in [0, 1) for each position: float64 array of the shape of `positions`."""
+    return (hash64(positions, seed=seed, purpose=purpose) >> np.uint64(11)) * 2.0**-53
 
 
 def fill_standard_normal(out: np.ndarray, positions: np.ndarray, *, seed: int) -> None:
