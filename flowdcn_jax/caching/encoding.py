@@ -33,7 +33,7 @@ class LatentEncoder:
         self._params = jax.jit(lambda x: x, out_shardings=replicated(self._mesh))(
             autoencoder.params
         )
-        self._encode = jax.jit(
+        self._jitted = jax.jit(
             _make_encode(autoencoder, mirrored=mirrored),
             in_shardings=(replicated(self._mesh), batch_sharding(self._mesh)),
             out_shardings=batch_sharding(self._mesh),
@@ -55,8 +55,16 @@ class LatentEncoder:
         count, shape = len(images), images[0].shape
         batch = np.zeros((self.rows(*shape[:2]), *shape), np.uint8)
         np.stack(images, out=batch[:count])
-        moments = self._encode(self._params, batch)
+        moments = self.encode(self.to_devices(batch))
         return lambda: {name: np.asarray(array)[:count] for name, array in moments.items()}
+
+    def to_devices(self, batch: np.ndarray) -> jax.Array:
+        """Images [rows,H,W,3], split over the devices."""
+        return jax.device_put(batch, batch_sharding(self._mesh))
+
+    def encode(self, batch: jax.Array) -> dict[str, jax.Array]:
+        """The moments, float16 [rows,H/f,W/f,C], of a batch on the devices; does not wait."""
+        return self._jitted(self._params, batch)
 
 
 def _make_encode(autoencoder: Autoencoder, *, mirrored: bool) -> Callable[[Any, jax.Array], dict]:
