@@ -189,7 +189,7 @@ def with_autoencoder(config: ConfigDict, name: str | None, weights: str | None) 
     Another `name` has its own weights: those of the config are then left out.
     """
     config = config.copy_and_resolve_references()
-    if name is not None:
+    if name not in (None, config.autoencoder.name):
         config.autoencoder.update(name=name, weights=None)
     if weights is not None:
         config.autoencoder.weights = weights

@@ -80,16 +80,12 @@ class AttentionBlock(nnx.Module):
     """Single-head self-attention over all places of the feature map, with a residual."""
 
     def __init__(self, features: int, *, norm_groups: int, dtype, rngs: nnx.Rngs):
-        def linear():
-            return nnx.Linear(
-                features, features, dtype=dtype, precision=matmul_precision(dtype), rngs=rngs
-            )
-
-        self.group_norm = layers.group_norm(
-            features, norm_groups, epsilon=NORM_EPSILON, dtype=dtype, rngs=rngs
-        )
-        self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
-        self.to_out = nnx.List([linear()])
+        options = dict(dtype=dtype, rngs=rngs)
+        self.group_norm = layers.group_norm(features, norm_groups, epsilon=NORM_EPSILON, **options)
+        self.to_q = layers.linear(features, features, **options)
+        self.to_k = layers.linear(features, features, **options)
+        self.to_v = layers.linear(features, features, **options)
+        self.to_out = nnx.List([layers.linear(features, features, **options)])
         self.dtype = dtype
 
     def __call__(self, x: Array) -> Array:

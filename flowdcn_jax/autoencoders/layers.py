@@ -1,7 +1,7 @@
 """Layers that the autoencoders share.
 
-Their parameters are never trained here but loaded, so initial values do not matter. Arrays are
-NHWC, parameters float32, and `dtype` is the compute dtype.
+Their parameters are loaded, never trained here: they start at zero, which is the fastest to trace.
+Arrays are NHWC, parameters float32, and `dtype` is the compute dtype.
 """
 
 import jax.numpy as jnp
@@ -34,6 +34,18 @@ def conv(
         use_bias=use_bias,
         dtype=dtype,
         precision=matmul_precision(dtype),
+        kernel_init=nnx.initializers.zeros_init(),
+        rngs=rngs,
+    )
+
+
+def linear(in_features: int, out_features: int, *, dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(
+        in_features,
+        out_features,
+        dtype=dtype,
+        precision=matmul_precision(dtype),
+        kernel_init=nnx.initializers.zeros_init(),
         rngs=rngs,
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import flowdcn_jax
-from flowdcn_jax import data, sampling
+from flowdcn_jax import sampling
 from flowdcn_jax.training import loop
 from tests import tiny
 
@@ -143,31 +143,6 @@ def test_a_run_goes_on_with_more_steps_and_other_devices(tmp_path):
     loop.train(config, str(straight))
     losses = [[row["loss"] for row in tiny.metrics(folder)] for folder in (tmp_path, straight)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
-
-
-def test_latents_train_and_sample(tmp_path):
-    """The whole way on a small imagenet_latents data set, which has no decoder yet."""
-    shape, generator = (8, 8, 4), np.random.default_rng(0)
-    moments = ("mean", "std", "mean_flipped", "std_flipped")
-    examples = [
-        {name: generator.random(shape) for name in moments} | {"label": index % 10}
-        for index in range(20)
-    ]
-    data.write_latents(examples, data_dir=tmp_path, latent_shape=shape, num_classes=10)
-    config = tiny.config(train__num_steps=2, model__in_channels=4, log__sample_every_steps=2)
-    config.data.update(
-        name="imagenet_latents", data_dir=str(tmp_path), image_size=64, random_flip=True
-    )
-    config.autoencoder.update(name="none", downsampling=8)
-    loop.train(config, str(tmp_path / "run"))
-    assert all(np.isfinite(row["loss"]) for row in tiny.metrics(tmp_path / "run"))
-
-    grid = sampling.sample_to_folder(
-        str(tmp_path / "run"), num_images=3, num_steps=2, image_size="64x128"
-    )
-    with np.load(grid.parent / "samples.npz", allow_pickle=False) as file:
-        assert file["latents"].shape == (3, 8, 16, 4) and file["latents"].dtype == np.float32
-        assert "arr_0" not in file.files
 
 
 def test_grids_are_drawn_with_the_ema(tmp_path, monkeypatch):

@@ -1,0 +1,78 @@
+"""Decoding in slices and over devices."""
+
+import jax
+import numpy as np
+import pytest
+
+from flowdcn_jax import sampling
+from flowdcn_jax.autoencoders import decode_images, decode_pixels, interface
+from flowdcn_jax.models import abstract_model
+from flowdcn_jax.training.sharding import batch_sharding, make_mesh
+from tests import tiny
+from tests.autoencoders.conftest import decode
+
+
+def latents(count, size=(2, 3)):
+    return np.random.default_rng(0).normal(size=(count, *size, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "num_devices, count, images_per_slice",
+    [(1, 7, 3), (1, 7, 0), (2, 10, 2), (8, 8, 1)],  # 0: an image has more pixels than a slice
+)
+def test_slices_and_devices_give_what_one_batch_gives(
+    load, taesd_folder, monkeypatch, num_devices, count, images_per_slice
+):
+    taesd = load("taesd", str(taesd_folder))
+    mesh = make_mesh(-1, 1, jax.devices()[:num_devices])
+    x = latents(count)
+    expected = decode_pixels(decode(taesd, x))
+    pixels = 16 * 24
+    monkeypatch.setattr(interface, "PIXELS_PER_SLICE", images_per_slice * pixels + pixels // 2)
+    compiled = (
+        jax.jit(
+            lambda params, x: decode_images(taesd, params, x, mesh=mesh),
+            in_shardings=(None, batch_sharding(mesh)),
+        )
+        .lower(taesd.params, x)
+        .compile()
+    )
+    images = np.asarray(compiled(taesd.params, jax.device_put(x, batch_sharding(mesh))))
+    assert images.shape == (count, 16, 24, 3) and images.dtype == np.uint8
+    difference = np.abs(images.astype(int) - np.asarray(expected, int))
+    assert difference.max() <= 1 and difference.mean() < 0.01
+    text = compiled.as_text()
+    assert "all-gather" not in text and "all-to-all" not in text  # rows stay where they are
+
+
+def test_large_images_are_decoded_one_by_one(load, monkeypatch):
+    """The decoder never sees more rows than fit: 4 of 512x512."""
+    seen = []
+    none = load("none")
+
+    def decode(params, x):
+        seen.append(x.shape)
+        return none.decode(params, x)
+
+    watched = interface.dataclasses.replace(none, decode=decode)
+    mesh = make_mesh(-1, 1, jax.devices()[:1])
+    for size, expected in (((64, 64), 4), ((128, 128), 1), ((256, 256), 1)):
+        jax.eval_shape(lambda x: decode_images(watched, {}, x, mesh=mesh), latents(8, size))
+        assert seen.pop() == (expected, *size, 4)
+    assert not seen
+
+
+def test_the_decoders_weights_are_arguments_of_the_generator(taesd_folder):
+    config = tiny.config(model__in_channels=4, autoencoder__downsampling=8)
+    config.autoencoder.update(name="taesd", weights=str(taesd_folder))
+    mesh = make_mesh(-1, 1, jax.devices()[:1])
+    generator = sampling.make_generator(
+        config, mesh, size=(16, 32), num_steps=1, guidance=1.0, seed=0
+    )
+    _, params = abstract_model(config.model)
+    labels = np.zeros(2, np.int32)
+    traced = generator.func.trace(*generator.args, params, np.arange(2, dtype=np.uint32), labels)
+    constants = [np.size(constant) for constant in traced.jaxpr.consts]
+    assert max(constants, default=0) < 100
+    x, images = traced.out_info
+    assert x.shape == (2, 2, 4, 4) and images.shape == (2, 16, 32, 3)
