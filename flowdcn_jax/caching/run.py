@@ -108,10 +108,8 @@ def _read(job: Job, index: int) -> Cropped | Skipped:
             pixels = centre_crop(image, job.image_size)
         else:
             height, width = job.buckets.nearest(image.height, image.width)
-            place = randomness.uniform(
-                np.array([2 * index, 2 * index + 1]), seed=_CROP_SEED, purpose=randomness.CROP
-            )
-            pixels = random_crop(image, height, width, place=tuple(place))
+            place = randomness.uniform(np.array([index]), seed=_CROP_SEED, purpose=randomness.CROP)
+            pixels = random_crop(image, height, width, place=float(place[0]))
     except BadImageError as error:
         return Skipped(name, str(error))
     if not 0 <= label < job.images.num_classes:

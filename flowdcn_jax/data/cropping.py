@@ -24,25 +24,22 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     return _window(resized, (resized.height - size) // 2, (resized.width - size) // 2, size, size)
 
 
-def random_crop(
-    image: Image.Image, height: int, width: int, *, place: tuple[float, float]
-) -> np.ndarray:
+def random_crop(image: Image.Image, height: int, width: int, *, place: float) -> np.ndarray:
     """A window of an RGB image that was resized to just cover it: uint8 [height, width, 3].
 
     Args:
         image: any size; resized as in `centre_crop`.
         height: of the window, pixels.
         width: of the window, pixels.
-        place: (down, right) of the window, uniform in [0, 1), from the first possible place to the
-            last.
+        place: uniform in [0, 1), along the side that is longer than the window: from its first
+            possible place to the last.
 
     Raises:
         BadImageError: see `centre_crop`.
     """
     resized = _resize_to_cover(image, height, width)
-    down, right = place
-    top = math.floor(down * (resized.height - height + 1))
-    left = math.floor(right * (resized.width - width + 1))
+    top = math.floor(place * (resized.height - height + 1))
+    left = math.floor(place * (resized.width - width + 1))
     return _window(resized, top, left, height, width)
 
 

@@ -201,13 +201,14 @@ def test_a_damaged_part_is_named(make_job, cache):
 
 
 def hostile(root):
-    """Two good images among bad ones of every kind; returns the names of the bad."""
+    """Three good images among bad ones of every kind; returns the names of the bad."""
     from tests.data.test_image_decoding import JPEG, bomb
 
     folder = root / "a"
     folder.mkdir(parents=True)
     for index, name in enumerate(["00.png", "99.png"]):
         Image.fromarray(photo(index)).save(folder / name)
+    Image.new("RGB", (30_000, 40), "red").save(folder / "wide.png")
     (root / "b").mkdir()
     bad = {
         "10.jpg": b"",
@@ -233,7 +234,8 @@ def test_bad_images_are_listed_and_skipped(make_job, cache, tmp_path, capsys):
     assert "skipped a/10.jpg: the file is empty" in capsys.readouterr().err
     assert any("classes without images" in note for note in manifest["notes"])
     (examples,) = read_back(job.data_dir).values()
-    crops = np.stack([centre_crop(Image.fromarray(photo(index)), 16) for index in range(2)])
+    crops = [centre_crop(Image.fromarray(photo(index)), 16) for index in range(2)]
+    crops.append(np.broadcast_to(np.array([255, 0, 0], np.uint8), (16, 16, 3)))
     found = np.stack([example["mean"] for example in examples])
     np.testing.assert_allclose(found, latent_moments(crops)[0], atol=1e-3)
 
@@ -316,6 +318,17 @@ def test_crops_of_buckets_do_not_depend_on_who_makes_them(make_job, cache, tmp_p
     cache(job, shard_index=1, num_shards=2, batch_size=3)
     cache(job, shard_index=0, num_shards=2, num_threads=1)
     assert_same(read_back(tmp_path / "two"), read_back(tmp_path / "one"))
+
+
+def test_windows_of_equal_images_lie_at_different_places(make_job, cache, tmp_path):
+    wide = Image.fromarray(photo(0)).resize((200, 16))
+    (tmp_path / "root" / "a").mkdir(parents=True)
+    for index in range(6):
+        wide.save(tmp_path / "root" / "a" / f"{index}.png")
+    job = make_job(root=tmp_path / "root", buckets=BUCKETS, image_size=24)
+    cache(job)
+    (examples,) = read_back(job.data_dir).values()
+    assert len({example["mean"].tobytes() for example in examples}) == 6
 
 
 def test_sizes_that_do_not_fit_the_autoencoder_are_refused(make_job):

@@ -79,8 +79,9 @@ def test_at_each_epochs_start_every_bucket_has_given_its_share():
 def test_the_order_of_buckets_is_shuffled_and_belongs_to_the_seed():
     orders = [tuple(map(bucket_of, take(TOTAL, seed=seed))) for seed in (3, 4)]
     assert orders[0] != orders[1] and list(orders[0]) != sorted(orders[0])
-    epochs = [orders[0][:8], orders[0][9:17]]
-    assert epochs[0] != epochs[1]
+    equal = list(map(bucket_of, take(60, sizes=(16, 16, 16))))  # six batches an epoch, two of each
+    epochs = {tuple(equal[start : start + 6]) for start in range(0, 60, 6)}
+    assert len(epochs) > 4 and all(sorted(epoch) == [0, 0, 1, 1, 2, 2] for epoch in epochs)
 
 
 def test_each_bucket_visits_every_example_once_an_epoch():

@@ -43,6 +43,8 @@ def test_large_images_are_halved_with_a_box_filter(times):
         expected = box_halves(expected)
     crop = centre_crop(Image.fromarray(pixels), 16)
     np.testing.assert_allclose(crop, expected[:, 4:20], atol=times)  # Pillow rounds twice
+    turned = centre_crop(Image.fromarray(pixels.swapaxes(0, 1)), 16)
+    np.testing.assert_allclose(turned, expected[:, 4:20].swapaxes(0, 1), atol=times)
 
 
 def test_between_the_halvings_it_is_bicubic():
@@ -68,21 +70,21 @@ def test_small_images_are_enlarged_and_centred():
 
 def test_random_crops_cover_the_image_from_edge_to_edge():
     image = Image.fromarray(smooth(40, 100))
-    first = random_crop(image, 20, 20, place=(0.0, 0.0))
-    last = random_crop(image, 20, 20, place=(1 - 1e-9, 1 - 1e-9))
+    first = random_crop(image, 20, 20, place=0.0)
+    last = random_crop(image, 20, 20, place=1 - 1e-9)
     assert first.shape == last.shape == (20, 20, 3)
     assert first[:, 0, 1].max() <= 4 and last[:, -1, 1].min() >= 251  # green: left and right ends
     for crop in (first, last):  # the height fits as a whole
         assert crop[0, 0, 0] <= 5 and crop[-1, 0, 0] >= 250
     places = np.linspace(0, 1, 400, endpoint=False)
-    lefts = {random_crop(image, 20, 20, place=(0.5, place))[0, 0, 1] for place in places}
+    lefts = {random_crop(image, 20, 20, place=place)[0, 0, 1] for place in places}
     assert len(lefts) == 31  # 50 - 20 + 1 places
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (3000, 2), (64, 64), (47, 200)])
 @pytest.mark.parametrize("window", [(32, 32), (48, 16), (16, 48)])
 def test_any_size_covers_any_window(size, window):
-    crop = random_crop(Image.fromarray(noise(*size)), *window, place=(0.999, 0.999))
+    crop = random_crop(Image.fromarray(noise(*size)), *window, place=0.999)
     assert crop.shape == (*window, 3) and crop.dtype == np.uint8
 
 
