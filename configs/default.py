@@ -17,7 +17,13 @@ def get_config() -> config_dict.ConfigDict:
         name="imagenet_latents",  # or cifar10, digits
         data_dir=config_dict.placeholder(str),  # TFDS folder; None: TFDS's default
         split="train",
-        image_size=256,  # side of the training images, pixels
+        image_size=256,  # side of the training images, or root of the buckets' area, pixels
+        aspect_buckets=dict(  # VAR training, on latents cached with --aspect_buckets
+            count=0,  # aspects, evenly spaced; 0: square images alone
+            min_aspect=0.5,  # width / height
+            max_aspect=3.0,
+            side_multiple=16,  # sides are rounded down to it, pixels
+        ),
         random_flip=True,  # mirror half of the visits
         latent_scale=0.18215,  # of the cached latents: sd_vae 0.18215; taesd, taef1, taef2 1
         num_threads=4,  # reader threads a process

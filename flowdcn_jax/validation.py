@@ -3,7 +3,7 @@
 import json
 
 from flowdcn_jax.autoencoders import AUTOENCODERS
-from flowdcn_jax.data import SOURCES
+from flowdcn_jax.data import SOURCES, DataError, aspect_buckets
 from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.flow.path import TIME_DISTRIBUTIONS
 from flowdcn_jax.models import MODELS, layers, model_options
@@ -56,6 +56,7 @@ AT_LEAST_ONE = (
 MULTIPLES = (("model.width", "model.num_groups"), ("model.width", "model.num_heads"))
 SEEDS = ("seed", "sampling.seed")  # JAX keeps 32 bits of a seed without its 64-bit mode
 NOT_NEGATIVE = (
+    "data.aspect_buckets.count",
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
     "log.sample_every_steps",
@@ -162,6 +163,16 @@ def _check_sizes(config) -> None:
         _fail(
             config,
             "data.image_size",
+            f"a multiple of {stride} (autoencoder.downsampling * model.patch_size)",
+        )
+    try:
+        buckets = aspect_buckets(config.data)
+    except DataError as error:
+        raise ConfigError(f"config.data.aspect_buckets: {error}") from error
+    if buckets and buckets.side_multiple % stride:
+        _fail(
+            config,
+            "data.aspect_buckets.side_multiple",
             f"a multiple of {stride} (autoencoder.downsampling * model.patch_size)",
         )
 

@@ -95,7 +95,7 @@ def test_bad_configs_are_refused_before_anything_is_written(tmp_path, overrides,
 def test_a_missing_data_set_names_what_prepares_it(tmp_path, name):
     config = tiny.config(data__name=name, data__data_dir=str(tmp_path / "none"))
     config.data.image_size = 32
-    with pytest.raises(FileNotFoundError, match="prepare_data --dataset=cifar10|write_latents"):
+    with pytest.raises(FileNotFoundError, match="prepare_data --dataset=cifar10|cache_latents"):
         loop.train(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

@@ -1,13 +1,15 @@
 """The batch stream: random access by step, read ahead by Grain's threads."""
 
+import itertools
 from collections.abc import Iterator
 
 import grain
 import numpy as np
 
 from flowdcn_jax.data import randomness
+from flowdcn_jax.data.bucket_schedule import BucketSchedule
 from flowdcn_jax.data.errors import DataError
-from flowdcn_jax.data.sources import Batch, Source
+from flowdcn_jax.data.sources import Batch, BucketedSource, Source, buckets_of
 
 # Positions are int64; a stream of this many batches ends after any run does.
 _STREAM_BATCHES = 2**40
@@ -23,7 +25,7 @@ class BatchSource:
 
     def __init__(
         self,
-        source: Source,
+        source: Source | BucketedSource,
         *,
         batch_size: int,
         seed: int,
@@ -31,25 +33,37 @@ class BatchSource:
         process_index: int,
         process_count: int,
     ):
-        self._source = source
+        self._buckets = buckets_of(source)
         self._seed = seed
         self._batch_size = batch_size
         self._start_step = start_step
         self._rows = batch_size // process_count
         self._first_row = process_index * self._rows
-        self._order = randomness.ShuffledOrder(len(source), seed=seed)
+        sizes = [len(bucket) for bucket in self._buckets]
+        self._epoch_size = sum(sizes)
+        self._schedule = BucketSchedule(sizes, batch_size=batch_size, seed=seed)
+        self._firsts = [0, *itertools.accumulate(sizes)][:-1]
+        self._orders = [
+            randomness.ShuffledOrder(size, seed=seed, first=first)
+            for size, first in zip(sizes, self._firsts, strict=True)
+        ]
 
     def __len__(self) -> int:
         return _STREAM_BATCHES
 
     def __getitem__(self, index: int) -> Batch:
-        first = (self._start_step + int(index)) * self._batch_size + self._first_row
-        positions = np.arange(first, first + self._rows, dtype=np.int64)
-        return self._source.read(self._order(positions), positions, self._seed)
+        number, batch = self._schedule(self._start_step + int(index))
+        bucket = self._buckets[number]
+        first = batch * self._batch_size + self._first_row
+        visits = np.arange(first, first + self._rows, dtype=np.int64)  # to this bucket
+        # No two visits, of any bucket, have the same position.  With one bucket they are equal.
+        epochs, places = np.divmod(visits, len(bucket))
+        positions = epochs * self._epoch_size + self._firsts[number] + places
+        return bucket.read(self._orders[number](visits), positions, self._seed)
 
 
 def make_batches(
-    source: Source,
+    source: Source | BucketedSource,
     *,
     batch_size: int,
     seed: int,
@@ -66,6 +80,9 @@ def make_batches(
     its step as `start_step`.  The number of processes may change in mid-run, and every position
     of the stream stays the same example with the same noise when the batch size changes.
 
+    The batches of a `BucketedSource` hold one bucket each, mixed as `BucketSchedule` says; each
+    bucket's examples have epochs of their own.
+
     Args:
         source: the data set, from `make_source`.
         batch_size: examples a step over all processes.
@@ -78,7 +95,8 @@ def make_batches(
             on the caller's thread.
 
     Returns:
-        Iterator of {"image": [n, H, W, C], "label": int32 [n]}, n = batch_size / process_count.
+        Iterator of {"image": [n, H, W, C], "label": int32 [n]}, n = batch_size / process_count;
+        H and W are those of the step's bucket, in all processes the same.
         Its `close()` stops the threads.
 
     Raises:
@@ -99,8 +117,8 @@ def make_batches(
         raise DataError(
             f"batch_size={batch_size} is not divisible by the number of processes, {process_count}"
         )
-    if len(source) == 0:
-        raise DataError("the data set holds no examples")
+    if not all(map(len, buckets_of(source))):
+        raise DataError("the data set, or a bucket of it, holds no examples")
     batches = BatchSource(
         source,
         batch_size=batch_size,

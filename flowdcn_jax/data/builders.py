@@ -22,7 +22,7 @@ from tqdm import tqdm
 from flowdcn_jax.data import cifar10_files
 from flowdcn_jax.data.errors import DataError, DataExistsError
 from flowdcn_jax.data.prepared import newest_version, resolve_data_dir
-from flowdcn_jax.data.sources import LATENT_MOMENTS, MIRRORED_MOMENTS
+from flowdcn_jax.data.sources import moment_names
 
 Example = Mapping[str, Any]
 
@@ -80,7 +80,8 @@ class Cifar10Local(tfds.core.GeneratorBasedBuilder):
 class ImagenetLatents(tfds.core.ShardBasedBuilder):
     """Moments of an autoencoder's posterior, of each image and of its mirror image.
 
-    `mean`, `std`, `mean_flipped`, `std_flipped` are float16 [h, w, c]; `label` is a class.
+    `mean`, `std`, `mean_flipped`, `std_flipped` are float16 [h, w, c]; `label` is a class.  There
+    is no std of a deterministic autoencoder, and mirror images may be left out.
 
     Not a GeneratorBasedBuilder: that one shuffles through temporary files above 1 GB, for which
     it calls TensorFlow.  Order on disk does not matter here, the reader shuffles.
@@ -96,17 +97,23 @@ class ImagenetLatents(tfds.core.ShardBasedBuilder):
         num_examples: int = 0,
         split: str = "train",
         latent_shape: tuple[int, int, int] = (32, 32, 4),
+        moments: Sequence[str] = moment_names(stochastic=True, mirrored=True),
         num_classes: int = 1000,
+        class_names: Sequence[str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
         data_dir: str | os.PathLike | None = None,
         config: str | None = None,
         version: str | None = None,
     ):
-        """Use `write_latents`.  `config` is set from `latent_shape`."""
+        """Use `write_latents`.  `config` is set from `latent_shape` if None."""
         self._examples = examples
         self._num_examples = num_examples
         self._split = split
         self._latent_shape = latent_shape
+        self._moments = moments
         self._num_classes = num_classes
+        self._class_names = class_names
+        self._manifest = metadata
         config = tfds.core.BuilderConfig(name=config or latents_config_name(latent_shape))
         verbosity = logging.get_verbosity()
         logging.set_verbosity(logging.ERROR)  # TFDS warns of any configuration made at run time
@@ -120,15 +127,22 @@ class ImagenetLatents(tfds.core.ShardBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         features: dict[str, Any] = {
             name: tfds.features.Tensor(shape=self._latent_shape, dtype=np.float16, encoding="bytes")
-            for name in (*LATENT_MOMENTS, *MIRRORED_MOMENTS)
+            for name in self._moments
         }
-        features["label"] = tfds.features.ClassLabel(num_classes=self._num_classes)
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+        names = self._class_names
+        features["label"] = tfds.features.ClassLabel(
+            names=names, num_classes=None if names else self._num_classes
+        )
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            metadata=tfds.core.MetadataDict(self._manifest) if self._manifest else None,
+        )
 
     def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, Sequence[Any]]:
         if not self._num_examples:
             raise DataError("ImagenetLatents was made without examples; call write_latents")
-        example_bytes = 4 * 2 * math.prod(self._latent_shape)
+        example_bytes = len(self._moments) * 2 * math.prod(self._latent_shape)
         num_shards = math.ceil(self._num_examples * example_bytes / _SHARD_BYTES)
         ends = [self._num_examples * (shard + 1) // num_shards for shard in range(num_shards)]
         sizes = np.diff([0, *ends]).tolist()
@@ -146,10 +160,30 @@ class ImagenetLatents(tfds.core.ShardBasedBuilder):
         for key, example in enumerate(examples):
             if key == self._num_examples:
                 raise DataError(f"there are more examples than num_examples={key}")
-            yield key, _checked_latents(example, key, self._latent_shape, self._num_classes)
+            yield key, self._checked(example, key)
             count += 1
         if count != self._num_examples:
             raise DataError(f"the examples ended after {count} of {self._num_examples}")
+
+    def _checked(self, example: Example, key: int) -> Example:
+        """The example as stored: float16 moments and an int label; DataError if it cannot be."""
+        checked: dict[str, Any] = {}
+        for name in self._moments:
+            moment = np.asarray(example[name])
+            if moment.shape != self._latent_shape:
+                raise DataError(
+                    f"example {key}: {name} is {moment.shape}, expected {self._latent_shape}"
+                )
+            with np.errstate(over="ignore"):  # the check below says which example it was
+                checked[name] = moment.astype(np.float16)
+            if not np.isfinite(checked[name]).all():
+                raise DataError(f"example {key}: {name} has values that float16 cannot hold")
+            if name.startswith("std") and checked[name].min() < 0:
+                raise DataError(f"example {key}: {name} is negative")
+        label = int(example["label"])
+        if not 0 <= label < self._num_classes:
+            raise DataError(f"example {key}: label {label} is not 0 .. {self._num_classes - 1}")
+        return {**checked, "label": label}
 
 
 class _UncompressedWriter:
@@ -168,9 +202,9 @@ class _UncompressedWriter:
             writer.close()
 
 
-def latents_config_name(latent_shape: tuple[int, int, int]) -> str:
-    """Name of the folder of latents of one shape: "32x32x4"."""
-    return "x".join(map(str, latent_shape))
+def latents_config_name(latent_shape: tuple[int, int, int], *, bucket: bool = False) -> str:
+    """Folder of latents of one shape: "32x32x4", or "bucket_32x30x4" for one of aspect buckets."""
+    return "bucket_" * bucket + "x".join(map(str, latent_shape))
 
 
 def prepare_cifar10(
@@ -202,8 +236,13 @@ def write_latents(
     data_dir: str | os.PathLike | None,
     latent_shape: tuple[int, int, int],
     num_classes: int,
+    class_names: Sequence[str] | None = None,
     num_examples: int | None = None,
     split: str = "train",
+    stochastic: bool = True,
+    mirrored: bool = True,
+    config_name: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes cached latents as the data set `imagenet_latents`, one configuration a shape.
 
@@ -213,20 +252,27 @@ def write_latents(
         data_dir: where prepared data sets live; None for the convention of TFDS.
         latent_shape: (h, w, c).
         num_classes: labels are 0 .. num_classes - 1.
+        class_names: their names, or None.
         num_examples: how many there are; None for `len(examples)`.
         split: name of the split.
+        stochastic: whether there are `std` and `std_flipped`; False: visits are the mean.
+        mirrored: whether there are `mean_flipped` and `std_flipped`; False: no flips in training.
+        config_name: the configuration, None for the shape ("32x32x4").
+        metadata: kept in the data set's metadata.json.
 
     Returns:
         The folder written.
 
     Raises:
-        DataExistsError: latents of this shape are there already.
+        DataExistsError: this configuration is there already.
         DataError: an example has another shape, a value that float16 cannot hold, a negative
             std or a label out of range; or there are not `num_examples`.  Nothing was prepared.
     """
     latent_shape = tuple(int(size) for size in latent_shape)
     if len(latent_shape) != 3 or min(latent_shape) < 1:
         raise DataError(f"latent_shape must be (h, w, c), got {latent_shape}")
+    if class_names is not None and len(class_names) != num_classes:
+        raise DataError(f"there are {len(class_names)} class_names; num_classes is {num_classes}")
     if num_examples is None:
         if not hasattr(examples, "__len__"):
             raise DataError("examples without a length need num_examples")
@@ -234,7 +280,8 @@ def write_latents(
     if num_examples < 1:
         raise DataError(f"there must be at least one example, got num_examples={num_examples}")
     data_dir = resolve_data_dir(data_dir)
-    existing = newest_version(data_dir / ImagenetLatents.name / latents_config_name(latent_shape))
+    config_name = config_name or latents_config_name(latent_shape)
+    existing = newest_version(data_dir / ImagenetLatents.name / config_name)
     if existing:
         raise DataExistsError(f"latents are prepared already in {existing}")
     builder = ImagenetLatents(
@@ -242,8 +289,12 @@ def write_latents(
         num_examples=num_examples,
         split=split,
         latent_shape=latent_shape,
+        moments=moment_names(stochastic=stochastic, mirrored=mirrored),
         num_classes=num_classes,
+        class_names=class_names,
+        metadata=metadata,
         data_dir=data_dir,
+        config=config_name,
     )
     return _prepare(builder)
 
@@ -257,24 +308,3 @@ def _prepare(builder: tfds.core.DatasetBuilder) -> Path:
     with tempfile.TemporaryDirectory() as downloads:  # else TFDS leaves an empty folder
         builder.download_and_prepare(download_dir=downloads)
     return Path(builder.data_dir)
-
-
-def _checked_latents(
-    example: Example, key: int, latent_shape: tuple[int, int, int], num_classes: int
-) -> Example:
-    """The example as stored: float16 moments and an int label; DataError if it cannot be."""
-    checked: dict[str, Any] = {}
-    for name in (*LATENT_MOMENTS, *MIRRORED_MOMENTS):
-        moment = np.asarray(example[name])
-        if moment.shape != latent_shape:
-            raise DataError(f"example {key}: {name} is {moment.shape}, expected {latent_shape}")
-        with np.errstate(over="ignore"):  # the check below says which example it was
-            checked[name] = moment.astype(np.float16)
-        if not np.isfinite(checked[name]).all():
-            raise DataError(f"example {key}: {name} has values that float16 cannot hold")
-        if name.startswith("std") and checked[name].min() < 0:
-            raise DataError(f"example {key}: {name} is negative")
-    label = int(example["label"])
-    if not 0 <= label < num_classes:
-        raise DataError(f"example {key}: label {label} is not 0 .. {num_classes - 1}")
-    return {**checked, "label": label}

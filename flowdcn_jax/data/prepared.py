@@ -1,5 +1,6 @@
 """Finding and opening data sets that TFDS has prepared as ArrayRecord files."""
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from flowdcn_jax.data.errors import DataError, DataNotFoundError
 
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 _INFO_FILE = "dataset_info.json"  # TFDS writes it last and renames the whole folder after that
+_METADATA_FILE = "metadata.json"
 
 
 def resolve_data_dir(data_dir: str | os.PathLike | None) -> Path:
@@ -95,6 +97,12 @@ def open_prepared(folder: Path, *, names: Sequence[str], split: str) -> tuple[An
         return builder.as_data_source(split, deserialize_method=raw_bytes), info
     except ValueError as error:
         raise DataError(f"cannot read the split {split!r} of {folder}: {error}") from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The metadata that a data set was prepared with, or None."""
+    path = folder / _METADATA_FILE
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def parse_record(record: bytes) -> Mapping[str, Any]:

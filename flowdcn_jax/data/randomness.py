@@ -20,6 +20,8 @@ MAX_SEED = 2**63 - 1
 SHUFFLE = 1
 FLIP = 2
 NOISE = 3
+CROP = 4
+SCHEDULE = 5
 
 _CACHED_EPOCHS = 4  # a batch may straddle two epochs while a thread ahead needs the next
 
@@ -48,6 +50,11 @@ def random_bits(positions: np.ndarray, *, seed: int, purpose: int) -> np.ndarray
     return hash64(positions, seed=seed, purpose=purpose) >> np.uint64(63) != 0
 
 
+def uniform(positions: np.ndarray, *, seed: int, purpose: int) -> np.ndarray:
+    """A number in [0, 1) for each position: float64 array of the shape of `positions`."""
+    return (hash64(positions, seed=seed, purpose=purpose) >> np.uint64(11)) * 2.0**-53
+
+
 def fill_standard_normal(out: np.ndarray, positions: np.ndarray, *, seed: int) -> None:
     """Fills each row of `out` with standard normal noise that belongs to its position.
 
@@ -71,10 +78,18 @@ class ShuffledOrder:
     Thread-safe.  Keeps the permutations of the last few epochs (8 bytes an example each).
     """
 
-    def __init__(self, size: int, *, seed: int):
-        """`size`: examples an epoch, >= 1.  `seed`: integer in 0 .. 2**63 - 1."""
+    def __init__(self, size: int, *, seed: int, first: int = 0):
+        """Orders what one seed shuffles together, or a part of it.
+
+        Args:
+            size: examples an epoch, >= 1.
+            seed: integer in 0 .. 2**63 - 1.
+            first: examples of other orders of this seed that come before, so that no two parts
+                are shuffled alike.
+        """
         self._size = size
         self._seed = seed
+        self._first = first
         self._lock = threading.Lock()
         self._cached_permutation = functools.lru_cache(_CACHED_EPOCHS)(self._permutation)
 
@@ -90,7 +105,8 @@ class ShuffledOrder:
         return indices
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        words = hash64(np.arange(self._size), seed=self._seed, purpose=SHUFFLE, epoch=epoch)
+        examples = np.arange(self._first, self._first + self._size)
+        words = hash64(examples, seed=self._seed, purpose=SHUFFLE, epoch=epoch)
         return np.argsort(words, kind="stable")
 
 

@@ -1,5 +1,6 @@
 """From the `data` section of a config to a source."""
 
+import dataclasses
 import io
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from flowdcn_jax.data import cifar10_files
+from flowdcn_jax.data.aspect_buckets import AspectBuckets
 from flowdcn_jax.data.builders import Cifar10Local, ImagenetLatents
 from flowdcn_jax.data.errors import DataError, DataNotFoundError
 from flowdcn_jax.data.prepared import (
@@ -17,9 +19,10 @@ from flowdcn_jax.data.prepared import (
     known_class_names,
     open_prepared,
     parse_record,
+    read_manifest,
     resolve_data_dir,
 )
-from flowdcn_jax.data.sources import LatentSource, PixelSource, Source
+from flowdcn_jax.data.sources import BucketedSource, LatentSource, PixelSource, Source
 
 _DIGITS_IMAGE_SIZE = 16  # pixels, where the config leaves it open
 _DIGITS_SIZES = range(8, 257)
@@ -36,12 +39,13 @@ _HOW_TO_PREPARE = {
         "--source=<file or folder> --data_dir={data_dir}"
     ),
     "imagenet_latents": (
-        "fill it with flowdcn_jax.data.write_latents(examples, data_dir={data_dir!r}, ...)"
+        "fill it with: python -m flowdcn_jax.tools.cache_latents --dataset=<name or folder:path> "
+        "--autoencoder=<name> --data_dir={data_dir}"
     ),
 }
 
 
-def make_source(data_config: ml_collections.ConfigDict) -> Source:
+def make_source(data_config: ml_collections.ConfigDict) -> Source | BucketedSource:
     """Opens the data set that a config names.
 
     Args:
@@ -53,7 +57,9 @@ def make_source(data_config: ml_collections.ConfigDict) -> Source:
                 of 8 .. 256, None for 16; latents: 8 times their side, None if only one shape is
                 prepared);
             `random_flip`: show the mirror image in half of the visits;
-            `latent_scale`: factor on latents (SD-VAE: 0.18215), unused for pixels.
+            `latent_scale`: factor on latents (SD-VAE: 0.18215), unused for pixels;
+            `aspect_buckets`: with a `count` of 1 or more, latents that were cached in these buckets
+                around `image_size` (imagenet_latents only); see `aspect_buckets.AspectBuckets`.
 
     Returns:
         The source, for `make_batches`.  CIFAR-10 is decoded into memory (154 MB), latents stay
@@ -69,7 +75,20 @@ def make_source(data_config: ml_collections.ConfigDict) -> Source:
     size = data_config.image_size
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise DataError(f"image_size must be a positive integer or None, got {size!r}")
+    if data_config.aspect_buckets.count and name != "imagenet_latents":
+        raise DataError(f"aspect_buckets are for imagenet_latents, not {name}: count=0")
     return SOURCES[name](data_config)
+
+
+def aspect_buckets(data_config: ml_collections.ConfigDict) -> AspectBuckets | None:
+    """The buckets of the `data` section of a config; None for images of one size.
+
+    Raises:
+        DataError: a value out of range.
+    """
+    if not data_config.aspect_buckets.count:
+        return None
+    return AspectBuckets(image_size=data_config.image_size, **data_config.aspect_buckets)
 
 
 def _make_digits(data_config: ml_collections.ConfigDict) -> PixelSource:
@@ -134,9 +153,16 @@ def _decode_images(records: Any, features: Any) -> tuple[np.ndarray, np.ndarray]
     return images, labels
 
 
-def _make_imagenet_latents(data_config: ml_collections.ConfigDict) -> LatentSource:
+def _make_imagenet_latents(data_config: ml_collections.ConfigDict) -> Source | BucketedSource:
     folders = _prepared_folders("imagenet_latents", _LATENTS_NAMES, data_config)
-    folder = _latents_of_size(folders, data_config.image_size)
+    buckets = aspect_buckets(data_config)
+    if buckets is None:
+        return _open_latents(_latents_of_size(folders, data_config.image_size), data_config)
+    chosen = _latents_of_buckets(folders, buckets)
+    return BucketedSource([_open_latents(folder, data_config) for folder in chosen])
+
+
+def _open_latents(folder: Path, data_config: ml_collections.ConfigDict) -> LatentSource:
     records, info = open_prepared(folder, names=_LATENTS_NAMES, split=data_config.split)
     return LatentSource(
         records,
@@ -161,6 +187,32 @@ def _latents_of_size(folders: list[Path], image_size: int | None) -> Path:
             f"{[str(folder) for folder in folders]}"
         )
     return fitting[0]
+
+
+def _latents_of_buckets(folders: list[Path], buckets: AspectBuckets) -> list[Path]:
+    """The folders of latents of these buckets that hold images, in the order of their sizes."""
+    by_name = {folder.parent.name: folder for folder in folders}
+    starts = [
+        f"bucket_{height // _LATENT_DOWNSAMPLING}x{width // _LATENT_DOWNSAMPLING}x"
+        for height, width in buckets.sizes
+    ]
+    names = [name for start in starts for name in by_name if name.startswith(start)]
+    wanted = dataclasses.asdict(buckets)
+    if not names:
+        raise DataNotFoundError(
+            f"no latents are cached in the buckets {wanted}; cache them with --aspect_buckets. "
+            f"There are {sorted(by_name)}"
+        )
+    manifest = read_manifest(by_name[names[0]]) or {"settings": {"aspect_buckets": None}}
+    if manifest["settings"]["aspect_buckets"] != wanted:
+        raise DataError(
+            f"{by_name[names[0]]} was cached in the buckets "
+            f"{manifest['settings']['aspect_buckets']}; the config asks for {wanted}"
+        )
+    missing = sorted(manifest["num_examples"].keys() - set(names))
+    if missing:
+        raise DataError(f"the latents of the buckets are not all there, {missing} are missing")
+    return [by_name[name] for name in names]
 
 
 def _prepared_folders(

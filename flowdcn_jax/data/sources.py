@@ -12,8 +12,11 @@ from flowdcn_jax.data.prepared import parse_record
 
 Batch = dict[str, np.ndarray]  # {"image": [n, H, W, C], "label": int32 [n]}
 
-LATENT_MOMENTS = ("mean", "std")
-MIRRORED_MOMENTS = ("mean_flipped", "std_flipped")
+
+def moment_names(*, stochastic: bool, mirrored: bool) -> tuple[str, ...]:
+    """Features of cached latents: of the image, then, if there, the same of its mirror image."""
+    moments = ("mean", "std") if stochastic else ("mean",)
+    return moments + tuple(f"{name}_flipped" for name in moments) * mirrored
 
 
 class Source(Protocol):
@@ -21,12 +24,14 @@ class Source(Protocol):
 
     Attributes:
         image_shape: (H, W, C) of one example.
+        image_dtype: of `image` in a batch.
         num_classes: number of classes; labels are 0 .. num_classes - 1.
         class_names: their names in that order, or None where the data set holds none.
         flips: whether half of the visits show the mirror image.
     """
 
     image_shape: tuple[int, int, int]
+    image_dtype: np.dtype
     num_classes: int
     class_names: tuple[str, ...] | None
     flips: bool
@@ -51,8 +56,37 @@ class Source(Protocol):
         ...
 
 
+class BucketedSource:
+    """Data sets of several shapes, of which each batch holds one.
+
+    Attributes:
+        buckets: the data sets.
+        num_classes: see `Source`; the same in all buckets, like the next two.
+        class_names: see `Source`.
+        flips: see `Source`.
+    """
+
+    def __init__(self, buckets: Sequence[Source]):
+        """`buckets`: at least one, with the same classes, none empty."""
+        self.buckets = tuple(buckets)
+        self.num_classes = buckets[0].num_classes
+        self.class_names = buckets[0].class_names
+        self.flips = buckets[0].flips
+
+    def __len__(self) -> int:
+        """Number of examples in one epoch, of all buckets."""
+        return sum(map(len, self.buckets))
+
+
+def buckets_of(source: Source | BucketedSource) -> tuple[Source, ...]:
+    """The data sets of one shape each that `source` consists of."""
+    return source.buckets if isinstance(source, BucketedSource) else (source,)
+
+
 class PixelSource:
     """8-bit images held in memory."""
+
+    image_dtype = np.dtype(np.uint8)
 
     def __init__(
         self,
@@ -87,8 +121,11 @@ class LatentSource:
     """Cached moments of an autoencoder's posterior, sampled anew at each visit.
 
     A visit draws latents = latent_scale * (mean + std * noise), noise ~ N(0, 1) in float32; with
-    `flips` half of the visits use the moments of the mirror image.
+    `flips` half of the visits use the moments of the mirror image.  Latents of a deterministic
+    autoencoder have no std, and a visit is latent_scale * mean.
     """
+
+    image_dtype = np.dtype(np.float32)
 
     def __init__(
         self,
@@ -109,11 +146,19 @@ class LatentSource:
             latent_scale: factor that brings latents near unit variance (SD-VAE: 0.18215).
 
         Raises:
-            DataError: the features are not those of `builders.ImagenetLatents`.
+            DataError: the features are not those of `builders.ImagenetLatents`, or have no mirror
+                images and `flips` wants them.
         """
+        self._stochastic = "std" in features
+        mirrored = "mean_flipped" in features
+        names = moment_names(stochastic=self._stochastic, mirrored=mirrored)
+        self.image_shape = _latent_shape(features, names)
+        if flips and not mirrored:
+            raise DataError("these latents were cached without mirror images: random_flip=False")
+        half = len(names) // 2 if mirrored else len(names)
+        self._moments, self._mirrored_moments = names[:half], names[half:]
         self._records = records
         self._latent_scale = np.float32(latent_scale)
-        self.image_shape = _latent_shape(features)
         self.num_classes = int(features["label"].num_classes)
         self.class_names = class_names
         self.flips = flips
@@ -124,7 +169,7 @@ class LatentSource:
     def read(self, indices: np.ndarray, positions: np.ndarray, seed: int) -> Batch:
         """See `Source.read`; images are float32 latents."""
         count = len(indices)
-        moments = np.empty((2, count, math.prod(self.image_shape)), np.float16)
+        moments = np.empty((len(self._moments), count, math.prod(self.image_shape)), np.float16)
         labels = np.empty(count, np.int32)
         mirrored = np.zeros(count, bool)
         if self.flips:
@@ -132,22 +177,24 @@ class LatentSource:
         # Record by record: the batched read of array_record starts a thread a shard each call.
         for row, (index, mirror) in enumerate(zip(indices, mirrored, strict=True)):
             feature = parse_record(self._records[int(index)])
-            for moment, name in enumerate(MIRRORED_MOMENTS if mirror else LATENT_MOMENTS):
+            for moment, name in enumerate(self._mirrored_moments if mirror else self._moments):
                 encoded = feature[name].bytes_list.value[0]
                 moments[moment, row] = np.frombuffer(encoded, np.float16)
             labels[row] = feature["label"].int64_list.value[0]
-        mean, std = moments.reshape(2, count, *self.image_shape)
-        latents = np.empty(mean.shape, np.float32)
-        randomness.fill_standard_normal(latents, positions, seed=seed)
-        latents *= std
-        latents += mean
+        mean, *std = moments.reshape(-1, count, *self.image_shape)
+        if self._stochastic:
+            latents = np.empty(mean.shape, np.float32)
+            randomness.fill_standard_normal(latents, positions, seed=seed)
+            latents *= std[0]
+            latents += mean
+        else:
+            latents = mean.astype(np.float32)
         latents *= self._latent_scale
         return {"image": latents, "label": labels}
 
 
-def _latent_shape(features: Any) -> tuple[int, int, int]:
+def _latent_shape(features: Any, names: Sequence[str]) -> tuple[int, int, int]:
     """The one (h, w, c) of all moments; DataError if they differ or are missing."""
-    names = (*LATENT_MOMENTS, *MIRRORED_MOMENTS)
     missing = [name for name in (*names, "label") if name not in features]
     if missing:
         raise DataError(f"latents lack the features {missing}; they have {sorted(features)}")

@@ -2,6 +2,7 @@
 
 import collections
 import logging
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -80,16 +81,22 @@ def check_source(config, source) -> None:
     """The data set must give what the model takes.
 
     Raises:
-        ConfigError: the shape or the number of classes differs.
+        ConfigError: a shape or the number of classes differs.
     """
-    side = config.data.image_size // config.autoencoder.downsampling
-    expected = (side, side, config.model.in_channels)
-    if tuple(source.image_shape) != expected:
-        raise ConfigError(
-            f"config.data.name={config.data.name!r} gives arrays of shape "
-            f"{tuple(source.image_shape)}; the model expects {expected} (data.image_size / "
-            "autoencoder.downsampling, model.in_channels)"
-        )
+    buckets = data.aspect_buckets(config.data)
+    sizes = buckets.sizes if buckets else [(config.data.image_size,) * 2]
+    stride = config.autoencoder.downsampling
+    expected = [
+        (height // stride, width // stride, config.model.in_channels) for height, width in sizes
+    ]
+    for bucket in data.buckets_of(source):
+        if tuple(bucket.image_shape) not in expected:
+            raise ConfigError(
+                f"config.data.name={config.data.name!r} gives arrays of shape "
+                f"{tuple(bucket.image_shape)}; the model expects "
+                f"{' or '.join(map(str, expected))} (data.image_size and data.aspect_buckets / "
+                "autoencoder.downsampling, model.in_channels)"
+            )
     if source.num_classes != config.model.num_classes:
         raise ConfigError(
             f"config.model.num_classes is {config.model.num_classes}; expected "
@@ -109,7 +116,10 @@ class _Run:
         self.autoencoder = autoencoder
         self.on_device: list[tuple[int, dict]] = []  # (step, metrics) not fetched yet
         self.window: list[dict] = []  # metrics fetched since the last logging step
-        macs = forward_macs(config.model, *source.image_shape[:2])
+        macs = sum(
+            len(bucket) / len(source) * forward_macs(config.model, *bucket.image_shape[:2])
+            for bucket in data.buckets_of(source)
+        )
         self.train_flops_per_image = 3 * 2 * macs  # backward costs two forwards; 2 FLOPs a MAC
 
     def train(self, state: TrainState) -> None:
@@ -125,12 +135,11 @@ class _Run:
                 writer.message(f"going on from step {start_step}")
             batches = self._batches(start_step)
             batch = next(batches)
-            writer.message(f"compiling the train step for mesh {dict(self.mesh.shape)}")
-            train_step = make_train_step(config, self.mesh).lower(state, batch).compile()
+            train_steps = self._compile_steps(state, writer)
             draw_samples = self._sample_drawer(writer)
             stopwatch = Stopwatch()
             while True:
-                state, metrics = train_step(state, batch)
+                state, metrics = train_steps[batch["image"].shape](state, batch)
                 step += 1
                 self.on_device.append((step, metrics))
                 writer.advance()
@@ -155,6 +164,28 @@ class _Run:
                 writer.message(f"asked to stop: saved step {step}; the same command goes on")
         finally:
             writer.close()
+
+    def _compile_steps(self, state: TrainState, writer: MetricWriter) -> dict[tuple, Callable]:
+        """The train step, compiled for each shape [B,H,W,C] of batches, by that shape."""
+        writer.message(f"compiling the train step for mesh {dict(self.mesh.shape)}")
+        train_step = make_train_step(self.config, self.mesh)
+        rows, sharding = self.config.train.batch_size, batch_sharding(self.mesh)
+        buckets = data.buckets_of(self.source)
+        compiled = {}
+        for number, bucket in enumerate(buckets, start=1):
+            start_s = time.perf_counter()
+            shape = (rows, *bucket.image_shape)
+            batch = {
+                "image": jax.ShapeDtypeStruct(shape, bucket.image_dtype, sharding=sharding),
+                "label": jax.ShapeDtypeStruct((rows,), np.int32, sharding=sharding),
+            }
+            compiled[shape] = train_step.lower(state, batch).compile()
+            if len(buckets) > 1:
+                writer.message(
+                    f"compiled {number} of {len(buckets)} shapes: {bucket.image_shape}, "
+                    f"{len(bucket)} images ({time.perf_counter() - start_s:.0f} s)"
+                )
+        return compiled
 
     def _batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
         """Global batches on the devices, DEVICE_PREFETCH of them ahead."""

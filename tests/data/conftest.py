@@ -28,6 +28,7 @@ def open_source():
             "image_size": None,
             "random_flip": False,
             "latent_scale": 0.18215,
+            "aspect_buckets": {"count": 0},
             "num_threads": 2,
             "prefetch_batches": 4,
         }

@@ -145,7 +145,7 @@ def test_image_size_chooses_among_prepared_shapes(tmp_path, open_source):
 
 
 def test_not_prepared_says_where_it_looked(tmp_path, open_source):
-    with pytest.raises(DataNotFoundError, match=f"not prepared in {tmp_path}.*write_latents"):
+    with pytest.raises(DataNotFoundError, match=f"not prepared in {tmp_path}.*cache_latents"):
         open_source("imagenet_latents", data_dir=str(tmp_path))
 
 

@@ -1,0 +1,213 @@
+"""Lists of images: folders, also hostile ones, and TFDS data sets."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from flowdcn_jax.data import DataError, DataNotFoundError
+from flowdcn_jax.data.image_decoding import BadImageError
+from flowdcn_jax.data.labelled_images import FolderImages, open_labelled_images
+
+
+def save(path, value=0, size=(12, 8)):
+    """A PNG of one grey value, whatever the extension."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value,) * 3).save(path, "PNG")
+
+
+def names(images):
+    return [images.name(index) for index in range(len(images))]
+
+
+def labels(images):
+    return [images.read(index).label for index in range(len(images))]
+
+
+def test_subfolders_are_the_classes_and_files_below_them_their_images(tmp_path):
+    for value, name in enumerate(["b/2.jpg", "b/1.PNG", "a/x/y/3.webp", "c/4.jpeg"]):
+        save(tmp_path / name, value)
+    save(tmp_path / "loose.png")
+    images = open_labelled_images(f"folder:{tmp_path}", split="train", data_dir=None)
+    assert images.class_names == ("a", "b", "c") and images.num_classes == 3
+    assert names(images) == ["a/x/y/3.webp", "b/1.PNG", "b/2.jpg", "c/4.jpeg"]
+    assert labels(images) == [0, 1, 1, 2]
+    values = [np.asarray(images.read(index).image)[0, 0, 0] for index in range(4)]
+    assert values == [2, 1, 0, 3]
+    assert images.read(0).image.size == (12, 8)
+    assert images.notes == ()
+
+
+def test_hidden_files_and_other_files_are_left_out(tmp_path):
+    for name in ("a/1.png", "a/.2.png", "a/.git/3.png", ".b/4.png", "a/notes.txt", "a/Thumbs.db"):
+        save(tmp_path / name)
+    images = FolderImages(tmp_path)
+    assert names(images) == ["a/1.png"] and images.class_names == ("a",)
+    assert images.notes == ("2 files without the extension of an image, ignored",)
+
+
+def test_an_empty_class_keeps_its_label(tmp_path):
+    save(tmp_path / "a" / "1.png")
+    save(tmp_path / "c" / "2.png")
+    (tmp_path / "b" / "nothing here").mkdir(parents=True)
+    images = FolderImages(tmp_path)
+    assert images.class_names == ("a", "b", "c") and labels(images) == [0, 2]
+    assert images.notes == ("classes without images, which keep their labels: b",)
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    save(tmp_path / "elsewhere" / "1.png")
+    root = tmp_path / "root"
+    save(root / "a" / "deep" / "2.png")
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "a" / "deep" / "up").symlink_to(root / "a")
+    (root / "a" / "round").symlink_to(root)
+    (root / "a" / "self").symlink_to(root / "a" / "self")
+    images = FolderImages(root)
+    assert names(images) == ["a/deep/2.png", "a/round/linked/1.png", "linked/1.png"]
+    assert any("a/deep/up" in note and "a/round/a" in note for note in images.notes)
+
+
+def test_links_that_lead_nowhere_or_to_themselves_cannot_be_read(tmp_path):
+    save(tmp_path / "a" / "1.png")
+    (tmp_path / "a" / "2.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "a" / "3.png").symlink_to(tmp_path / "a" / "3.png")
+    images = FolderImages(tmp_path)
+    assert len(images) == 3
+    for index, message in ((1, "No such file"), (2, "symbolic links")):
+        with pytest.raises(BadImageError, match=f"cannot be read: .*{message}"):
+            images.read(index)
+
+
+def test_a_file_without_permission_cannot_be_read(tmp_path, monkeypatch):
+    save(tmp_path / "a" / "1.png")
+    images = FolderImages(tmp_path)
+
+    def denied(path):  # root may read everything, so chmod would test nothing
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(BadImageError, match="cannot be read: Permission denied"):
+        images.read(0)
+
+
+def test_a_folder_without_permission_stops_the_listing(tmp_path, monkeypatch):
+    save(tmp_path / "a" / "1.png")
+    real = os.scandir
+
+    def denied(path):
+        if Path(path).name == "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(DataError, match="cannot list the folder .*a: Permission denied"):
+        FolderImages(tmp_path)
+
+
+def test_names_in_any_script(tmp_path):
+    for name in ("猫/gato ñandú.png", "собака/🐕.png", "a,b 'c'/%20.png"):
+        save(tmp_path / name)
+    images = FolderImages(tmp_path)
+    assert images.class_names == ("a,b 'c'", "собака", "猫")
+    assert labels(images) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe", b"two\nlines", b" padded"])
+def test_class_names_that_tfds_cannot_keep_are_refused(tmp_path, name):
+    os.mkdir(os.fsencode(tmp_path) + b"/" + name)
+    with pytest.raises(DataError, match="the class folder"):
+        FolderImages(tmp_path)
+
+
+def test_ten_thousand_classes(tmp_path):
+    for label in range(10_000):
+        (tmp_path / f"{label:05d}").mkdir()
+    for label in (0, 7_000, 9_999):
+        save(tmp_path / f"{label:05d}" / "1.png")
+    images = FolderImages(tmp_path)
+    assert images.num_classes == 10_000 and labels(images) == [0, 7_000, 9_999]
+    assert "and 9992 more" in images.notes[0]
+
+
+def test_the_fingerprint_tells_lists_apart(tmp_path):
+    save(tmp_path / "a" / "1.png")
+    first = FolderImages(tmp_path).fingerprint
+    assert FolderImages(tmp_path).fingerprint == first
+    save(tmp_path / "b" / "1.png")
+    second = FolderImages(tmp_path).fingerprint
+    (tmp_path / "b" / "1.png").rename(tmp_path / "b" / "2.png")
+    assert len({first, second, FolderImages(tmp_path).fingerprint}) == 3
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda root: None, "no folder"),
+        (lambda root: root.write_text("mine"), "no folder"),
+        (lambda root: root.mkdir(), "no subfolders"),
+        (lambda root: save(root / "1.png"), "no subfolders"),
+        (lambda root: (root / "a").mkdir(parents=True), "1 classes and no image files"),
+    ],
+)
+def test_folders_without_images_are_refused(tmp_path, make, message):
+    make(tmp_path / "root")
+    with pytest.raises(DataError if "no folder" not in message else DataNotFoundError) as caught:
+        FolderImages(tmp_path / "root")
+    assert message in str(caught.value)
+
+
+class TinyPhotos(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Three images as TFDS keeps them."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos = {}
+    FEATURES = {
+        "image": tfds.features.Image(),
+        "file_name": tfds.features.Text(),
+        "label": tfds.features.ClassLabel(names=("cat", "dog")),
+    }
+
+    def _info(self):
+        features = tfds.features.FeaturesDict(self.FEATURES)
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for key in range(3):
+            file = io.BytesIO()
+            Image.new("RGB", (6 + key, 5), (key,) * 3).save(file, "PNG")
+            file.seek(0)
+            example = {"image": file, "file_name": f"{key}.png", "label": key % 2}
+            yield key, {name: example[name] for name in self.FEATURES}
+
+
+def test_a_prepared_tfds_data_set(tmp_path):
+    TinyPhotos(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    images = open_labelled_images("tiny_photos", split="train[:2]", data_dir=tmp_path)
+    assert len(images) == 2 and images.class_names == ("cat", "dog")
+    read = [images.read(index) for index in range(2)]
+    keys = [image.size[0] - 6 for image, _ in read]
+    assert [label for _, label in read] == [key % 2 for key in keys]
+    assert [np.asarray(image)[0, 0, 0] for image, _ in read] == keys
+    assert images.name(1) == "record 1" and "tiny_photos" in images.fingerprint
+    with pytest.raises(DataError, match="no split 'test'"):
+        open_labelled_images("tiny_photos", split="test", data_dir=tmp_path)
+
+
+def test_a_tfds_data_set_that_is_not_prepared_or_has_no_labels(tmp_path):
+    with pytest.raises(DataNotFoundError, match="'imagenet2012' is not prepared in .*folder:PATH"):
+        open_labelled_images("imagenet2012", split="train", data_dir=tmp_path)
+
+    class Unlabelled(TinyPhotos, skip_registration=True):
+        FEATURES = {"image": tfds.features.Image()}
+
+    Unlabelled(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    with pytest.raises(DataError, match="'unlabelled' has no class `label`; it has .*image"):
+        open_labelled_images("unlabelled", split="train", data_dir=tmp_path)

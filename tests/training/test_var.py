@@ -1,0 +1,120 @@
+"""Training on aspect buckets: every shape compiled at the start, exact resumption, square grids."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flowdcn_jax import data
+from flowdcn_jax.data.aspect_buckets import AspectBuckets
+from flowdcn_jax.errors import UserError
+from flowdcn_jax.training import loop
+from tests import tiny
+
+BUCKETS = AspectBuckets(image_size=32, count=3, min_aspect=0.5, max_aspect=2.0, side_multiple=16)
+COUNTS = {"bucket_4x2x4": 30, "bucket_2x4x4": 12}  # none of aspect 1.25: 16x32, as of aspect 2
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    """A folder of random latents in two buckets."""
+    folder, generator = tmp_path_factory.mktemp("latents"), np.random.default_rng(0)
+    manifest = {"settings": {"aspect_buckets": dataclasses.asdict(BUCKETS)}, "num_examples": COUNTS}
+    for name, count in COUNTS.items():
+        shape = tuple(map(int, name.removeprefix("bucket_").split("x")))
+        data.write_latents(
+            [{"mean": generator.normal(size=shape), "label": i % 10} for i in range(count)],
+            data_dir=folder,
+            latent_shape=shape,
+            num_classes=10,
+            stochastic=False,
+            mirrored=False,
+            config_name=name,
+            metadata=manifest,
+        )
+    return folder
+
+
+def config(latents, **overrides):
+    result = tiny.config(model__in_channels=4, **overrides)
+    result.data.update(name="imagenet_latents", data_dir=str(latents), image_size=32)
+    result.data.aspect_buckets.update(count=3, min_aspect=0.5, max_aspect=2.0, side_multiple=16)
+    result.autoencoder.update(name="none", downsampling=8)
+    return result
+
+
+def numbers(workdir):
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in tiny.metrics(workdir)]
+
+
+def test_the_config_means_these_buckets():
+    assert BUCKETS.sizes == ((32, 16), (16, 32))
+
+
+@pytest.fixture
+def compile_once(monkeypatch):
+    """The runs of a test share what the first of them compiles: it takes most of their time."""
+    real, compiled = loop._Run._compile_steps, {}
+
+    def compile_steps(self, state, writer):
+        if not compiled:
+            compiled.update(real(self, state, writer))
+        return compiled
+
+    monkeypatch.setattr(loop._Run, "_compile_steps", compile_steps)
+
+
+def test_a_run_resumes_exactly_and_draws_square_grids(latents, tmp_path, capsys, compile_once):
+    options = dict(checkpoint__every_steps=5)
+    straight = config(latents, train__num_steps=12, log__sample_every_steps=12, **options)
+    loop.train(straight, str(tmp_path / "straight"))
+    printed = capsys.readouterr()
+    messages = printed.out + printed.err
+    for number, shape in enumerate(["(4, 2, 4), 30 images", "(2, 4, 4), 12 images"], start=1):
+        assert f"compiled {number} of 2 shapes: {shape}" in messages
+    assert messages.index("compiled 2 of 2") < messages.index("loss")  # before the first step
+    grid = Image.open(tmp_path / "straight" / "samples" / "step_00000012.png")
+    assert grid.width == grid.height  # two by two squares
+
+    loop.train(config(latents, train__num_steps=5, **options), str(tmp_path / "resumed"))
+    loop.train(config(latents, train__num_steps=12, **options), str(tmp_path / "resumed"))
+    assert "going on from step 5" in "".join(capsys.readouterr())
+    assert numbers(tmp_path / "resumed") == numbers(tmp_path / "straight")
+    straight, resumed = (tiny.checksums(tmp_path / name, 12) for name in ("straight", "resumed"))
+    assert straight["state"] == resumed["state"] and straight["ema"] == resumed["ema"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(side_multiple=8), "side_multiple is 8; expected a multiple of 16"),
+        (dict(count=-1), "aspect_buckets.count is -1; expected at least 0"),
+        (dict(max_aspect=0.1), "config.data.aspect_buckets: aspects go from 0.5 to 0.1"),
+        (dict(count=2), "was cached in the buckets .*'count': 3.*the config asks for .*'count': 2"),
+        (dict(min_aspect=1.0, max_aspect=1.0), "no latents are cached in the buckets"),
+    ],
+)
+def test_buckets_that_cannot_be_or_are_not_cached_are_refused(latents, tmp_path, change, message):
+    bad = config(latents)
+    bad.data.aspect_buckets.update(change)
+    with pytest.raises(UserError, match=message):
+        loop.train(bad, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (dict(data__random_flip=True), "cached without mirror images: random_flip=False"),
+        (dict(data__name="digits"), "aspect_buckets are for imagenet_latents, not digits"),
+        (dict(model__in_channels=3), r"shape \(4, 2, 4\); the model expects \(4, 2, 3\) or"),
+    ],
+)
+def test_what_does_not_fit_buckets_is_refused(latents, tmp_path, overrides, message):
+    bad = config(latents)
+    for key, value in overrides.items():
+        section, name = key.split("__")
+        bad[section][name] = value
+    with pytest.raises(UserError, match=message):
+        loop.train(bad, str(tmp_path / "run"))
