@@ -61,8 +61,8 @@ class MultiscaleDeformableConv(nnx.Module):
         self.out = layers.linear(width, width, bias_init=zeros, **options)
         self.scale_prior = nnx.Param(jnp.asarray(initial_scale_prior(num_groups)))
 
-    def __call__(self, x: Array) -> Array:
-        """x [B,h,w,d] -> [B,h,w,d]."""
+    def __call__(self, x: Array, max_scale_factor: Array | None = None) -> Array:
+        """x [B,h,w,d] -> [B,h,w,d]; max_scale is multiplied by max_scale_factor [2], (x, y)."""
         batch, h, w, width = x.shape
         points = (batch, h, w, self.num_groups, SAMPLING_POINTS)
         values = self.values(x).reshape(batch, h, w, self.num_groups, width // self.num_groups)
@@ -70,8 +70,11 @@ class MultiscaleDeformableConv(nnx.Module):
         scales = self.scales(x).reshape(points).astype(jnp.float32)
         weights = self.weights(x).reshape(points)
 
-        radius = jax.nn.sigmoid(scales + self.scale_prior[...][:, None]) * self.max_scale
-        offsets = (directions + direction_prior()) * radius[..., None]
+        max_scale = (
+            self.max_scale if max_scale_factor is None else self.max_scale * max_scale_factor
+        )
+        radius = jax.nn.sigmoid(scales + self.scale_prior[...][:, None])
+        offsets = (directions + direction_prior()) * radius[..., None] * max_scale
         aggregated = deformable_aggregate(values, offsets, weights, boundary=self.boundary)
         return self.out(aggregated.reshape(x.shape))
 
@@ -98,11 +101,12 @@ class FlowDCNBlock(nnx.Module):
         self.mlp = layers.SwiGLU(width, **options)
         self.modulation = layers.linear(width, 6 * width, **options)
 
-    def __call__(self, x: Array, condition: Array) -> Array:
-        """x [B,h,w,d], condition [B,d] -> [B,h,w,d]."""
+    def __call__(self, x: Array, condition: Array, max_scale_factor: Array | None = None) -> Array:
+        """x [B,h,w,d], condition [B,d], max_scale_factor [2] -> [B,h,w,d]."""
         modulation = self.modulation(nnx.silu(condition))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
-        x = x + gate1[:, None, None, :] * self.conv(layers.modulate(self.norm1(x), shift1, scale1))
+        mixed = self.conv(layers.modulate(self.norm1(x), shift1, scale1), max_scale_factor)
+        x = x + gate1[:, None, None, :] * mixed
         return x + gate2[:, None, None, :] * self.mlp(
             layers.modulate(self.norm2(x), shift2, scale2)
         )
@@ -181,8 +185,13 @@ class FlowDCN(nnx.Module):
         )
         self.final = FinalLayer(width, out_features, **options)
 
-    def __call__(self, x: Array, t: Array, y: Array) -> Array:
+    def __call__(
+        self, x: Array, t: Array, y: Array, max_scale_factor: Array | None = None
+    ) -> Array:
         """Velocity [B,H,W,C] (float32) at x [B,H,W,C], time t [B] in [0,1], class y [B] (integers).
+
+        max_scale_factor [depth,2] multiplies max_scale in each block along x and y: see
+        `flowdcn_jax.models.resolution`.
 
         Raises:
             ValueError: a shape that does not fit, or a side that the patch size does not divide.
@@ -191,8 +200,9 @@ class FlowDCN(nnx.Module):
         tokens = self.stem(layers.patchify(x.astype(self.dtype), self.patch_size))
         condition = self.time_embedder(t) + self.class_embedder(y)
         apply = nnx.remat(lambda block, *args: block(*args)) if self.remat else _apply_block
-        for block in self.blocks:
-            tokens = apply(block, tokens, condition)
+        factors = [None] * len(self.blocks) if max_scale_factor is None else max_scale_factor
+        for block, factor in zip(self.blocks, factors, strict=True):
+            tokens = apply(block, tokens, condition, factor)
         out = layers.unpatchify(self.final(tokens, condition), self.patch_size)
         return out[..., : self.in_channels].astype(jnp.float32)
 
@@ -224,5 +234,5 @@ class FlowDCN(nnx.Module):
             raise ValueError(f"y has dtype {y.dtype}; expected integers")
 
 
-def _apply_block(block: FlowDCNBlock, x: Array, condition: Array) -> Array:
-    return block(x, condition)
+def _apply_block(block: FlowDCNBlock, *args) -> Array:
+    return block(*args)

@@ -201,15 +201,10 @@ class _Run:
         """A function (step, EMA parameters) that draws the grid of fixed seeds and classes."""
         config = self.config
         options = config.sampling
-        size = (config.data.image_size,) * 2
-        generator = sampling.make_generator(
-            config,
-            self.mesh,
-            size=size,
-            num_steps=options.num_steps,
-            guidance=options.guidance,
-            seed=options.seed,
+        settings = sampling.Settings(
+            num_steps=options.num_steps, guidance=options.guidance, seed=options.seed
         )
+        generator = sampling.make_generator(config, self.mesh, settings)
         labels = sampling.labels_in_turn(
             options.classes, options.num_images, config.model.num_classes
         )
