@@ -15,12 +15,45 @@ _CLASSES = flags.DEFINE_list(
     "classes", None, "Classes in turn, numbers or names; by default the config's."
 )
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Images to draw.", lower_bound=1)
-_NUM_STEPS = flags.DEFINE_integer("num_steps", 50, "Steps of the ODE solver.", lower_bound=1)
-_GUIDANCE = flags.DEFINE_float(
-    "guidance", 1.375, "Classifier-free guidance; 1: none.", lower_bound=0.0
+_SAMPLER = flags.DEFINE_string(
+    "sampler",
+    "euler",
+    "euler, heun, heun_cached, adams1 ... adams4, neural (5-10 or 15 steps); or an SDE's: "
+    "euler_sde, euler_sde_mean, euler_sde_preserve.",
+)
+_NUM_STEPS = flags.DEFINE_integer("num_steps", 50, "Steps from noise to image.", lower_bound=1)
+_LAST_STEP = flags.DEFINE_float(
+    "last_step", None, "Length of the last step; by default as long as the others."
+)
+_TIME_SHIFT = flags.DEFINE_float(
+    "time_shift", 1.0, "Above 1: shorter steps near the noise, for high resolutions."
+)
+_DIFFUSION = flags.DEFINE_string(
+    "diffusion", None, "Of the SDE samplers: sigma (1 - t, the default), constant or zero."
+)
+_GUIDANCE = flags.DEFINE_float("guidance", 1.375, "Guidance weight; 1: none.", lower_bound=0.0)
+_GUIDANCE_CHANNELS = flags.DEFINE_string(
+    "guidance_channels", "all", "all, or three: only the first three are guided."
+)
+_GUIDANCE_INTERVAL = flags.DEFINE_list(
+    "guidance_interval", None, "LOW,HIGH: guidance for these t only; t=0 is noise, t=1 the image."
+)
+_GUIDANCE_SCHEDULE = flags.DEFINE_string(
+    "guidance_schedule", "constant", "constant, or linear or cosine: from 1 at t=0 to --guidance."
+)
+_GUIDE_WORKDIR = flags.DEFINE_string(
+    "guide_workdir", None, "Autoguidance: a run whose weaker model guides, instead of no class."
+)
+_GUIDE_STEP = flags.DEFINE_integer(
+    "guide_step", None, "Autoguidance: checkpoint of the guide, in --guide_workdir or --workdir."
 )
 _IMAGE_SIZE = flags.DEFINE_string(
     "image_size", None, "HxW in pixels, such as 256x384; by default the size of training."
+)
+_RESOLUTION_ADJUSTMENT = flags.DEFINE_string(
+    "resolution_adjustment",
+    "none",
+    "none, paper or released: how much further deformable blocks reach in larger images.",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Image i depends on it and on i alone.", lower_bound=0)
 _OUT = flags.DEFINE_string("out", None, "Output folder; by default WORKDIR/samples/step_STEP.")
@@ -51,9 +84,19 @@ def main(argv: list[str]) -> None:
             step=_STEP.value,
             classes=_CLASSES.value,
             num_images=_NUM_IMAGES.value,
+            sampler=_SAMPLER.value,
             num_steps=_NUM_STEPS.value,
+            last_step=_LAST_STEP.value,
+            time_shift=_TIME_SHIFT.value,
+            diffusion=_DIFFUSION.value,
             guidance=_GUIDANCE.value,
+            guidance_channels=_GUIDANCE_CHANNELS.value,
+            guidance_interval=_GUIDANCE_INTERVAL.value,
+            guidance_schedule=_GUIDANCE_SCHEDULE.value,
+            guide_workdir=_GUIDE_WORKDIR.value,
+            guide_step=_GUIDE_STEP.value,
             image_size=_IMAGE_SIZE.value,
+            resolution_adjustment=_RESOLUTION_ADJUSTMENT.value,
             seed=_SEED.value,
             out=_OUT.value,
             save_images=_SAVE_IMAGES.value,

@@ -1,12 +1,15 @@
 """Sampling: an image depends on its seed, index and class, not on batches or devices."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
 from flowdcn_jax import sampling
 from flowdcn_jax.autoencoders import decode_pixels, preview_latents
-from flowdcn_jax.models import init_params
+from flowdcn_jax.models import abstract_model
+from flowdcn_jax.training.checkpoint import Weights
 from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
 from tests.comparison import relative_error
@@ -17,16 +20,23 @@ CONFIG = tiny.config()
 @pytest.fixture(scope="module")
 def params():
     """Random everywhere, for a fresh model's velocity is zero."""
-    leaves, structure = jax.tree.flatten(init_params(CONFIG.model, jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.device_get(jax.tree.unflatten(structure, noisy))
+    random = np.random.default_rng(0)
+    _, params = abstract_model(CONFIG.model)
+    return jax.tree.map(lambda leaf: 0.3 * random.standard_normal(leaf.shape, np.float32), params)
 
 
-def draw(params, labels, *, num_devices=1, batch_size=8, **options):
+def make_generator(num_devices, settings, guide=None):
     mesh = make_mesh(-1, 1, jax.devices()[:num_devices])
-    defaults = dict(size=(8, 8), num_steps=3, guidance=1.375, seed=0)
-    generator = sampling.make_generator(CONFIG, mesh, **defaults | options)
+    return sampling.make_generator(CONFIG, mesh, settings, guide=guide)
+
+
+cached_generator = functools.cache(make_generator)
+
+
+def draw(params, labels, *, num_devices=1, batch_size=8, guide=None, **options):
+    settings = sampling.Settings(**dict(num_steps=3) | options)
+    make = cached_generator if guide is None else make_generator
+    generator = make(num_devices, settings, guide)
     return sampling.generate_images(
         generator, params, np.asarray(labels), batch_size=batch_size, progress=False
     )
@@ -58,8 +68,36 @@ def test_noise_is_standard_normal_and_independent():
     assert np.abs(correlation - np.eye(64)).max() < 0.4
 
 
-def test_any_size(params):
-    assert draw(params, [0, 1, 2], size=(6, 14))[1].shape == (3, 6, 14, 1)
+@pytest.mark.parametrize(
+    "size, adjustment", [((8, 12), "none"), ((12, 12), "paper"), ((6, 14), "released")]
+)
+def test_any_size_and_aspect_with_any_adjustment(params, size, adjustment):
+    x, images = draw(params, [0, 1], image_size=size, resolution_adjustment=adjustment)
+    assert images.shape == (2, *size, 1) and np.isfinite(x).all() and x.std() > 0.1
+
+
+def test_an_sde_draws_each_images_noise_by_its_index(params):
+    options = dict(sampler="euler_sde", seed=3)
+    x = draw(params, np.arange(5), **options)[0]
+    split = draw(params, np.arange(5), num_devices=2, batch_size=4, **options)[0]
+    assert relative_error(split, x) < 1e-5
+
+
+def test_a_model_that_guides_itself_is_not_guided(params):
+    guide = Weights(step=1, config=CONFIG, class_names=None, params=params)
+    unguided = draw(params, [1, 2], guidance=1.0)[0]
+    assert relative_error(draw(params, [1, 2], guidance=3.0, guide=guide)[0], unguided) < 1e-5
+    other = guide._replace(config=tiny.config(model__in_channels=3))
+    with pytest.raises(sampling.SamplingError, match="guide's .*in_channels is 3; expected 1"):
+        draw(params, [1, 2], guide=other)
+
+
+def test_model_passes_are_counted():
+    settings = sampling.Settings(sampler="heun", num_steps=4, guidance=2.0)
+    assert settings.num_evaluations() == (7, 14)
+    assert sampling.Settings(num_steps=10, guidance=1.0).num_evaluations() == (10, 10)
+    interval = sampling.Settings(num_steps=10, guidance_interval=(0.2, 0.5))
+    assert interval.num_evaluations() == (10, 14)
 
 
 def test_labels_in_turn():

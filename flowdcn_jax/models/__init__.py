@@ -7,7 +7,7 @@ from flax import nnx
 
 from flowdcn_jax.models import layers
 from flowdcn_jax.models.flowcnn import FlowCNN
-from flowdcn_jax.models.flowdcn import FlowDCN
+from flowdcn_jax.models.flowdcn import FlowDCN, MultiscaleDeformableConv
 from flowdcn_jax.models.sit import SiT
 from flowdcn_jax.precision import compute_dtype
 
@@ -55,9 +55,21 @@ def init_params(config, key: jax.Array) -> dict:
     return nnx.to_pure_dict(nnx.state(build_model(config, rngs=nnx.Rngs(key))))
 
 
-def apply_model(graphdef, params: dict, x, t, y) -> jax.Array:
-    """model(x, t, y) for parameters held as nested dicts."""
-    return nnx.merge(graphdef, params)(x, t, y)
+def apply_model(graphdef, params: dict, x, t, y, max_scale_factor=None) -> jax.Array:
+    """model(x, t, y) for parameters held as nested dicts.
+
+    max_scale_factor [depth,2] is for models with deformable blocks: `takes_max_scale_factor`.
+    """
+    model = nnx.merge(graphdef, params)
+    if max_scale_factor is None:
+        return model(x, t, y)
+    return model(x, t, y, max_scale_factor)
+
+
+def takes_max_scale_factor(config) -> bool:
+    """Whether the model has deformable blocks, whose reach can be changed when it is called."""
+    modules = (module for _, module in nnx.iter_modules(_shapes_only(config)))
+    return any(isinstance(module, MultiscaleDeformableConv) for module in modules)
 
 
 def parameter_count(config) -> int:

@@ -81,8 +81,8 @@ class MultiscaleDeformableConv(nnx.Module):
         prior = self.initial_prior(num_groups)
         self.scale_prior = nnx.Param(jnp.asarray(prior)) if learn_scale_prior else None
 
-    def __call__(self, x: Array) -> Array:
-        """x [B,h,w,d] -> [B,h,w,d]."""
+    def __call__(self, x: Array, max_scale_factor: Array | None = None) -> Array:
+        """x [B,h,w,d] -> [B,h,w,d]; max_scale is multiplied by max_scale_factor [2], (x, y)."""
         batch, h, w, width = x.shape
         points = (batch, h, w, self.num_groups, SAMPLING_POINTS)
         values = self.values(x).reshape(batch, h, w, self.num_groups, width // self.num_groups)
@@ -92,8 +92,11 @@ class MultiscaleDeformableConv(nnx.Module):
 
         fixed = self.scale_prior is None
         prior = self.initial_prior(self.num_groups) if fixed else self.scale_prior[...]
-        radius = jax.nn.sigmoid(scales + prior[:, None]) * self.max_scale
-        offsets = (directions + direction_prior()) * radius[..., None]
+        max_scale = self.max_scale
+        if max_scale_factor is not None:
+            max_scale = max_scale * max_scale_factor
+        radius = jax.nn.sigmoid(scales + prior[:, None])[..., None] * max_scale
+        offsets = (directions + direction_prior()) * radius
         aggregated = deformable_aggregate(values, offsets, weights, boundary=self.boundary)
         return self.out(aggregated.reshape(x.shape))
 
@@ -113,8 +116,8 @@ class FlowDCNBlock(AdaLNBlock):
         self.mlp = make_mlp(width, **options)
         self.modulation = layers.linear(width, 6 * width, **options)
 
-    def mix(self, x: Array) -> Array:
-        return self.conv(x)
+    def mix(self, x: Array, *options) -> Array:
+        return self.conv(x, *options)
 
 
 class FlowDCN(VelocityNetwork):
@@ -183,3 +186,17 @@ class FlowDCN(VelocityNetwork):
             remat=remat,
             rngs=rngs,
         )
+
+    def __call__(
+        self, x: Array, t: Array, y: Array, max_scale_factor: Array | None = None
+    ) -> Array:
+        """Velocity [B,H,W,C] (float32) at x [B,H,W,C], time t [B] in [0,1], class y [B] (integers).
+
+        max_scale_factor [depth,2] multiplies max_scale in each block along x and y: see
+        `flowdcn_jax.models.resolution`.
+
+        Raises:
+            ValueError: a shape that does not fit, or a side that the patch size does not divide.
+        """
+        factors = [None] * len(self.blocks) if max_scale_factor is None else max_scale_factor
+        return self.velocity(x, t, y, [(factor,) for factor in factors])

@@ -20,15 +20,16 @@ class AdaLNBlock(nnx.Module):
     part in which tokens see one another.
     """
 
-    def mix(self, x: Array) -> Array:
-        """[B,h,w,d] -> [B,h,w,d]."""
+    def mix(self, x: Array, *options) -> Array:
+        """[B,h,w,d] -> [B,h,w,d]; a model may give its blocks options at each call."""
         raise NotImplementedError
 
-    def __call__(self, x: Array, condition: Array) -> Array:
+    def __call__(self, x: Array, condition: Array, *mix_options) -> Array:
         """x [B,h,w,d], condition [B,d] -> [B,h,w,d]."""
         modulation = self.modulation(nnx.silu(condition))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
-        x = x + gate1[:, None, None, :] * self.mix(layers.modulate(self.norm1(x), shift1, scale1))
+        mixed = self.mix(layers.modulate(self.norm1(x), shift1, scale1), *mix_options)
+        x = x + gate1[:, None, None, :] * mixed
         return x + gate2[:, None, None, :] * self.mlp(
             layers.modulate(self.norm2(x), shift2, scale2)
         )
@@ -94,12 +95,16 @@ class VelocityNetwork(nnx.Module):
         Raises:
             ValueError: a shape that does not fit, or a side that the patch size does not divide.
         """
+        return self.velocity(x, t, y, ((),) * len(self.blocks))
+
+    def velocity(self, x: Array, t: Array, y: Array, mix_options) -> Array:
+        """`__call__`, with a tuple of options for each block's `mix`."""
         self._check(x, t, y)
         tokens = self.embed(x)
         condition = self.time_embedder(t) + self.class_embedder(y)
         apply = nnx.remat(_apply_block) if self.remat else _apply_block
-        for block in self.blocks:
-            tokens = apply(block, tokens, condition)
+        for block, options in zip(self.blocks, mix_options, strict=True):
+            tokens = apply(block, tokens, condition, *options)
         out = layers.unpatchify(self.final(tokens, condition), self.patch_size)
         return out[..., : self.in_channels].astype(jnp.float32)
 
@@ -136,5 +141,5 @@ class VelocityNetwork(nnx.Module):
             raise ValueError(f"y has dtype {y.dtype}; expected integers")
 
 
-def _apply_block(block: AdaLNBlock, x: Array, condition: Array) -> Array:
-    return block(x, condition)
+def _apply_block(block: AdaLNBlock, *args) -> Array:
+    return block(*args)

@@ -1,10 +1,25 @@
 """Samplers: they carry noise at t=0 to data at t=1 along a velocity field.
 
-A sampler is a function `(velocity_fn, x_init, y, times, key) -> x` of a velocity field
-`velocity_fn(x, t, y)`, noise, labels, a time grid and a random key. It never sees a module.
+`solve` runs them by name. A sampler sees a function `velocity_fn(x, t)`, never a module or a label;
+`flowdcn_jax.flow.guidance` makes one from a model.
 """
 
-from flowdcn_jax.samplers.euler import euler
-from flowdcn_jax.samplers.time_grid import uniform_times
+from flowdcn_jax.samplers.solve import (
+    DIFFUSIONS,
+    SAMPLERS,
+    check_diffusion,
+    evaluation_times,
+    num_evaluations,
+    solve,
+    time_grid,
+)
 
-__all__ = ["euler", "uniform_times"]
+__all__ = [
+    "DIFFUSIONS",
+    "SAMPLERS",
+    "check_diffusion",
+    "evaluation_times",
+    "num_evaluations",
+    "solve",
+    "time_grid",
+]

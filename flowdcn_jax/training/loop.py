@@ -248,15 +248,11 @@ class _Run:
         """A function (step, EMA parameters) that draws the grid of fixed seeds and classes."""
         config = self.config
         options = config.sampling
-        size = (config.data.image_size,) * 2
+        settings = sampling.Settings(
+            num_steps=options.num_steps, guidance=options.guidance, seed=options.seed
+        )
         generator = sampling.make_generator(
-            config,
-            self.mesh,
-            size=size,
-            num_steps=options.num_steps,
-            guidance=options.guidance,
-            seed=options.seed,
-            autoencoder=self.autoencoder,
+            config, self.mesh, settings, autoencoder=self.autoencoder
         )
         labels = sampling.labels_in_turn(
             options.classes, options.num_images, config.model.num_classes

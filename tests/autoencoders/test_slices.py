@@ -66,9 +66,8 @@ def test_the_decoders_weights_are_arguments_of_the_generator(taesd_folder):
     config = tiny.config(model__in_channels=4, autoencoder__downsampling=8)
     config.autoencoder.update(name="taesd", weights=str(taesd_folder))
     mesh = make_mesh(-1, 1, jax.devices()[:1])
-    generator = sampling.make_generator(
-        config, mesh, size=(16, 32), num_steps=1, guidance=1.0, seed=0
-    )
+    settings = sampling.Settings(image_size=(16, 32), num_steps=1, guidance=1.0)
+    generator = sampling.make_generator(config, mesh, settings)
     _, params = abstract_model(config.model)
     labels = np.zeros(2, np.int32)
     traced = generator.func.trace(*generator.args, params, np.arange(2, dtype=np.uint32), labels)

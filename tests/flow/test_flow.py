@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from flowdcn_jax.flow import loss, path
-from flowdcn_jax.flow.guidance import guided_velocity
 from tests.comparison import relative_error
 
 
@@ -64,14 +63,3 @@ def test_dropped_labels_become_the_null_class():
     loss.velocity_loss(velocity_fn, jnp.zeros(drawn.noise.shape), label, drawn, null_class=10)
     np.testing.assert_array_equal(seen[0] == 10, drawn.drop_label)
     np.testing.assert_array_equal(seen[0][~drawn.drop_label], label[~drawn.drop_label])
-
-
-def test_guidance_extrapolates_from_no_class_and_scale_one_is_free():
-    def velocity_fn(x, t, y):
-        return x + t[:, None] + 10.0 * y[:, None]
-
-    x, t, y = jnp.ones((2, 3)), jnp.array([0.2, 0.4]), jnp.array([1, 2])
-    guided = guided_velocity(velocity_fn, null_class=5, scale=3.0)(x, t, y)
-    conditional, unconditional = velocity_fn(x, t, y), velocity_fn(x, t, jnp.full(2, 5))
-    assert relative_error(guided, unconditional + 3 * (conditional - unconditional)) < 1e-6
-    assert guided_velocity(velocity_fn, null_class=5, scale=1.0) is velocity_fn

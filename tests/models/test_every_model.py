@@ -69,9 +69,8 @@ def test_it_trains_and_samples(name, quick_compilation):
     changed = jax.tree.map(lambda old, new: bool((old != new).any()), params, state.params)
     assert all(jax.tree.leaves(changed)), changed
 
-    generator = sampling.make_generator(
-        config, mesh, size=(4, 8), num_steps=2, guidance=2.0, seed=0
-    )
+    settings = sampling.Settings(image_size=(4, 8), num_steps=2, guidance=2.0)
+    generator = sampling.make_generator(config, mesh, settings)
     x, _ = generator(state.params, np.arange(2, dtype=np.uint32), np.array([3, 7], np.int32))
     assert x.shape == (2, 4, 8, 1) and np.isfinite(x).all()
     assert np.std(x[0] - x[1]) > 0

@@ -1,0 +1,196 @@
+"""From weights to arrays: restoring a model, and the compiled function that draws with it."""
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from flowdcn_jax import samplers
+from flowdcn_jax.autoencoders import Autoencoder, check_fits, decode_images, load_autoencoder
+from flowdcn_jax.flow.guidance import guided_velocity
+from flowdcn_jax.models import abstract_model, apply_model, takes_max_scale_factor
+from flowdcn_jax.models.resolution import max_scale_factor
+from flowdcn_jax.sampling.settings import SamplingError, Settings
+from flowdcn_jax.training import checkpoint
+from flowdcn_jax.training.sharding import batch_sharding, make_mesh, replicated
+
+
+def load_weights(workdir: str, step: int | None, mesh: Mesh) -> checkpoint.Weights:
+    """The EMA weights of a training run, copied to every device of `mesh`.
+
+    Raises:
+        flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
+    """
+
+    def abstract_params(config: ConfigDict):
+        _, params = abstract_model(config.model)
+        sharding = replicated(mesh)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), params
+        )
+
+    return checkpoint.restore_ema(workdir, step, abstract_params)
+
+
+def load_model(workdir: str | Path, step: int | None = None) -> tuple[nnx.Module, ConfigDict]:
+    """The model of a training run with its EMA weights, and the run's config.
+
+    Args:
+        workdir: the --workdir of the run.
+        step: the checkpoint to read; the newest by default.
+
+    Returns:
+        (model, config): model(x [B,H,W,C], t [B], y [B]) -> velocity [B,H,W,C].
+
+    Raises:
+        flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
+    """
+    mesh = make_mesh(devices=jax.local_devices()[:1])
+    weights = load_weights(str(workdir), step, mesh)
+    graphdef, _ = abstract_model(weights.config.model)
+    return nnx.merge(graphdef, weights.params), weights.config
+
+
+def initial_noise(seed: int, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Noise [n,*shape]: image i's depends on the seed and on i alone."""
+    key = jax.random.key(seed)
+    return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
+
+
+def step_noise_keys(seed: int, indices: jax.Array) -> jax.Array:
+    """Keys [n] of the SDE samplers' noise: image i's depends on the seed and on i alone."""
+    key, _ = jax.random.split(jax.random.key(seed))  # another stream than initial_noise's
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
+
+
+def make_generator(
+    config: ConfigDict,
+    mesh: Mesh,
+    settings: Settings,
+    *,
+    guide: checkpoint.Weights | None = None,
+    autoencoder: Autoencoder | None = None,
+) -> Callable:
+    """A compiled function (params, indices [n], labels [n]) -> (x [n,h,w,C], images uint8).
+
+    x is in the model's space; images are decoded by `autoencoder`, by default the one that
+    config.autoencoder names. n is a multiple of the number of devices; rows are split over them.
+    `guide` is the weaker model of autoguidance.
+
+    Raises:
+        SamplingError: settings that are out of range, or not for this model or this guide.
+        flowdcn_jax.errors.UserError: the autoencoder's weights are not there, or do not fit.
+    """
+    if autoencoder is None:
+        autoencoder = load_autoencoder(config.autoencoder)
+    check_fits(autoencoder, config)
+    settings = settings.for_model(config)
+    network = _network(config, settings)
+    guide_params, guide_network = None, None
+    if guide is not None:
+        check_guide(config, guide.config, settings)
+        guide_params, guide_network = guide.params, _network(guide.config, settings)
+    height, width = (side // config.autoencoder.downsampling for side in settings.image_size)
+    shape = (height, width, config.model.in_channels)
+    rows = batch_sharding(mesh)
+
+    def generate(guide_params, decoder_params, params, indices, labels):
+        velocity_fn = guided_velocity(
+            functools.partial(network, params),
+            jax.lax.with_sharding_constraint(labels, rows),
+            null_class=config.model.num_classes,
+            scale=settings.guidance,
+            channels=settings.guidance_channels,
+            interval=settings.guidance_interval,
+            schedule=settings.guidance_schedule,
+            guide=guide_network and functools.partial(guide_network, guide_params),
+        )
+        noise = initial_noise(settings.seed, indices, shape)
+        x = samplers.solve(
+            velocity_fn,
+            jax.lax.with_sharding_constraint(noise, rows),
+            sampler=settings.sampler,
+            num_steps=settings.num_steps,
+            last_step=settings.last_step,
+            time_shift=settings.time_shift,
+            diffusion=settings.diffusion,
+            key=step_noise_keys(settings.seed, indices),
+        )
+        return x, decode_images(autoencoder, decoder_params, x, mesh=mesh)
+
+    copied = replicated(mesh)
+    decoder_params = jax.jit(lambda tree: tree, out_shardings=copied)(autoencoder.params)
+    compiled = jax.jit(generate, out_shardings=copied)
+    return functools.partial(compiled, guide_params, decoder_params)
+
+
+def check_guide(config: ConfigDict, guide: ConfigDict, settings: Settings) -> None:
+    """Raises SamplingError unless the guide is used, and on the model's kind of images."""
+    if settings.guidance == 1:
+        raise SamplingError("guidance is 1; expected another number, since a guide is given")
+    for section, key in (
+        ("model", "in_channels"),
+        ("model", "num_classes"),
+        ("autoencoder", "name"),
+        ("autoencoder", "downsampling"),
+    ):
+        own, other = config[section][key], guide[section][key]
+        if own != other:
+            raise SamplingError(
+                f"the guide's config.{section}.{key} is {other!r}; expected {own!r}, the model's"
+            )
+    patch_size = guide.model.patch_size
+    if config.model.patch_size % patch_size:
+        raise SamplingError(
+            f"the guide's config.model.patch_size is {patch_size}; expected a divisor of "
+            f"{config.model.patch_size}, the model's"
+        )
+
+
+def _network(config: ConfigDict, settings: Settings) -> Callable:
+    """(params, x, t, y) -> velocity; deformable blocks get the resolution adjustment at t."""
+    graphdef, _ = abstract_model(config.model)
+    deformable = takes_max_scale_factor(config.model)  # a guide may be without
+    stride = config.autoencoder.downsampling * config.model.patch_size
+    height, width = settings.image_size
+
+    def apply(params, x, t, y):
+        factor = max_scale_factor(
+            settings.resolution_adjustment if deformable else "none",
+            t[0],  # a solver's t is the same in every row
+            tokens=(height // stride, width // stride),
+            training_tokens=config.data.image_size // stride,
+            depth=config.model.depth,
+        )
+        return apply_model(graphdef, params, x, t, y, factor)
+
+    return apply
+
+
+def generate_images(
+    generator: Callable, params, labels: np.ndarray, *, batch_size: int, progress: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """(x, images) for labels [n], image i having index i, in batches of one size.
+
+    The last batch is filled up with copies that are thrown away, so that nothing compiles twice.
+    """
+    count = len(labels)
+    padded = math.ceil(count / batch_size) * batch_size
+    indices = np.minimum(np.arange(padded), count - 1)
+    parts = []
+    bar = tqdm(total=count, unit="image", disable=not progress, dynamic_ncols=True)
+    for start in range(0, padded, batch_size):
+        rows = indices[start : start + batch_size]
+        x, images = generator(params, rows.astype(np.uint32), labels[rows])
+        kept = min(batch_size, count - start)
+        parts.append((np.asarray(x)[:kept], np.asarray(images)[:kept]))
+        bar.update(kept)
+    bar.close()
+    return np.concatenate([x for x, _ in parts]), np.concatenate([image for _, image in parts])

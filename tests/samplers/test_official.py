@@ -1,0 +1,129 @@
+"""Every recorded output of the authors' samplers, as far as a chaotic model lets it be compared.
+
+The fixture's random network amplifies differences so much that float32's own rounding (1e-6 to 1e-5
+an evaluation) moves two steps by 1e-4 to 1e-3 and ten steps by 0.1 to 0.5. So two steps are held to
+the digits that there are, and every entry to what `tests.ensemble` explains. docs/sampling.md has
+the measured figures.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from flowdcn_jax import models, samplers
+from flowdcn_jax.flow.guidance import guided_velocity
+from flowdcn_jax.samplers import schemes
+from tests import ensemble, official
+from tests.comparison import relative_error
+
+MEMBERS = 4
+OURS = {"euler_ode": "euler", "heun_exact": "heun", "neural_solver": "neural"}  # else the same name
+
+EULER = [
+    f"euler_ode/steps{steps}/cfg{guidance}"
+    for steps in (2, 3, 4, 5, 8, 10)
+    for guidance in ("1.0", "1.375", "4.0", "4.0_3ch")
+]
+LAST = "euler_ode/steps10/cfg4.0/last0.04"
+SDE = [f"euler_sde{kind}/steps10/cfg1.375/last0.04" for kind in ("", "_mean", "_preserve")]
+HEUN = ["heun_cached/steps8/cfg1.375", "heun_exact/steps8/cfg1.375"]
+ADAMS = [f"adams{order}/steps16/cfg1.375" for order in (1, 2, 3, 4)]
+NEURAL = [f"neural_solver/steps{steps}/cfg1.375" for steps in (5, 6, 7, 8, 9, 10, 15)]
+
+
+class Runs:
+    """Our runs of the fixture's entries, each made once: run(entry) -> [MEMBERS,B,H,W,C]."""
+
+    def __init__(self, model, golden):
+        graphdef, _ = models.abstract_model(official.model_config(model))
+        params = official.to_tree(model)
+        network = jax.jit(lambda x, t, y: models.apply_model(graphdef, params, x, t, y))
+
+        def call(*args):
+            with jax.disable_jit(False):
+                return network(*args)
+
+        self.network = call
+        self.golden = golden
+        self.made: dict[str, np.ndarray] = {}
+        self.x = jax.numpy.asarray(ensemble.perturbed(official.nhwc(golden["x_init"]), MEMBERS))
+        self.y = np.tile(golden["y"], MEMBERS)
+
+    def velocity(self, guidance: str):
+        scale, _, three = guidance.removeprefix("cfg").partition("_")
+        channels = "three" if three else "all"
+        return guided_velocity(
+            self.network, self.y, null_class=10, scale=float(scale), channels=channels
+        )
+
+    def __call__(self, entry: str) -> np.ndarray:
+        if entry not in self.made:
+            name, steps, guidance, *last = entry.split("/")
+            noise = [
+                np.tile(official.nhwc(z), (MEMBERS, 1, 1, 1)) for z in self.golden["sde_noise"]
+            ]
+            num_steps = int(steps.removeprefix("steps"))
+            with jax.disable_jit():  # the scan as a loop, so that the network compiles only once
+                x = samplers.solve(
+                    self.velocity(guidance),
+                    self.x,
+                    sampler=OURS.get(name, name),
+                    num_steps=num_steps,
+                    last_step=0.04 if last else None,
+                    step_noise=np.stack(noise[:num_steps]) if "sde" in name else None,
+                )
+            self.made[entry] = self.split(x)
+        return self.made[entry]
+
+    def scheme(self, scheme: schemes.Scheme) -> np.ndarray:
+        """A run with other coefficients, at guidance 1.375."""
+        with jax.disable_jit():
+            return self.split(schemes.integrate(self.velocity("cfg1.375"), self.x, scheme))
+
+    def split(self, x) -> np.ndarray:
+        return np.asarray(x).reshape(MEMBERS, -1, *x.shape[1:])
+
+
+@pytest.fixture(scope="module")
+def run(fixture_file):
+    return Runs(fixture_file("model.npz"), fixture_file("samplers.npz"))
+
+
+def test_every_entry_is_tested(run):
+    entries = {key for key in run.golden if "/" in key}
+    assert entries == {*EULER, LAST, *SDE, *HEUN, *ADAMS, *NEURAL}
+
+
+@pytest.mark.parametrize("guidance, tolerance", [("1.0", 2e-4), ("1.375", 1e-3), ("4.0_3ch", 1e-3)])
+def test_two_steps_match_to_the_digits_that_there_are(run, guidance, tolerance):
+    entry = f"euler_ode/steps2/cfg{guidance}"
+    assert relative_error(run(entry)[0], official.nhwc(run.golden[entry])) < tolerance
+
+
+def alternatives():
+    """(entry, what it must not be taken for): the same steps with another rule."""
+    groups = [[e for e in EULER if f"steps{steps}/" in e] for steps in (2, 3, 4, 5, 8, 10)]
+    groups += [SDE, ADAMS, [*HEUN, "euler_ode/steps8/cfg1.375"], [LAST, "euler_ode/steps10/cfg4.0"]]
+    return [(entry, [e for e in group if e != entry]) for group in groups for entry in group]
+
+
+@pytest.mark.parametrize("entry, others", alternatives())
+def test_a_recorded_run_is_one_of_ours_and_none_of_another_rule(run, entry, others):
+    recorded = official.nhwc(run.golden[entry])
+    chaotic = int(entry.split("/")[1].removeprefix("steps")) >= 8  # a few steps may go either way
+    assert ensemble.spread_ratio(recorded, run(entry)) < (1.3 if chaotic else 2.5)
+    for other in others:
+        assert abs(ensemble.position(recorded, run(entry), run(other))) < 0.35, other
+
+
+@pytest.mark.parametrize("entry", NEURAL)
+def test_the_neural_solver_and_no_other_order_of_its_coefficients(run, entry):
+    num_steps = int(entry.split("/")[1].removeprefix("steps"))
+    scheme = schemes.neural(schemes.neural_times(num_steps))
+    turned, plain = scheme.weights.copy(), schemes.euler(schemes.neural_times(num_steps))
+    for i, row in enumerate(turned):
+        row[1 : i + 1] = row[1 : i + 1][::-1]
+    recorded = official.nhwc(run.golden[entry])
+    assert ensemble.spread_ratio(recorded, run(entry)) < 1.3
+    for other in (plain, scheme._replace(weights=turned)):
+        assert abs(ensemble.position(recorded, run(entry), run.scheme(other))) < 0.35
