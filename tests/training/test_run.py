@@ -162,9 +162,8 @@ def test_latents_train_and_sample(tmp_path):
     loop.train(config, str(tmp_path / "run"))
     assert all(np.isfinite(row["loss"]) for row in tiny.metrics(tmp_path / "run"))
 
-    grid = sampling.sample_to_folder(
-        str(tmp_path / "run"), num_images=3, num_steps=2, image_size="64x128"
-    )
+    settings = sampling.Settings(num_steps=2, image_size=(64, 128))
+    grid = sampling.sample_to_folder(tmp_path / "run", settings, num_images=3)
     with np.load(grid.parent / "samples.npz", allow_pickle=False) as file:
         assert file["latents"].shape == (3, 8, 16, 4) and file["latents"].dtype == np.float32
         assert "arr_0" not in file.files
