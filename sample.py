@@ -1,20 +1,27 @@
 """Draws images with a trained model's EMA weights: python sample.py --workdir=DIR [--classes=3,7]
 
-Writes grid.png and samples.npz (arr_0: uint8 NHWC, as the ADM evaluator reads it; arr_1: classes)
-to --out, and images/00000.png ... with --save_images. The model and its settings are those saved
-beside the checkpoint.
+Writes grid.png and samples.npz (arr_0: uint8 NHWC, as the ADM evaluator reads it; arr_1: classes),
+and images/00000.png ... with --save_images. The same command goes on with a run that was stopped.
+--compare=steps (or samplers, image_size, resolution_adjustment) writes one strip instead. Several
+hosts: as train.py, with --distributed.
 """
 
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest by default.")
 _CLASSES = flags.DEFINE_list(
-    "classes", None, "Classes in turn, numbers or names; by default the config's."
+    "classes",
+    None,
+    "Numbers or names, such as 'golden retriever,207', or all; by default the config's.",
 )
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Images to draw.", lower_bound=1)
+_LABELS = flags.DEFINE_string("labels", "balanced", "balanced: the classes in turn; or random.")
+_NUM_IMAGES = flags.DEFINE_integer(
+    "num_images", None, "Images to draw; by default 64, and 4 to compare.", lower_bound=1
+)
 _SAMPLER = flags.DEFINE_string(
     "sampler",
     "euler",
@@ -56,7 +63,12 @@ _RESOLUTION_ADJUSTMENT = flags.DEFINE_string(
     "none, paper or released: how much further deformable blocks reach in larger images.",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Image i depends on it and on i alone.", lower_bound=0)
-_OUT = flags.DEFINE_string("out", None, "Output folder; by default WORKDIR/samples/step_STEP.")
+_COMPARE = flags.DEFINE_string(
+    "compare", None, "A strip across steps, samplers, image_size or resolution_adjustment."
+)
+_OUT = flags.DEFINE_string(
+    "out", None, "Output folder; by default one in WORKDIR/samples for these settings."
+)
 _SAVE_IMAGES = flags.DEFINE_bool("save_images", False, "Write every image as a PNG of its own too.")
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 64, "Images at a time on each device; does not change them.", lower_bound=1
@@ -67,6 +79,10 @@ _AUTOENCODER = flags.DEFINE_string(
 _AUTOENCODER_WEIGHTS = flags.DEFINE_string(
     "autoencoder_weights", None, "Its safetensors file, or the folder; by default the config's."
 )
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of the job.")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the job.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's number, from 0.")
 
 
 def main(argv: list[str]) -> None:
@@ -75,38 +91,58 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     # Imported here so that --help and usage errors come at once.
-    from flowdcn_jax import sampling
+    import jax
+
     from flowdcn_jax.errors import UserError
 
+    if _DISTRIBUTED.value:
+        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     try:
-        grid = sampling.sample_to_folder(
-            _WORKDIR.value,
-            step=_STEP.value,
-            classes=_CLASSES.value,
-            num_images=_NUM_IMAGES.value,
-            sampler=_SAMPLER.value,
-            num_steps=_NUM_STEPS.value,
-            last_step=_LAST_STEP.value,
-            time_shift=_TIME_SHIFT.value,
-            diffusion=_DIFFUSION.value,
-            guidance=_GUIDANCE.value,
-            guidance_channels=_GUIDANCE_CHANNELS.value,
-            guidance_interval=_GUIDANCE_INTERVAL.value,
-            guidance_schedule=_GUIDANCE_SCHEDULE.value,
-            guide_workdir=_GUIDE_WORKDIR.value,
-            guide_step=_GUIDE_STEP.value,
-            image_size=_IMAGE_SIZE.value,
-            resolution_adjustment=_RESOLUTION_ADJUSTMENT.value,
-            seed=_SEED.value,
-            out=_OUT.value,
-            save_images=_SAVE_IMAGES.value,
-            batch_size=_BATCH_SIZE.value,
-            autoencoder=_AUTOENCODER.value,
-            autoencoder_weights=_AUTOENCODER_WEIGHTS.value,
-        )
+        picture = sample()
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(grid)
+    if jax.process_index() == 0:
+        print(picture)
+
+
+def sample() -> Path:
+    """The path of the picture that the flags ask for."""
+    from flowdcn_jax import sampling
+
+    settings = sampling.Settings(
+        image_size=sampling.parse_size(_IMAGE_SIZE.value),
+        sampler=_SAMPLER.value,
+        num_steps=_NUM_STEPS.value,
+        last_step=_LAST_STEP.value,
+        time_shift=_TIME_SHIFT.value,
+        diffusion=_DIFFUSION.value,
+        guidance=_GUIDANCE.value,
+        guidance_channels=_GUIDANCE_CHANNELS.value,
+        guidance_interval=sampling.parse_interval(_GUIDANCE_INTERVAL.value),
+        guidance_schedule=_GUIDANCE_SCHEDULE.value,
+        resolution_adjustment=_RESOLUTION_ADJUSTMENT.value,
+        seed=_SEED.value,
+    )
+    options = dict(
+        step=_STEP.value,
+        guide_workdir=_GUIDE_WORKDIR.value,
+        guide_step=_GUIDE_STEP.value,
+        classes=_CLASSES.value,
+        labels=_LABELS.value,
+        batch_size=_BATCH_SIZE.value,
+        out=_OUT.value,
+        autoencoder=_AUTOENCODER.value,
+        autoencoder_weights=_AUTOENCODER_WEIGHTS.value,
+    )
+    if _NUM_IMAGES.value is not None:
+        options["num_images"] = _NUM_IMAGES.value
+    if _COMPARE.value is not None:
+        if _SAVE_IMAGES.value:
+            raise sampling.SamplingError("save_images is set; a comparison is one picture")
+        return sampling.compare_to_png(_WORKDIR.value, settings, kind=_COMPARE.value, **options)
+    return sampling.sample_to_folder(
+        _WORKDIR.value, settings, save_images=_SAVE_IMAGES.value, **options
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
 """FlowDCN in JAX: images of any resolution from a purely convolutional flow-matching model.
 
 Conventions: arrays are NHWC; t=0 is noise and t=1 is data; offsets are (dx, dy) in tokens.
+
+`load_model(workdir)` gives a trained model, `generate(workdir, ...)` images of it; both are
+`flowdcn_jax.sampling`'s.
 """
 
 __version__ = "0.1.0"
+__all__ = ["generate", "load_model"]
 
 
-def load_model(workdir, step=None):
-    """(model, config) of a training run, with its EMA weights; see `flowdcn_jax.sampling`."""
-    from flowdcn_jax import sampling  # later than `import flowdcn_jax`: it is heavy
+def __getattr__(name: str):
+    if name in __all__:
+        from flowdcn_jax import sampling  # later than `import flowdcn_jax`: it is heavy
 
-    return sampling.load_model(workdir, step)
+        return getattr(sampling, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,32 +1,76 @@
-"""Pictures for people: grids and PNGs."""
+"""Pictures for people: grids, captions and PNGs."""
 
+import functools
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from flowdcn_jax.files import atomic_write
 
 MIN_GRID_SIDE = 64  # pixels: smaller images are enlarged, or nobody could see them
+CAPTION_SIZE = 11  # pixels: height of the letters
+CAPTION_HEIGHT = 16  # pixels that a caption adds to a picture
+PNG_KEY = "flowdcn_jax"  # of the metadata
 
 
-def make_grid(images: np.ndarray, *, columns: int, gap: int = 2) -> np.ndarray:
-    """Images [n,H,W,C] uint8 (C 1 or 3), row by row, as one [H',W',3] picture on white.
+def make_grid(
+    images: Sequence[np.ndarray],
+    *,
+    columns: int,
+    gap: int = 2,
+    captions: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Images, row by row, as one [H',W',3] picture on white.
 
-    Images with a side below MIN_GRID_SIDE are enlarged by a whole factor, without smoothing.
+    Args:
+        images: uint8 [H,W,C] each, C 1 or 3; sizes may differ. If a side is below MIN_GRID_SIDE all
+            are enlarged by one whole factor, without smoothing.
+        columns: images a row.
+        gap: white pixels between images.
+        captions: a text under each image. For long ones columns get up to twice as wide as the
+            widest image; then they are cut off.
     """
-    count, height, width, channels = images.shape
-    factor = max(1, -(-MIN_GRID_SIDE // min(height, width)))
-    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
-    if channels == 1:
-        images = images.repeat(3, axis=3)
-    height, width = height * factor + gap, width * factor + gap
-    rows = -(-count // columns)
+    side = min(min(image.shape[:2]) for image in images)
+    factor = max(1, -(-MIN_GRID_SIDE // side))
+    images = [image.repeat(factor, axis=0).repeat(factor, axis=1) for image in images]
+    below = 0 if captions is None else CAPTION_HEIGHT
+    height = max(image.shape[0] for image in images) + below + gap
+    width = max(image.shape[1] for image in images)
+    if captions is not None:
+        widest = max(int(_font().getlength(caption)) + 1 for caption in captions)
+        width = max(width, min(widest, 2 * width))
+    width += gap
+    rows = -(-len(images) // columns)
     grid = np.full((rows * height + gap, columns * width + gap, 3), 255, np.uint8)
-    for index, image in enumerate(images):
-        top, left = (index // columns) * height + gap, (index % columns) * width + gap
+    corners = [
+        ((index // columns) * height + gap, (index % columns) * width + gap)
+        for index in range(len(images))
+    ]
+    for image, (top, left) in zip(images, corners, strict=True):
         grid[top : top + image.shape[0], left : left + image.shape[1]] = image
-    return grid
+    if captions is None:
+        return grid
+    picture = Image.fromarray(grid)
+    for caption, image, (top, left) in zip(captions, images, corners, strict=True):
+        _write_caption(picture, caption, (left, top + image.shape[0]), width - gap)
+    return np.asarray(picture)
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(CAPTION_SIZE)  # Pillow's own: no file of the system is needed
+
+
+def _write_caption(picture: Image.Image, text: str, corner: tuple[int, int], width: int) -> None:
+    draw, font = ImageDraw.Draw(picture), _font()
+    cut = len(text)
+    while cut > 1 and draw.textlength(text[:cut] + "..." * (cut < len(text)), font) > width:
+        cut -= 1
+    draw.text(corner, text[:cut] + "..." * (cut < len(text)), fill=(0, 0, 0), font=font)
 
 
 def grid_columns(num_images: int, num_classes: int) -> int:
@@ -36,9 +80,21 @@ def grid_columns(num_images: int, num_classes: int) -> int:
     return max(1, round(num_images**0.5))
 
 
-def save_png(path: Path, image: np.ndarray) -> None:
-    """Writes a uint8 [H,W] / [H,W,1] / [H,W,3] array, whole or not at all."""
+def save_png(path: Path, image: np.ndarray, metadata: dict | None = None) -> None:
+    """Writes a uint8 [H,W] / [H,W,1] / [H,W,3] array, whole or not at all.
+
+    metadata is stored as JSON, in the text chunk PNG_KEY: `read_metadata` reads it.
+    """
     if image.ndim == 3 and image.shape[2] == 1:
         image = image[..., 0]
+    texts = PngInfo()
+    if metadata is not None:
+        texts.add_text(PNG_KEY, json.dumps(metadata))
     with atomic_write(path) as file:
-        Image.fromarray(image).save(file, format="PNG", optimize=True)
+        Image.fromarray(image).save(file, format="PNG", optimize=True, pnginfo=texts)
+
+
+def read_metadata(path: Path) -> dict:
+    """The metadata that `save_png` stored; {} if there is none."""
+    with Image.open(path) as image:
+        return json.loads(image.text.get(PNG_KEY, "{}"))

@@ -43,3 +43,11 @@ def fixture_file():
 def repository() -> Path:
     """The project's folder, from which train.py and sample.py are run."""
     return REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Halves the time to compile, for tests that hardly run what they compile."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -1,5 +1,6 @@
 """Bad input: one line that names the value and what was expected, and nothing written."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 
 from flowdcn_jax import sampling
 from flowdcn_jax.errors import ConfigError, UserError
+from flowdcn_jax.images import read_metadata
 from flowdcn_jax.training import loop
 from flowdcn_jax.training.checkpoint import CheckpointError
 from tests import tiny
@@ -134,6 +136,8 @@ TRAIN = ("train.py", "--workdir=x", "--config=configs/digits.py")
         ((*TRAIN, "stray"), "unexpected arguments: ['stray']"),
         (("sample.py", "--workdir=no/such/folder"), "no/such/folder holds no checkpoints"),
         (("sample.py", "--workdir=x", "--num_images=0"), "num_images"),
+        (("sample.py", "--workdir=x", "--image_size=8"), "error: image_size is '8'; expected HxW"),
+        (("sample.py", "--workdir=x", "--guidance_interval=1"), "'1'; expected two times"),
         (("sample.py", "--workdir=x", "--clases=3"), "clases"),
     ],
 )
@@ -148,11 +152,13 @@ def test_the_commands_print_one_error_and_no_traceback(command, message):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(classes=["3", "10"]), "'10'; expected numbers from 0 to 9, or names"),
+        (dict(classes=[3, 10]), "'10'; expected numbers from 0 to 9, or names"),
         (dict(classes=["cat"]), r"'cat'; expected .*\(0, 1, 2"),
-        (dict(image_size="9x8"), "9x8; expected HxW, both multiples of 2"),
-        (dict(image_size="8"), "'8'; expected HxW"),
-        (dict(image_size="0x8"), "0x8; expected HxW"),
+        (dict(labels="sorted"), "labels is 'sorted'; expected one of balanced, random"),
+        (dict(image_size=(9, 8)), "9x8; expected HxW, both multiples of 2"),
+        (dict(image_size=(0, 8)), "0x8; expected HxW"),
+        (dict(kind="seeds"), "compare is 'seeds'; expected one of steps, samplers, image_size"),
+        (dict(kind="resolution_adjustment"), "image_size is that of training, 8x8; expected"),
         (dict(num_images=0), "num_images is 0; expected at least 1"),
         (dict(num_steps=0), "num_steps is 0; expected at least 1"),
         (dict(seed=2**32), "seed is 4294967296; expected a number below 2"),
@@ -162,8 +168,7 @@ def test_the_commands_print_one_error_and_no_traceback(command, message):
         (dict(sampler="neural", num_steps=11), "num_steps is 11; .* 5, 6, 7, 8, 9, 10, 15"),
         (dict(diffusion="zero"), "diffusion is 'zero' and the sampler 'euler'"),
         (dict(time_shift=0.0), "time_shift is 0.0; expected a positive number"),
-        (dict(guidance_interval=["0.8", "0.2"]), "interval is 0.8 to 0.2; expected low <= high"),
-        (dict(guidance_interval=["0.2"]), "guidance_interval is '0.2'; expected two times"),
+        (dict(guidance_interval=(0.8, 0.2)), "interval is 0.8 to 0.2; expected low <= high"),
         (dict(guidance_channels="3"), "channels is '3'; expected one of all, three"),
         (dict(guidance_schedule="cos"), "schedule is 'cos'; expected one of constant, linear"),
         (dict(resolution_adjustment="full"), "adjustment is 'full'; expected one of none, paper"),
@@ -171,8 +176,12 @@ def test_the_commands_print_one_error_and_no_traceback(command, message):
     ],
 )
 def test_bad_sampling_requests_are_refused(trained, tmp_path, options, message):
+    fields = {field.name for field in dataclasses.fields(sampling.Settings)}
+    settings = {key: value for key, value in options.items() if key in fields}
+    others = {key: value for key, value in options.items() if key not in fields}
     with pytest.raises(sampling.SamplingError, match=message):
-        sampling.sample_to_folder(str(trained), out=str(tmp_path / "out"), **options)
+        sample = sampling.compare_to_png if "kind" in others else sampling.sample_to_folder
+        sample(trained, sampling.Settings(**settings), out=tmp_path / "out", **others)
     assert not (tmp_path / "out").exists()
 
 
@@ -186,9 +195,9 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path):
 def test_sampling_to_a_file_or_from_a_missing_step_is_refused(trained, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(sampling.SamplingError, match="file cannot be made a folder"):
-        sampling.sample_to_folder(str(trained), out=str(tmp_path / "file"))
+        sampling.sample_to_folder(trained, sampling.Settings(), out=tmp_path / "file")
     with pytest.raises(CheckpointError, match=r"no step 5; there are \[2, 4, 6\]"):
-        sampling.sample_to_folder(str(trained), step=5)
+        sampling.sample_to_folder(trained, sampling.Settings(), step=5)
 
 
 def test_sample_command_writes_grid_npz_and_pngs(trained, tmp_path):
@@ -203,6 +212,7 @@ def test_sample_command_writes_grid_npz_and_pngs(trained, tmp_path):
     code, output = tiny.run(command, num_devices=2)
     assert code == 0, output
     assert output.splitlines()[-1] == str(tmp_path / "grid.png")
+    assert "2 evaluations of the velocity, 4 passes" in output
     with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
         images, labels = file["arr_0"], file["arr_1"]
     assert images.shape == (6, 8, 12, 1) and images.dtype == np.uint8
@@ -210,3 +220,10 @@ def test_sample_command_writes_grid_npz_and_pngs(trained, tmp_path):
     single = np.asarray(Image.open(tmp_path / "images" / "00004.png"))
     np.testing.assert_array_equal(single, images[4, ..., 0])
     assert Image.open(tmp_path / "grid.png").mode == "RGB"
+    metadata = read_metadata(tmp_path / "images" / "00004.png")
+    assert metadata["settings"]["image_size"] == [8, 12] and metadata["settings"]["seed"] == 0
+    assert (metadata["index"], metadata["class"], metadata["model"]["step"]) == (4, "3", 6)
+
+    code, output = tiny.run([*command, "--guidance=2"])
+    assert code != 0 and "Traceback" not in output
+    assert "holds another run's images (settings" in output and "another --out" in output

@@ -24,6 +24,28 @@ def test_grid_places_images_row_by_row_and_enlarges_small_ones():
     assert (grid[height + 1 :, 2 * width + 1 :] == 255).all()  # no sixth image
 
 
+def test_captions_are_written_under_images_of_any_size_and_long_ones_cut():
+    pictures = [np.zeros((64, 80, 3), np.uint8), np.zeros((100, 64, 1), np.uint8)]
+    options = dict(columns=2, gap=2)
+    plain = images.make_grid(pictures, **options)
+    assert plain.shape == (104, 166, 3)
+    grid = images.make_grid(pictures, **options, captions=["dog", "cat"])
+    assert grid.shape == (104 + images.CAPTION_HEIGHT, 166, 3)
+    assert (grid[66 : 66 + images.CAPTION_HEIGHT, :82] < 255).any()  # under the shorter one
+    assert (grid[102 : 102 + images.CAPTION_HEIGHT, 84:] < 255).any()
+    long = images.make_grid(pictures, **options, captions=["dog", "a very long name " * 9])
+    assert long.shape[1] == 2 * (160 + 2) + 2
+    assert (long[102 : 102 + images.CAPTION_HEIGHT, -2:] == 255).all()
+
+
+def test_png_metadata(tmp_path):
+    picture = np.zeros((4, 6, 3), np.uint8)
+    images.save_png(tmp_path / "a.png", picture, {"seed": 3, "class": "crane (bird)"})
+    assert images.read_metadata(tmp_path / "a.png") == {"seed": 3, "class": "crane (bird)"}
+    images.save_png(tmp_path / "b.png", picture)
+    assert images.read_metadata(tmp_path / "b.png") == {}
+
+
 def test_grid_columns():
     assert images.grid_columns(60, 10) == 10
     assert images.grid_columns(64, 1000) == 8

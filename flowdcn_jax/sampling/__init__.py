@@ -1,7 +1,7 @@
 """From a training run to pictures: what sample.py, the grids in training and Python users share."""
 
 from flowdcn_jax.sampling.classes import labels_in_turn, parse_classes
-from flowdcn_jax.sampling.command import sample_to_folder
+from flowdcn_jax.sampling.compare import compare_to_png
 from flowdcn_jax.sampling.generator import (
     generate_images,
     initial_noise,
@@ -9,17 +9,23 @@ from flowdcn_jax.sampling.generator import (
     load_weights,
     make_generator,
 )
-from flowdcn_jax.sampling.settings import SamplingError, Settings
+from flowdcn_jax.sampling.run import generate, load_trained, sample_to_folder
+from flowdcn_jax.sampling.settings import SamplingError, Settings, parse_interval, parse_size
 
 __all__ = [
     "SamplingError",
     "Settings",
+    "compare_to_png",
+    "generate",
     "generate_images",
     "initial_noise",
     "labels_in_turn",
     "load_model",
+    "load_trained",
     "load_weights",
     "make_generator",
     "parse_classes",
+    "parse_interval",
+    "parse_size",
     "sample_to_folder",
 ]

@@ -1,8 +1,8 @@
 """From weights to arrays: restoring a model, and the compiled function that draws with it."""
 
+import collections
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -174,23 +174,43 @@ def _network(config: ConfigDict, settings: Settings) -> Callable:
     return apply
 
 
+def draw_batches(
+    generator: Callable,
+    params,
+    labels: np.ndarray,
+    *,
+    ranges: list[tuple[int, int]],
+    batch_size: int,
+) -> Iterator[tuple[int, int, jax.Array, jax.Array]]:
+    """(start, stop, x, images) of the images start ... stop - 1 of each range, a batch at a time.
+
+    Image i has index i and class labels[i]. x and images may have more rows, copies that fill the
+    last batch, so that nothing compiles twice. The next batch is under way on the devices while one
+    is used.
+    """
+    ahead = collections.deque()
+    for first, end in ranges:
+        for start in range(first, end, batch_size):
+            stop = min(start + batch_size, end)
+            rows = np.minimum(np.arange(start, start + batch_size), stop - 1)
+            x, images = generator(params, rows.astype(np.uint32), labels[rows])
+            ahead.append((start, stop, x, images))
+            if len(ahead) > 1:
+                yield ahead.popleft()
+    yield from ahead
+
+
 def generate_images(
     generator: Callable, params, labels: np.ndarray, *, batch_size: int, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(x, images) for labels [n], image i having index i, in batches of one size.
-
-    The last batch is filled up with copies that are thrown away, so that nothing compiles twice.
-    """
-    count = len(labels)
-    padded = math.ceil(count / batch_size) * batch_size
-    indices = np.minimum(np.arange(padded), count - 1)
+    """(x, images) for labels [n], image i having index i, in batches of one size."""
     parts = []
-    bar = tqdm(total=count, unit="image", disable=not progress, dynamic_ncols=True)
-    for start in range(0, padded, batch_size):
-        rows = indices[start : start + batch_size]
-        x, images = generator(params, rows.astype(np.uint32), labels[rows])
-        kept = min(batch_size, count - start)
-        parts.append((np.asarray(x)[:kept], np.asarray(images)[:kept]))
-        bar.update(kept)
-    bar.close()
-    return np.concatenate([x for x, _ in parts]), np.concatenate([image for _, image in parts])
+    whole = [(0, len(labels))]
+    with tqdm(total=len(labels), unit="image", disable=not progress, dynamic_ncols=True) as bar:
+        for start, stop, *arrays in draw_batches(
+            generator, params, labels, ranges=whole, batch_size=batch_size
+        ):
+            parts.append([np.asarray(array)[: stop - start] for array in arrays])
+            bar.update(stop - start)
+    x, images = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return x, images

@@ -42,10 +42,9 @@ def test_runs_draw_pictures_with_the_decoder(trained, taesd_folder, tmp_path):
         assert grid.size == (2 * (64 + 2) + 2,) * 2
     (tmp_path / "moved").symlink_to(taesd_folder)
     grid = sampling.sample_to_folder(
-        str(trained),
+        trained,
+        sampling.Settings(num_steps=1, image_size=(16, 32)),
         num_images=3,
-        num_steps=1,
-        image_size="16x32",
         out=str(tmp_path / "out"),
         autoencoder_weights=str(tmp_path / "moved"),
     )
@@ -56,10 +55,9 @@ def test_runs_draw_pictures_with_the_decoder(trained, taesd_folder, tmp_path):
 
 def test_latents_are_written_without_a_decoder(trained, tmp_path):
     grid = sampling.sample_to_folder(
-        str(trained),
+        trained,
+        sampling.Settings(num_steps=1, image_size=(64, 128)),
         num_images=3,
-        num_steps=1,
-        image_size="64x128",
         out=str(tmp_path),
         autoencoder="none",
     )

@@ -80,7 +80,7 @@ def test_official_adjusted_sampler(golden, network, shape):
     assert abs(ensemble.position(recorded, ours, run("none"))) < 0.35
 
 
-def test_a_factor_is_a_larger_max_scale():
+def test_a_factor_is_a_larger_max_scale(quick_compilation):
     config = digits.get_config().model
     config.update(width=8, depth=1, num_groups=2, dtype="float32")
     random = np.random.default_rng(0)
@@ -96,7 +96,6 @@ def test_a_factor_is_a_larger_max_scale():
         return network(graphdef, params, x, *ty, factor)
 
     assert relative_error(run(jnp.full((1, 2), 1.5)), run(max_scale=9.0)) < 1e-6
-    assert relative_error(run(jnp.ones((1, 2))), run()) < 1e-6
     along_x, along_y = run(jnp.array([[2.0, 1.0]])), run(jnp.array([[1.0, 2.0]]))
     assert relative_error(along_x, along_y) > 1e-4
     with pytest.raises(ValueError):
