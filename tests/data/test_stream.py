@@ -153,6 +153,13 @@ def test_hash_does_not_change_so_that_old_runs_resume():
     assert [int(word) for word in words] == expected
 
 
+def test_noise_does_not_change_so_that_old_runs_resume():
+    noise = np.empty((3, 2), np.float32)
+    randomness.fill_standard_normal(noise, np.array([0, 7, 10**12]), seed=5)
+    expected = [[2.1622317, 2.2691813], [0.11537185, -0.8721923], [-1.0976195, 0.23961174]]
+    np.testing.assert_array_equal(noise, np.array(expected, np.float32))
+
+
 def test_noise_is_standard_normal_and_belongs_to_its_position():
     noise = np.empty((64, 1000), np.float32)
     randomness.fill_standard_normal(noise, np.arange(64), seed=5)
