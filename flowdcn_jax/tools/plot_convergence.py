@@ -1,59 +1,21 @@
 """Draws how fast each ODE solver converges: python -m flowdcn_jax.tools.plot_convergence --out=PNG
 
-Two velocity fields whose solutions are known, in float64. "late" (x' = 6 t^5 x) hardly moves at
-first, so that every solver shows its order. "normal" is the exact flow from noise to normal data of
-mean 1 and deviation 1/2; there the low-order first steps of Adams 3 and 4 leave a second-order
-error.
+Two velocity fields whose solutions are known, in float64: flowdcn_jax/samplers/known_solutions.py.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import app, flags, logging
 
 from flowdcn_jax import samplers
 from flowdcn_jax.files import atomic_write
+from flowdcn_jax.samplers.known_solutions import FIELDS, solver_error
 from flowdcn_jax.samplers.neural_coefficients import NEURAL_COEFFICIENTS
 
 _OUT = flags.DEFINE_string("out", None, "PNG to write.", required=True)
 
 NUM_STEPS = (4, 8, 16, 32, 64, 128, 256, 512)
 SOLVERS = ("euler", "heun", "heun_cached", "adams2", "adams3", "adams4")
-MEAN, DEVIATION = 1.0, 0.5
-
-
-class Field(NamedTuple):
-    """A velocity field with a known solution."""
-
-    velocity: Callable  # (x, t) -> velocity
-    solution: Callable  # x at t=0 -> x at t=1
-
-
-def _late_velocity(x, t):
-    return 6 * t**5 * x
-
-
-def _normal_velocity(x, t):
-    variance = (t * DEVIATION) ** 2 + (1 - t) ** 2
-    return MEAN + (t * DEVIATION**2 - (1 - t)) / variance * (x - t * MEAN)
-
-
-FIELDS = {
-    "late": Field(_late_velocity, lambda x: np.e * x),
-    "normal": Field(_normal_velocity, lambda x: MEAN + DEVIATION * x),
-}
-
-
-def solver_error(field: Field, sampler: str, num_steps: int) -> float:
-    """Largest error at t=1 over nine starts from -2 to 2, in float64."""
-    with jax.enable_x64(True):
-        x = jnp.linspace(-2.0, 2.0, 9, dtype=jnp.float64)
-        found = samplers.solve(field.velocity, x, sampler=sampler, num_steps=num_steps)
-        return float(jnp.abs(found - field.solution(x)).max())
 
 
 def plot_convergence(out: Path) -> None:

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from flowdcn_jax import samplers
+from flowdcn_jax.samplers.known_solutions import DEVIATION, FIELDS, MEAN, solver_error
 from flowdcn_jax.samplers.time_grid import shift_times, uniform_times
-from flowdcn_jax.tools.plot_convergence import FIELDS, solver_error
 from tests.comparison import relative_error
 
 ODE_SAMPLERS = [name for name in samplers.SAMPLERS if "sde" not in name]
 SDE_SAMPLERS = [name for name in samplers.SAMPLERS if "sde" in name]
-MEAN, DEVIATION = 1.0, 0.5  # of the normal data whose exact velocity is FIELDS["normal"]
 
 
 def solve(velocity_fn, x, sampler="euler", num_steps=8, **options):
