@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowdcn_jax import samplers
+from flowdcn_jax.samplers.solve import solve
 
 MEAN, DEVIATION = 1.0, 0.5  # of the normal data
 
@@ -43,5 +43,5 @@ def solver_error(field: Field, sampler: str, num_steps: int) -> float:
     """Largest error at t=1 over nine starts from -2 to 2, in float64."""
     with jax.enable_x64(True):
         x = jnp.linspace(-2.0, 2.0, 9, dtype=jnp.float64)
-        found = samplers.solve(field.velocity, x, sampler=sampler, num_steps=num_steps)
+        found = solve(field.velocity, x, sampler=sampler, num_steps=num_steps)
         return float(jnp.abs(found - field.solution(x)).max())

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.deformable_conv.tiles import Grid
 
+LOAD_BYTES = 16  # of one load instruction of one thread
 MAX_CHANNELS = 128  # sums of more channels would not fit the registers
 MAX_CONNECTED_POINTS = 31  # points a pair of tiles for which there are bits
 
@@ -14,8 +15,8 @@ MAX_CONNECTED_POINTS = 31  # points a pair of tiles for which there are bits
 class GatherBlocks(NamedTuple):
     """Of the kernels of gather.py."""
 
-    tile_h: int
-    tile_w: int
+    tile: tuple[int, int]  # (height, width), in queries
+    chunk: int  # channels that are loaded at a time
     num_warps: int
 
 
@@ -40,7 +41,7 @@ class Blocks(NamedTuple):
 
 def choose(h: int, w: int, num_points: int, dtype) -> Blocks:
     """The block sizes for images of h x w tokens."""
-    gather = GatherBlocks(*_tile(64, 8, w), num_warps=2)  # a thread a query
+    gather = GatherBlocks(_tile(64, 8, w), LOAD_BYTES // jnp.dtype(dtype).itemsize, num_warps=2)
     token_tile = _tile(64, 16, w)
     token_tiles = Grid(h, w, *token_tile).tiles
     if token_tiles <= 4 or num_points > MAX_CONNECTED_POINTS:

@@ -57,9 +57,14 @@ deformable_aggregate_pallas.defvjp(_vjp_forward, _vjp_backward)
 
 def _forward(values, *fields, form: type, boundary: str, interpret: bool) -> tuple[jax.Array]:
     values_flat, points, blocks = _prepare(values, form(*fields))
-    tile_h, tile_w, num_warps = blocks.forward
-    grid = Grid(*values.shape[1:3], tile_h, tile_w)
-    options = dict(grid=grid, boundary=boundary, num_warps=num_warps, interpret=interpret)
+    tiling = blocks.forward
+    options = dict(
+        grid=Grid(*values.shape[1:3], *tiling.tile),
+        chunk=tiling.chunk,
+        boundary=boundary,
+        num_warps=tiling.num_warps,
+        interpret=interpret,
+    )
     parts = [gather.forward(part, points, **options) for part in _channel_parts(values_flat)]
     return (jnp.concatenate(parts, axis=-1).reshape(values.shape),)
 
@@ -72,14 +77,15 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
     values, points, blocks = _prepare(values, form(*fields))
     d_out = _flatten_tokens(d_out)
 
-    tile_h, tile_w, num_warps = blocks.point_gradients
+    tiling = blocks.point_gradients
     d_points = gather.point_gradients(
         values,
         points,
         d_out,
-        grid=Grid(h, w, tile_h, tile_w),
+        grid=Grid(h, w, *tiling.tile),
+        chunk=tiling.chunk,
         boundary=boundary,
-        num_warps=num_warps,
+        num_warps=tiling.num_warps,
         interpret=interpret,
     )
     tiling = blocks.values_gradient
