@@ -8,7 +8,6 @@ content and no position embedding is needed: any h x w works.
 import functools
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -16,7 +15,7 @@ from jax import Array
 
 from flowdcn_jax.models import layers
 from flowdcn_jax.models.velocity_network import AdaLNBlock, VelocityNetwork
-from pallas_kernels.deformable_conv import deformable_aggregate
+from pallas_kernels.deformable_conv import multiscale_deformable_aggregate
 
 SAMPLING_POINTS = 9  # K: a 3x3 grid
 
@@ -86,18 +85,17 @@ class MultiscaleDeformableConv(nnx.Module):
         batch, h, w, width = x.shape
         points = (batch, h, w, self.num_groups, SAMPLING_POINTS)
         values = self.values(x).reshape(batch, h, w, self.num_groups, width // self.num_groups)
-        directions = self.directions(x).reshape(*points, 2).astype(jnp.float32)
-        scales = self.scales(x).reshape(points).astype(jnp.float32)
-        weights = self.weights(x).reshape(points)
-
-        fixed = self.scale_prior is None
-        prior = self.initial_prior(self.num_groups) if fixed else self.scale_prior[...]
-        max_scale = self.max_scale
-        if max_scale_factor is not None:
-            max_scale = max_scale * max_scale_factor
-        radius = jax.nn.sigmoid(scales + prior[:, None])[..., None] * max_scale
-        offsets = (directions + direction_prior()) * radius
-        aggregated = deformable_aggregate(values, offsets, weights, boundary=self.boundary)
+        prior = self.initial_prior(self.num_groups)
+        aggregated = multiscale_deformable_aggregate(
+            values,
+            self.directions(x).reshape(*points, 2),
+            self.scales(x).reshape(points),
+            self.weights(x).reshape(points),
+            jnp.asarray(prior) if self.scale_prior is None else self.scale_prior[...],
+            direction_prior=direction_prior(),
+            max_scale=self.max_scale * (1.0 if max_scale_factor is None else max_scale_factor),
+            boundary=self.boundary,
+        )
         return self.out(aggregated.reshape(x.shape))
 
 

@@ -9,8 +9,6 @@ from pallas_kernels.deformable_conv.xla import deformable_aggregate_xla
 
 BOUNDARIES = ("zeros", "truncate")
 IMPLEMENTATIONS = ("pallas", "xla")
-DEFAULT_IMPLEMENTATION = "xla"
-
 VALUE_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -38,7 +36,7 @@ def deformable_aggregate(
       boundary: "zeros" (the image is padded with zeros; for new training) or "truncate" (as in the
         kernels released with the paper; for released weights).
       implementation: "pallas", kernels for NVIDIA GPUs; "xla", plain JAX for any platform; None
-        takes "xla".
+        takes "pallas" where the default device can run it, and else "xla".
       deterministic: whether two runs must give the same bits. Both implementations always do.
 
     Returns:
@@ -123,7 +121,7 @@ def multiscale_deformable_aggregate(
 def _aggregate(values, points: Points, boundary: str, implementation: str | None) -> jax.Array:
     _check_choice("boundary", boundary, BOUNDARIES)
     if implementation is None:
-        implementation = DEFAULT_IMPLEMENTATION
+        implementation = "xla" if why_not_pallas() else "pallas"
     _check_choice("implementation", implementation, IMPLEMENTATIONS)
     if implementation == "pallas":
         if reason := why_not_pallas():

@@ -1,5 +1,7 @@
-"""Block sizes of the kernels, from shape and dtype. `python -m pallas_kernels.deformable_conv.tune`
-searches for better ones."""
+"""Which kernels do a call, and their block sizes, from shape and dtype: as measured on an H100.
+
+`python -m pallas_kernels.deformable_conv.tune` measures other sizes.
+"""
 
 from typing import NamedTuple
 
@@ -10,64 +12,88 @@ from pallas_kernels.deformable_conv.tiles import Grid
 LOAD_BYTES = 16  # of one load instruction of one thread
 MAX_CHANNELS = 128  # sums of more channels would not fit the registers
 MAX_CONNECTED_POINTS = 31  # points a pair of tiles for which there are bits
+TOKEN_TILE = 64  # tokens; up to four such tiles, a tile of queries may as well look at all tokens
 
 
-class GatherBlocks(NamedTuple):
-    """Of the kernels of gather.py."""
+class Gather(NamedTuple):
+    """gather.forward."""
 
     tile: tuple[int, int]  # (height, width), in queries
     chunk: int  # channels that are loaded at a time
     num_warps: int
 
 
-class TentBlocks(NamedTuple):
-    """Of the kernels of tent.py."""
+class Product(NamedTuple):
+    """tent.forward, products.point_gradients."""
 
     query_tile: tuple[int, int]  # (height, width)
+    token_tile: tuple[int, int]
+    num_warps: int
+
+
+class TransposedProduct(NamedTuple):
+    """tent.values_gradient."""
+
+    query_tile: tuple[int, int]
     token_tile: tuple[int, int]
     tiles_per_program: int
     skip: bool
     num_warps: int
-    num_stages: int
 
 
 class Blocks(NamedTuple):
     """Block sizes of one call."""
 
-    forward: GatherBlocks
-    point_gradients: GatherBlocks
-    values_gradient: TentBlocks
+    forward: Gather | Product
+    point_gradients: Product
+    values_gradient: TransposedProduct
 
 
 def choose(h: int, w: int, num_points: int, dtype) -> Blocks:
     """The block sizes for images of h x w tokens."""
-    gather = GatherBlocks(_tile(64, 8, w), LOAD_BYTES // jnp.dtype(dtype).itemsize, num_warps=2)
-    token_tile = _tile(64, 16, w)
+    wide = jnp.dtype(dtype).itemsize > 2
+    token_tile = tile(TOKEN_TILE, 16, w)
     token_tiles = Grid(h, w, *token_tile).tiles
-    if token_tiles <= 4 or num_points > MAX_CONNECTED_POINTS:
-        # Every query may reach every token: share its coordinates between the tiles.
-        wide = jnp.dtype(dtype).itemsize > 2
-        tent = TentBlocks(
-            query_tile=_tile(64 if wide else 128, 16, w),
+    few_tiles = token_tiles <= 4
+
+    if few_tiles and not wide:
+        forward = Product(token_tile, token_tile, num_warps=4)
+    else:
+        forward = Gather(tile(16 if wide else 32, 8, w), chunk=32, num_warps=4)
+
+    if wide:
+        point_gradients = Product(token_tile, token_tile, num_warps=4)
+    elif few_tiles:
+        whole = max(TOKEN_TILE, _power_of_two(token_tiles) * TOKEN_TILE)
+        point_gradients = Product(token_tile, tile(whole, 16, w), num_warps=4)
+    else:
+        point_gradients = Product(tile(64, 8, w), tile(128, 16, w), num_warps=4)
+
+    if few_tiles or num_points > MAX_CONNECTED_POINTS:
+        values_gradient = TransposedProduct(
+            query_tile=tile(64 if wide else 16, 16, w),
             token_tile=token_tile,
-            tiles_per_program=min(token_tiles, 2 if wide else 4),
+            tiles_per_program=min(_power_of_two(token_tiles), 2 if wide else 4),
             skip=False,
-            num_warps=4 if wide else 8,
-            num_stages=1,
+            num_warps=4,
         )
     else:
-        tent = TentBlocks(
-            query_tile=_tile(64, 8, w),
-            token_tile=_tile(64, 8, w),
+        values_gradient = TransposedProduct(
+            query_tile=tile(64, 8, w),
+            token_tile=tile(64, 8, w),
             tiles_per_program=1,
             skip=True,
             num_warps=4,
-            num_stages=1,
         )
-    return Blocks(forward=gather, point_gradients=gather, values_gradient=tent)
+    return Blocks(forward, point_gradients, values_gradient)
 
 
-def _tile(size: int, width: int, w: int) -> tuple[int, int]:
+def tile(size: int, width: int, w: int) -> tuple[int, int]:
     """(height, width) of a tile of `size` tokens, at most `width` wide and as `w` needs."""
-    width = min(width, 1 << (w - 1).bit_length())
+    width = min(width, size, _power_of_two(w))
     return size // width, width
+
+
+def _power_of_two(number: int) -> int:
+    """The least one that is no smaller."""
+    return 1 << (number - 1).bit_length()

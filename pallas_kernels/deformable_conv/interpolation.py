@@ -9,6 +9,7 @@ most two weights that are not zero: 1 - f at `base` and f at `base + 1`, where t
   interpolation matrix.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -46,10 +47,13 @@ def corners(x: jax.Array, size: int, boundary: str) -> Corners:
     return Corners(tuple(indices), tuple(weights), tuple(slopes))
 
 
-def axis_weights(x: jax.Array, token: jax.Array, boundary: str) -> jax.Array:
-    """The weight of each `token` (float32, inside the image) for the finite coordinates `x`."""
+def axis_weights(x: jax.Array, token: jax.Array, boundary: str, tent: Callable) -> jax.Array:
+    """The weight of each `token` (float32, inside the image) for the finite coordinates `x`.
+
+    tent(d) is max(0, 1 - |d|).
+    """
     if boundary == "zeros":
-        return jnp.maximum(0.0, 1.0 - jnp.abs(x - token))  # a tent
+        return tent(x - token)
     base = BASES[boundary](x)
     distance = token - base
     fraction = x - base

@@ -1,8 +1,9 @@
 """The deformable aggregation by Pallas kernels, for NVIDIA GPUs.
 
-Forward and the gradients of the sampling points gather (`gather.py`); the gradient of the values is
-a product with the transposed interpolation matrix (`tent.py`). Nothing is added up in an order that
-changes from run to run.
+The forward multiplies by the interpolation matrix (`tent.py`) where there are few tokens, and
+gathers (`gather.py`) elsewhere. Backward, the gradient of the values is a product with the
+transposed matrix (`tent.py`), and those of the sampling points come from products of rows
+(`products.py`). Nothing is added up in an order that changes from run to run.
 """
 
 import functools
@@ -14,8 +15,8 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels.deformable_conv import gather, tent
-from pallas_kernels.deformable_conv.blocks import MAX_CHANNELS, Blocks, choose
+from pallas_kernels.deformable_conv import gather, products, tent
+from pallas_kernels.deformable_conv.blocks import MAX_CHANNELS, Blocks, Gather, choose
 from pallas_kernels.deformable_conv.derivatives import differentiable_no_more
 from pallas_kernels.deformable_conv.points import Multiscale, Offsets, Points
 from pallas_kernels.deformable_conv.tiles import Grid
@@ -57,37 +58,50 @@ deformable_aggregate_pallas.defvjp(_vjp_forward, _vjp_backward)
 
 def _forward(values, *fields, form: type, boundary: str, interpret: bool) -> tuple[jax.Array]:
     values_flat, points, blocks = _prepare(values, form(*fields))
+    h, w = values.shape[1:3]
     tiling = blocks.forward
-    options = dict(
-        grid=Grid(*values.shape[1:3], *tiling.tile),
-        chunk=tiling.chunk,
-        boundary=boundary,
-        num_warps=tiling.num_warps,
-        interpret=interpret,
-    )
-    parts = [gather.forward(part, points, **options) for part in _channel_parts(values_flat)]
+    options = dict(boundary=boundary, num_warps=tiling.num_warps, interpret=interpret)
+    if isinstance(tiling, Gather):
+        forward = functools.partial(
+            gather.forward, grid=Grid(h, w, *tiling.tile), chunk=tiling.chunk, **options
+        )
+    else:
+        forward = functools.partial(
+            tent.forward,
+            queries=Grid(h, w, *tiling.query_tile),
+            tokens=Grid(h, w, *tiling.token_tile),
+            **options,
+        )
+    parts = [forward(part, points) for part in _channel_parts(values_flat)]
     return (jnp.concatenate(parts, axis=-1).reshape(values.shape),)
 
 
 def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: bool):
     """(d values, gradients of the per-query fields of the points)."""
     *fields, d_out = fields_and_d_out
-    shapes = [values.shape, *(field.shape for field in form(*fields).per_query)]
+    inputs = (values, *form(*fields).per_query)
     h, w = values.shape[1:3]
     values, points, blocks = _prepare(values, form(*fields))
-    d_out = _flatten_tokens(d_out)
+    d_out_parts = _channel_parts(_flatten_tokens(d_out))
+    options = dict(boundary=boundary, interpret=interpret)
 
     tiling = blocks.point_gradients
-    d_points = gather.point_gradients(
-        values,
-        points,
-        d_out,
-        grid=Grid(h, w, *tiling.tile),
-        chunk=tiling.chunk,
-        boundary=boundary,
-        num_warps=tiling.num_warps,
-        interpret=interpret,
-    )
+    several = len(d_out_parts) > 1
+    d_points = [
+        products.point_gradients(
+            values_part,
+            points,
+            d_out_part,
+            queries=Grid(h, w, *tiling.query_tile),
+            tokens=Grid(h, w, *tiling.token_tile),
+            dtypes=tuple(jnp.float32 if several else x.dtype for x in points.per_query),
+            num_warps=tiling.num_warps,
+            **options,
+        )
+        for values_part, d_out_part in zip(_channel_parts(values), d_out_parts, strict=True)
+    ]
+    d_points = jax.tree.map(lambda *parts: sum(parts), *d_points)
+
     tiling = blocks.values_gradient
     if tiling.skip and isinstance(points, Multiscale):
         points = points.to_offsets()  # each is wanted by several tiles of tokens
@@ -99,15 +113,15 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
             tokens=Grid(h, w, *tiling.token_tile),
             tiles_per_program=tiling.tiles_per_program,
             skip=tiling.skip,
-            boundary=boundary,
             num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages,
-            interpret=interpret,
+            **options,
         )
-        for part in _channel_parts(d_out)
+        for part in d_out_parts
     ]
     gradients = (jnp.concatenate(d_values, axis=-1), *d_points)
-    return tuple(x.reshape(shape) for x, shape in zip(gradients, shapes, strict=True))
+    return tuple(
+        x.astype(like.dtype).reshape(like.shape) for x, like in zip(gradients, inputs, strict=True)
+    )
 
 
 def _prepare(values, points: Points) -> tuple[jax.Array, Points, Blocks]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.deformable_conv import triton as backend
 from pallas_kernels.deformable_conv.interpolation import axis_weights, split_bfloat16
-from pallas_kernels.deformable_conv.tiles import Grid, Tile
+from pallas_kernels.deformable_conv.tiles import Grid, Tile, channel_blocks
 
 # A sample weighs tokens less than one before it, and less than this many after it.
 _AHEAD = {"zeros": 1.0, "truncate": 2.0}
@@ -29,7 +29,6 @@ def forward(
     tokens: Grid,
     boundary: str,
     num_warps: int,
-    num_stages: int,
     interpret: bool,
 ):
     """out [B, tokens, G, C] of 16-bit values [B, tokens, G, C] and points with flattened tokens.
@@ -44,34 +43,22 @@ def forward(
         inputs=(values,),
         outputs=(jax.ShapeDtypeStruct(values.shape, values.dtype),),
         num_warps=num_warps,
-        num_stages=num_stages,
         interpret=interpret,
     )
     return out
 
 
-def _channel_blocks(channels: int) -> list[tuple[int, int]]:
-    """(first, size) of blocks, powers of two of at least 16, that cover the channels."""
-    blocks, first = [], 0
-    while first < channels:
-        size = max(backend.MIN_DOT, 1 << ((channels - first).bit_length() - 1))
-        blocks.append((first, size))
-        first += size
-    return blocks
-
-
 def _forward_kernel(points, values, out, *, queries: Grid, tokens: Grid, boundary: str):
     tile = queries.tile(backend.tile_number())
-    blocks = _channel_blocks(values.shape[-1])
-    found = [tile.point(points, k) for k in range(points.weights.shape[-1])]
+    blocks = channel_blocks(values.shape[-1])
+    found = tile.all_points(points)
     zero = backend.opaque_zero(values.dtype)
-    first_row, last_row = _rows_reached([y for _, y, _ in found], tokens, boundary)
 
     def add_tile(number, totals):
         token_tile = tokens.tile(number)
         matrix = backend.matrix_of_zeros(queries.tile_size, tokens.tile_size, zero)
-        for x, y, point in found:
-            matrix += _matrix_of_point(x, y, point.weight, token_tile, boundary)
+        for x, y, weight in found:
+            matrix = _add_point(matrix, x, y, weight, token_tile, boundary)
         matrix = matrix.astype(values.dtype)
         return tuple(
             total + backend.dot(matrix, token_tile.read_channels(values, first, size))
@@ -79,6 +66,7 @@ def _forward_kernel(points, values, out, *, queries: Grid, tokens: Grid, boundar
         )
 
     zeros = tuple(jnp.zeros((queries.tile_size, size), jnp.float32) for _, size in blocks)
+    first_row, last_row = _rows_reached([y for _, y, _ in found], tokens, boundary)
     totals = jax.lax.fori_loop(
         first_row * tokens.tiles_x, last_row * tokens.tiles_x, add_tile, zeros
     )
@@ -86,11 +74,15 @@ def _forward_kernel(points, values, out, *, queries: Grid, tokens: Grid, boundar
         tile.write_channels(out, first, total)
 
 
-def _matrix_of_point(x, y, weight, tokens: Tile, boundary: str) -> jax.Array:
-    """One sampling point's part of A, [queries, tokens]; x, y and weight are [queries]."""
-    over_columns = axis_weights(x[:, None], tokens.x.astype(jnp.float32)[None, :], boundary)
-    over_rows = axis_weights(y[:, None], tokens.y.astype(jnp.float32)[None, :], boundary)
-    return (weight[:, None] * over_columns) * over_rows
+def _add_point(matrix, x, y, weight, tokens: Tile, boundary: str) -> jax.Array:
+    """`matrix` [queries, tokens] and one sampling point's part of A; the rest are [queries]."""
+    over_columns, over_rows = (
+        axis_weights(
+            coordinate[:, None], token.astype(jnp.float32)[None, :], boundary, backend.tent
+        )
+        for coordinate, token in ((x, tokens.x), (y, tokens.y))
+    )
+    return backend.fma(weight[:, None] * over_columns, over_rows, matrix)
 
 
 def _rows_reached(ys, tokens: Grid, boundary: str):
@@ -114,7 +106,6 @@ def values_gradient(
     skip: bool,
     boundary: str,
     num_warps: int,
-    num_stages: int,
     interpret: bool,
 ):
     """d values [B, tokens, G, C] of d_out [B, tokens, G, C] and points with flattened tokens.
@@ -141,7 +132,6 @@ def values_gradient(
         inputs=(d_out, *connections),
         outputs=(jax.ShapeDtypeStruct(d_out.shape, d_out.dtype),),
         num_warps=num_warps,
-        num_stages=num_stages,
         interpret=interpret,
     )
     return d_values
@@ -157,7 +147,7 @@ def _values_gradient_kernel(
     boundary: str,
 ):
     *connections, d_values = connections_and_output
-    blocks = _channel_blocks(d_out.shape[-1])
+    blocks = channel_blocks(d_out.shape[-1])
     zero = backend.opaque_zero(jnp.bfloat16 if d_out.dtype == jnp.float32 else d_out.dtype)
     first_tile = backend.tile_number() * tiles_per_program
     numbers = [first_tile + i for i in range(tiles_per_program)]
@@ -167,15 +157,19 @@ def _values_gradient_kernel(
         tile = queries.tile(query_number)
         rows = [tile.read_channels(d_out, first, size) for first, size in blocks]
         num_points = points.weights.shape[-1]
-        found = [tile.point(points, k) for k in range(num_points)] if connected is None else None
+        found = tile.all_points(points) if connected is None else None
         totals = list(totals)
         for i, token_tile in enumerate(token_tiles):
             matrix = backend.matrix_of_zeros(queries.tile_size, tokens.tile_size, zero)
             for k in range(num_points):
 
                 def add_point(matrix, k=k, token_tile=token_tile):
-                    x, y, point = found[k] if found else tile.point(points, k)
-                    return matrix + _matrix_of_point(x, y, point.weight, token_tile, boundary)
+                    if found:
+                        x, y, weight = found[k]
+                    else:
+                        x, y, point = tile.point(points, k)
+                        weight = point.weight
+                    return _add_point(matrix, x, y, weight, token_tile, boundary)
 
                 if connected is None:
                     matrix = add_point(matrix)

@@ -74,6 +74,36 @@ class Tile(NamedTuple):
         mask = self.inside[:, None] & (channel < ref.shape[-1])
         backend.store(ref.at[self.token[:, None], channel], value.astype(ref.dtype), mask=mask)
 
+    def points(self, points, k):
+        """`point` of several sampling points k, int32 [1, points]; arrays are [queries, points]."""
+
+        def read(ref, *index):
+            entry = backend.load(
+                ref.at[(self.token[:, None], *index)], mask=self.inside[:, None], other=0.0
+            )
+            return entry.astype(jnp.float32)
+
+        point = points.point(read, k)
+        x, y = discard_non_finite(
+            point.dx + self.x.astype(jnp.float32)[:, None],
+            point.dy + self.y.astype(jnp.float32)[:, None],
+        )
+        return x, y, point
+
+    def all_points(self, points) -> list:
+        """[(x, y, weight)] of all sampling points, [queries] each."""
+        num_points = points.weights.shape[-1]
+        number = backend.iota(1 << (num_points - 1).bit_length())[None, :]
+        x, y, point = self.points(points, jnp.minimum(number, num_points - 1))
+        columns = (backend.columns(z) for z in (x, y, point.weight))
+        return list(zip(*columns, strict=True))[:num_points]
+
+    def write_points(self, ref, k, *index, value: jax.Array, exists: jax.Array) -> None:
+        """ref[token, k, *index] = value [queries, points] where token and point exist."""
+        mask = self.inside[:, None] & exists
+        at = ref.at[(self.token[:, None], k, *index)]
+        backend.store(at, value.astype(ref.dtype), mask=mask)
+
     def point(self, points, k):
         """(x, y, point) of sampling point k: its finite coordinates, and what points.py gives."""
         point = points.point(self.read, k)
@@ -95,6 +125,16 @@ def load_rows(ref, row: jax.Array, first, count: int, mask: jax.Array | None = N
     if mask is not None:
         keep = keep & mask[:, None]
     return backend.load(index, mask=jnp.broadcast_to(keep, (row.shape[0], count)), other=0.0)
+
+
+def channel_blocks(channels: int) -> list[tuple[int, int]]:
+    """(first, size) of blocks, powers of two that a matrix product takes, over the channels."""
+    blocks, first = [], 0
+    while first < channels:
+        size = max(backend.MIN_DOT, 1 << ((channels - first).bit_length() - 1))
+        blocks.append((first, size))
+        first += size
+    return blocks
 
 
 # For numbers that are not negative; jnp's own take care of signs.

@@ -8,8 +8,11 @@ from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
+from jax._src.lib.triton import dialect as triton_dialect
+from jax._src.pallas.triton import lowering as triton_lowering
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.extend.core import Primitive
 
 from pallas_kernels.deformable_conv.points import Points
 
@@ -30,7 +33,6 @@ def launch(
     inputs: tuple[jax.Array, ...],
     outputs: tuple[jax.ShapeDtypeStruct, ...],
     num_warps: int,
-    num_stages: int = 1,
     interpret: bool,
 ) -> list[jax.Array]:
     """Runs kernel(points, *inputs, *outputs) on every tile of every group of every image.
@@ -81,7 +83,7 @@ def launch(
         ],
         out_specs=[*map(per_token_spec, outputs)],
         out_shape=list(outputs),
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name=name,
     )(*points, *inputs)
@@ -109,6 +111,36 @@ def to_float32(x: jax.Array) -> jax.Array:
     return x
 
 
+def fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+    """a * b + c in float32, rounded once. XLA compiles Triton code without contracting it so."""
+    shape = jnp.broadcast_shapes(a.shape, b.shape, c.shape)
+    a, b, c = (jnp.broadcast_to(x, shape) for x in (a, b, c))
+    if _interpreted.get():
+        return a * b + c
+    [result] = plgpu.elementwise_inline_asm(
+        "fma.rn.f32 $0, $1, $2, $3;",
+        args=[a, b, c],
+        constraints="=f,f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
+    )
+    return result
+
+
+def tent(distance: jax.Array) -> jax.Array:
+    """max(0, 1 - |distance|) in float32, in one instruction where it would be two."""
+    if _interpreted.get():
+        return jnp.maximum(0.0, 1.0 - jnp.abs(distance))
+    [weight] = plgpu.elementwise_inline_asm(
+        "{ .reg .f32 a; abs.f32 a, $1; sub.sat.f32 $0, 0f3F800000, a; }",
+        args=[distance],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(distance.shape, jnp.float32)],
+    )
+    return weight
+
+
 def opaque_zero(dtype) -> jax.Array:
     """A zero that the compiler can't see through; call it outside of loops."""
     return (tile_number() < 0).astype(dtype)
@@ -123,3 +155,31 @@ def matrix_of_zeros(rows: int, columns: int, zero: jax.Array) -> jax.Array:
     layout, so this asks for a product of zeros; `zero` is `opaque_zero` of a 16-bit type.
     """
     return dot(jnp.full((rows, MIN_DOT), zero), jnp.full((MIN_DOT, columns), zero))
+
+
+def take(table: jax.Array, index: jax.Array) -> jax.Array:
+    """table[index] of one-dimensional arrays, through shared memory; `index` must be inside."""
+    if _interpreted.get():
+        return table[index]
+    return _take_p.bind(table, index)
+
+
+def columns(matrix: jax.Array) -> list[jax.Array]:
+    """The columns, a power of two of them, one by one."""
+    parts = jax.lax.split(matrix, (1,) * matrix.shape[1], axis=1)
+    return [part.reshape(matrix.shape[0]) for part in parts]
+
+
+# Triton's own gather, which Pallas does not offer.
+_take_p = Primitive("triton_take")
+
+
+@_take_p.def_abstract_eval
+def _take_abstract(table, index):
+    return jax.core.ShapedArray(index.shape, table.dtype)
+
+
+@triton_lowering.register_lowering(_take_p)
+def _take_lowering(ctx, table, index):
+    del ctx
+    return triton_dialect.gather(table, index, 0)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from flowdcn_jax import models, sampling
-from flowdcn_jax.models import flowdcn
 from flowdcn_jax.training.sharding import make_mesh
 from flowdcn_jax.training.state import abstract_state
 from flowdcn_jax.training.step import make_train_step
 from tests import tiny
+from tests.models.aggregates import use_aggregate
 from tests.test_configs import NAMES
 
 SMALL = dict(width=16, depth=1, in_channels=1, num_classes=10, dtype="float32", num_groups=2)
@@ -37,7 +37,7 @@ DISTINCT = {
 }.values()
 
 
-def elementwise_aggregate(values, offsets, weights, **options):
+def elementwise_aggregate(values, offsets, weights, *, boundary):
     """Stands for the sampling, whose products are no part of the published figures."""
     return values * jnp.mean(weights * jnp.sum(offsets, axis=-1), axis=-1, keepdims=True)
 
@@ -45,7 +45,7 @@ def elementwise_aggregate(values, offsets, weights, **options):
 @pytest.fixture
 def quick_compilation(monkeypatch):
     """Half of XLA's time, for programs that run once; and no sampling, which has its own tests."""
-    monkeypatch.setattr(flowdcn, "deformable_aggregate", elementwise_aggregate)
+    use_aggregate(monkeypatch, elementwise_aggregate)
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -83,7 +83,7 @@ def test_macs_are_those_that_xla_counts(name, monkeypatch):
     It leaves out what a convolution's kernel takes from the padding, and counts the product with
     one-hot rows that looks up the class.
     """
-    monkeypatch.setattr(flowdcn, "deformable_aggregate", elementwise_aggregate)
+    use_aggregate(monkeypatch, elementwise_aggregate)
     config, tokens = shrunk(name, width=128, depth=2, in_channels=4), 16
     graphdef, params = models.abstract_model(config)
     arguments = [

@@ -13,10 +13,11 @@ from flowdcn_jax import models
 from flowdcn_jax.flow.loss import Draws, velocity_loss
 from flowdcn_jax.models import flowdcn, layers
 from flowdcn_jax.models.flowdcn import direction_prior, initial_scale_prior
-from pallas_kernels.deformable_conv import deformable_aggregate
+from pallas_kernels.deformable_conv import multiscale_deformable_aggregate
 from pallas_kernels.deformable_conv.reference import deformable_aggregate_reference
 from tests import official
 from tests.comparison import relative_error
+from tests.models.aggregates import use_aggregate
 
 SIZES = {  # parameters (millions) and GMACs at 256x256, as published
     "s2": (30.3, 4.80),
@@ -56,7 +57,7 @@ def run(golden, params, dtype, suffix="", remat=False):
 def test_output_matches_official(golden, params, suffix, monkeypatch):
     expected = official.nhwc(golden["out" + suffix])
     assert relative_error(run(golden, params, jnp.float32, suffix), expected) < 2e-5
-    monkeypatch.setattr(flowdcn, "deformable_aggregate", deformable_aggregate_reference)
+    use_aggregate(monkeypatch, deformable_aggregate_reference)
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
         assert relative_error(run(golden, exact, jnp.float64, suffix), expected) < 1e-5
@@ -78,11 +79,11 @@ def recorded_gradient(monkeypatch):
     multiply.defvjp(lambda values: (values, None), lambda _, g: (g * AUTOTUNER_RUNS,))
     calls = itertools.count(1)
 
-    def recorded(values, offsets, weights, **options):
+    def recorded(values, *points, **options):
         values = multiply(values) if next(calls) % 3 == 0 else values
-        return deformable_aggregate(values, offsets, weights, **options)
+        return multiscale_deformable_aggregate(values, *points, **options)
 
-    monkeypatch.setattr(flowdcn, "deformable_aggregate", recorded)
+    monkeypatch.setattr(flowdcn, "multiscale_deformable_aggregate", recorded)
 
 
 # Adding 1843 equal terms in float32 costs the recorded gradients 5e-5; those not behind that sum
