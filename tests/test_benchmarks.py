@@ -17,3 +17,9 @@ def test_the_reader_benchmark_writes_its_table(tmp_path):
     assert all(row["latents"] == "4x4x4" for row in report["results"])
     for row in report["results"]:
         assert f"| {row['examples_per_s']:.0f} |" in output
+
+
+def test_kernels_are_not_timed_without_a_gpu():
+    for module in ("benchmarks.operators", "pallas_kernels.deformable_conv.tune"):
+        code, output = tiny.run([sys.executable, "-m", module])
+        assert code == 1 and "needs an NVIDIA GPU" in output and "Traceback" not in output

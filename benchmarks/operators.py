@@ -1,0 +1,228 @@
+"""The deformable aggregation beside attention over the same tokens, on an NVIDIA GPU.
+
+    python -m benchmarks.operators --out=docs/operators.json --plot=docs/operators.png
+
+Forward and backward (all gradients) in milliseconds, bytes a second, and ratios to the memory floor
+(every input read once, every output written once, at the rate of a large copy) and to cuDNN's
+attention. "x3" has offsets three times wider than training starts with. --official=DIR, a clone of
+the authors' repository, times their Triton kernels as well; it needs PyTorch.
+"""
+
+import functools
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+
+from benchmarks.machine import describe_machine
+from flowdcn_jax.files import atomic_write
+from pallas_kernels.deformable_conv import multiscale_deformable_aggregate
+from pallas_kernels.deformable_conv.api import why_not_pallas
+from pallas_kernels.deformable_conv.tune import model_inputs
+from pallas_kernels.timing import compile_calls, median_ms, milliseconds
+
+_SHAPES = flags.DEFINE_multi_string(
+    "shape",
+    ["64,16,16,16,72", "32,32,32,16,72", "16,64,64,16,72", "64,16,16,12,64"],
+    "B,h,w,G,C",
+)
+_XLA_TOKENS = flags.DEFINE_integer(
+    "xla_tokens", 256, "Most tokens an image for which plain JAX is timed too; its time grows fast."
+)
+_OFFICIAL = flags.DEFINE_string("official", None, "Clone of the authors' repository.")
+_OUT = flags.DEFINE_string("out", None, "JSON file to write.")
+_PLOT = flags.DEFINE_string("plot", None, "PNG to write: time against tokens.")
+
+_K = 9
+_COPY_BYTES = 2**31
+_PLOTTED = (16, 32, 64, 128)  # sides of the token grids of --plot, at the tokens of 64 x 16 x 16
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)
+    if reason := why_not_pallas():
+        sys.exit(f"error: the kernels can't be timed here: {reason}")
+    report = {"machine": describe_machine(), "copy_bytes_per_s": _copy_rate(), "results": []}
+    print(f"copy: {report['copy_bytes_per_s'] / 1e12:.2f} TB/s", flush=True)
+    print(
+        "| B,h,w,G,C | what | fwd ms | bwd ms | fwd TB/s | bwd TB/s | over floor | of attention |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    shapes = [tuple(int(n) for n in shape.split(",")) for shape in _SHAPES.value]
+    for shape in shapes:
+        _add(report, shape, "attention bfloat16", *_time_attention(shape))
+        for dtype in ("bfloat16", "float32"):
+            for widening in (1.0, 3.0):
+                name = f"pallas {dtype}" + (" x3" if widening > 1 else "")
+                _add(report, shape, name, *_time_ours(shape, dtype, "pallas", widening))
+        if shape[1] * shape[2] <= _XLA_TOKENS.value:
+            _add(report, shape, "xla bfloat16", *_time_ours(shape, "bfloat16", "xla", 1.0))
+        if _OFFICIAL.value:
+            for dtype in ("bfloat16", "float32"):
+                times = _time_official(Path(_OFFICIAL.value), shape, dtype)
+                _add(report, shape, f"official {dtype}", *times)
+    if _PLOT.value:
+        done = {(row["shape"], row["what"]) for row in report["results"]}
+        for side in _PLOTTED:
+            shape = (64 * 256 // side**2, side, side, 16, 72)
+            if (_name(shape), "pallas bfloat16") not in done:
+                _add(report, shape, "attention bfloat16", *_time_attention(shape))
+                _add(report, shape, "pallas bfloat16", *_time_ours(shape, "bfloat16", "pallas", 1))
+        _plot(report["results"], Path(_PLOT.value))
+    if _OUT.value:
+        with atomic_write(Path(_OUT.value)) as file:
+            file.write((json.dumps(report, indent=1) + "\n").encode())
+
+
+def _name(shape) -> str:
+    return "x".join(map(str, shape))
+
+
+def _copy_rate() -> float:
+    """Bytes read and written a second by a large copy."""
+    array = jnp.zeros((_COPY_BYTES // 4,), jnp.int32)
+    ms = median_ms(jax.jit(lambda x: x + 1), array)
+    return 2 * _COPY_BYTES / ms * 1e3
+
+
+def _time_ours(shape, dtype: str, implementation: str, widening: float) -> tuple[float, float]:
+    """(forward, backward) in milliseconds of the form that the model uses."""
+    values, points, d_out = model_inputs((*shape, _K), dtype, widening=widening)
+    options = dict(direction_prior=points.direction_prior, max_scale=points.max_scale)
+
+    def forward(values, *points):
+        return multiscale_deformable_aggregate(
+            values, *points, implementation=implementation, **options
+        )
+
+    def backward(d_out, *inputs):
+        return jax.vjp(forward, *inputs)[1](d_out)  # the output is not wanted, nor computed
+
+    inputs = (values, *points[:4])
+    return _time_all([(forward, inputs), (backward, (d_out, *inputs))])
+
+
+def _time_attention(shape) -> tuple[float, float]:
+    """(forward, backward) in milliseconds of cuDNN's attention over the same tokens and heads."""
+    b, h, w, g, c = shape
+    queries = jax.random.normal(jax.random.key(0), (b, h * w, g, c), jnp.bfloat16)
+    attention = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+
+    def both(d_out, *inputs):
+        return jax.vjp(attention, *inputs)[1](d_out)  # runs the forward too: it needs its sums
+
+    inputs = (queries,) * 3
+    forward_ms, both_ms = _time_all([(attention, inputs), (both, (queries, *inputs))])
+    return forward_ms, both_ms - forward_ms
+
+
+def _time_all(functions: list[tuple[Callable, tuple]]) -> tuple[float, ...]:
+    with ThreadPoolExecutor() as pool:
+        programs = list(pool.map(lambda entry: compile_calls(entry[0], *entry[1]), functions))
+    return tuple(
+        milliseconds(program, *args) for program, (_, args) in zip(programs, functions, strict=True)
+    )
+
+
+def _time_official(folder: Path, shape, dtype: str) -> tuple[float, float]:
+    """(forward, backward) in milliseconds of the authors' Triton kernels, with their launches."""
+    import torch
+    import triton
+
+    def kernel(file: str, name: str):
+        path = folder / "src" / "ops" / "triton_kernels_udcn" / file
+        if not path.is_file():
+            sys.exit(f"error: {path} does not exist; --official expects a clone of FlowDCN")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, name)
+
+    forward = kernel("forward.py", "_forward_kernel")
+    backward = kernel("backward.py", "_backward_kernel")
+    b, h, w, g, c = shape
+    values, points, d_out = model_inputs((*shape, _K), "float32")
+    offsets, weights = points.to_offsets()
+    ys, xs = jnp.meshgrid(jnp.arange(h), jnp.arange(w), indexing="ij")
+    coordinates = offsets + jnp.stack([xs, ys], axis=-1)[:, :, None, None]
+    v, x, a, d = (
+        torch.utils.dlpack.from_dlpack(array).to(getattr(torch, dtype)).clone()
+        for array in (values, coordinates, weights, d_out)
+    )
+    sizes = (b, h, w, h * w, g, c, _K)
+    grid = (b * h * w * g,)
+
+    def run_forward():
+        forward[grid](*sizes, v, x, a, torch.zeros_like(v))
+
+    def run_backward():
+        d_values = torch.zeros_like(v, dtype=torch.float16)
+        backward[grid](*sizes, v, x, a, d, d_values, torch.zeros_like(x), torch.zeros_like(a))
+        d_values.to(v.dtype)
+
+    return tuple(
+        triton.testing.do_bench(run, return_mode="median") for run in (run_forward, run_backward)
+    )
+
+
+def _add(report: dict[str, Any], shape, what: str, forward_ms: float, backward_ms: float) -> None:
+    """Adds a row to the report and prints it."""
+    b, h, w, g, c = shape
+    size = 4 if "float32" in what else 2
+    values, points = b * h * w * g * c * size, b * h * w * g * _K * 4 * size
+    least = (2 * values + points, 3 * values + 2 * points)  # bytes, forward and backward
+    floors = [1e3 * n / report["copy_bytes_per_s"] for n in least]
+    row = dict(shape=_name(shape), what=what, forward_ms=forward_ms, backward_ms=backward_ms)
+    rates, over = ["", ""], ""
+    if what.startswith("pallas"):
+        row |= dict(forward_floor_ms=floors[0], backward_floor_ms=floors[1])
+        rates = [f"{least[0] / forward_ms / 1e9:.2f}", f"{least[1] / backward_ms / 1e9:.2f}"]
+        over = f"{forward_ms / floors[0]:.1f}, {backward_ms / floors[1]:.1f}"
+    attention = [r for r in report["results"] if r["shape"] == row["shape"]][:1] or [row]
+    share = [row[key] / attention[0][key] for key in ("forward_ms", "backward_ms")]
+    report["results"].append(row)
+    print(
+        f"| {row['shape']} | {what} | {forward_ms:.3f} | {backward_ms:.3f} | {rates[0]} | "
+        f"{rates[1]} | {over} | {share[0]:.2f}, {share[1]:.2f} |",
+        flush=True,
+    )
+
+
+def _plot(rows: list[dict[str, Any]], out: Path) -> None:
+    """Time of 16,384 tokens in images of more and more of them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), dpi=120, layout="constrained")
+    for axes, key in zip(panels, ("forward_ms", "backward_ms"), strict=True):
+        for what in ("pallas bfloat16", "attention bfloat16"):
+            curve = {}
+            for row in rows:
+                b, h, w, g, c = (int(n) for n in row["shape"].split("x"))
+                if row["what"] == what and h == w and (g, c) == (16, 72):
+                    curve[h * w] = row[key] * 16384 / (b * h * w)
+            tokens = sorted(curve)
+            axes.loglog(tokens, [curve[n] for n in tokens], "o-", label=what)
+        axes.set(
+            xlabel="tokens an image", ylabel="ms for 16,384 tokens, G=16, C=72", title=key[:-3]
+        )
+        axes.grid(alpha=0.3)
+    panels[0].legend()
+    with atomic_write(out) as file:
+        figure.savefig(file, format="png")
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    app.run(main)

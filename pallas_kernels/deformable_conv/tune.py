@@ -1,0 +1,152 @@
+"""Searches block sizes of the kernels for one shape: on an NVIDIA GPU,
+
+    python -m pallas_kernels.deformable_conv.tune --shape=64,16,16,16,72,9 --dtype=bfloat16
+
+It prints the time of each candidate, best first, and which one `blocks.py` takes. Nothing is tuned
+while training: a better choice belongs into `blocks.choose`.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.deformable_conv import blocks, gather, products, tent
+from pallas_kernels.deformable_conv.api import VALUE_DTYPES, why_not_pallas
+from pallas_kernels.deformable_conv.points import Multiscale
+from pallas_kernels.deformable_conv.tiles import Grid
+from pallas_kernels.timing import compile_calls, milliseconds
+
+MAX_SCALE = 6.0
+
+
+def model_inputs(shape, dtype, *, widening: float = 1.0, seed: int = 0):
+    """(values, points, d_out) of shape (B, h, w, G, C, K) and offsets as training starts with.
+
+    Group g's radius is (g+1)/G of 6 tokens, times `widening`.
+    """
+    b, h, w, g, c, k = shape
+    side = jnp.linspace(-1, 1, max(round(k**0.5), 1)) if k > 1 else jnp.zeros(1)
+    prior = jnp.resize(jnp.stack(jnp.meshgrid(side, side), axis=-1).reshape(-1, 2), (k, 2))
+    fraction = (jnp.arange(g) + 1) / g - 1e-4
+    keys = jax.random.split(jax.random.key(seed), 5)
+    normal = lambda i, *shape: jax.random.normal(keys[i], shape).astype(dtype)  # noqa: E731
+    points = Multiscale(
+        directions=(0.3 * normal(0, b, h, w, g, k, 2)).astype(dtype),
+        scales=(0.3 * normal(1, b, h, w, g, k)).astype(dtype),
+        weights=normal(2, b, h, w, g, k),
+        scale_prior=jnp.log(fraction / (1 - fraction)),
+        direction_prior=prior,
+        max_scale=jnp.full((2,), widening * MAX_SCALE, jnp.float32),
+    )
+    return normal(3, b, h, w, g, c), points, normal(4, b, h, w, g, c)
+
+
+def _forward(kernel: Callable, values, points):
+    return kernel(values, points)
+
+
+def _values_gradient(kernel: Callable, d_out, points):
+    return kernel(points, d_out)
+
+
+def _point_gradients(kernel: Callable, weights, values, points, d_out):
+    d_directions, d_scales, d_weights = kernel(values, points._replace(weights=weights), d_out)
+    return d_weights, d_directions, d_scales
+
+
+# Of each kernel, a function whose first result can take its first argument's place, and the
+# arguments: values, weights, points, d out.
+_CHAINED = {
+    "forward": (_forward, "vp"),
+    "values_gradient": (_values_gradient, "dp"),
+    "point_gradients": (_point_gradients, "wvpd"),
+}
+
+
+def _candidates(shape, dtype) -> Iterator[tuple[str, object, Callable]]:
+    """(kernel, block sizes, function)."""
+    h, w = shape[1:3]
+    tile = functools.partial(blocks.tile, w=w)
+    wide = jnp.dtype(dtype).itemsize > 2
+    options = dict(boundary="zeros", interpret=False)
+
+    def grids(queries, tokens):
+        return dict(queries=Grid(h, w, *queries), tokens=Grid(h, w, *tokens))
+
+    for chunk in (8, 16, 32, 64):
+        for num_warps in (1, 2, 4):
+            for queries in (8, 16, 32, 64):
+                b = blocks.Gather(tile(queries, 8), chunk, num_warps)
+                extra = dict(grid=Grid(h, w, *b.tile), chunk=chunk, num_warps=num_warps)
+                yield "forward", b, functools.partial(gather.forward, **extra, **options)
+    sizes = [(q, t, n) for q in (16, 32, 64, 128) for t in (32, 64, 128, 256) for n in (4, 8)]
+    for q, t, num_warps in sizes:
+        width = 16 if h * w <= 256 else 8
+        query_tile, token_tile = tile(q, width), tile(t, 16)
+        b = blocks.Product(query_tile, token_tile, num_warps)
+        extra = dict(num_warps=num_warps, **grids(query_tile, token_tile))
+        if not wide and q >= 64:
+            yield "forward", b, functools.partial(tent.forward, **extra, **options)
+        dtypes = (jnp.dtype(dtype),) * 3
+        run = functools.partial(products.point_gradients, dtypes=dtypes, **extra, **options)
+        yield "point_gradients", b, run
+        for many in (1, 2, 4) if t <= 64 else (1,):
+            for skip in (False, True) if many == 1 and h * w > 256 else (False,):
+                b = blocks.TransposedProduct(query_tile, token_tile, many, skip, num_warps)
+                more = dict(tiles_per_program=many, skip=skip)
+                run = functools.partial(tent.values_gradient, **more, **extra, **options)
+                yield "values_gradient", b, run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="64,16,16,16,72,9", help="B,h,w,G,C,K")
+    parser.add_argument("--dtype", default="bfloat16", choices=VALUE_DTYPES)
+    parser.add_argument("--kernel", choices=blocks.Blocks._fields, help="only this one")
+    parser.add_argument("--show", type=int, default=8, help="candidates to print of each kernel")
+    args = parser.parse_args()
+    shape = tuple(int(size) for size in args.shape.split(","))
+    if len(shape) != 6 or min(shape) < 1:
+        parser.error(f"--shape is {args.shape!r}; expected six positive numbers B,h,w,G,C,K")
+    if reason := why_not_pallas():
+        parser.exit(1, f"can't tune here: {reason}\n")
+
+    values, points, d_out = model_inputs(shape, args.dtype)
+    flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])  # noqa: E731
+    points = Multiscale(*map(flat, points.per_query), *points[3:])
+    arrays = {"v": flat(values), "w": points.weights, "p": points, "d": flat(d_out)}
+    inputs = {kernel: [arrays[i] for i in takes] for kernel, (_, takes) in _CHAINED.items()}
+    candidates = [
+        candidate
+        for candidate in _candidates(shape, args.dtype)
+        if args.kernel in (None, candidate[0])
+    ]
+
+    def compiled(candidate) -> Callable | None:
+        kernel, sizes, run = candidate
+        try:
+            return compile_calls(functools.partial(_CHAINED[kernel][0], run), *inputs[kernel])
+        except Exception as error:  # too large for the GPU, in one of many ways
+            print(f"{kernel} {sizes}: {str(error).splitlines()[0][:100]}", flush=True)
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        programs = list(pool.map(compiled, candidates))
+    times = {}
+    for (kernel, sizes, _), calls in zip(candidates, programs, strict=True):
+        if calls is not None:
+            ms = milliseconds(calls, *inputs[kernel], runs=3)
+            times.setdefault(kernel, []).append((ms, sizes))
+    chosen = blocks.choose(*shape[1:3], shape[5], args.dtype)._asdict()
+    for kernel, found in times.items():
+        print(f"{kernel}: now {chosen[kernel]}")
+        for ms, sizes in sorted(found, key=lambda entry: entry[0])[: args.show]:
+            print(f"  {ms:8.4f} ms  {sizes}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""How long a function takes on a GPU."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+
+CALLS = 20  # in a row: a program's start and end, about 10 us, are spread over them
+
+
+def compile_calls(function: Callable, chained: jax.Array, *args) -> Callable:
+    """A program of `CALLS` calls, to be called with the same arguments.
+
+    function(chained, *args) returns an array, or a tuple of them, of which the first takes the
+    place of `chained` in the next call: none can be left out or run beside another.
+    """
+
+    def many(chained, *args):
+        others = []
+        for _ in range(CALLS):
+            out = function(chained, *args)
+            chained, *rest = out if isinstance(out, tuple) else (out,)
+            others.append(rest)
+        return chained, others
+
+    return jax.jit(many).lower(chained, *args).compile()
+
+
+def milliseconds(calls: Callable, *args, runs: int = 9) -> float:
+    """Median time of one of the calls of `compile_calls`, in milliseconds."""
+    return median_ms(calls, *args, runs=runs) / CALLS
+
+
+def median_ms(function: Callable, *args, runs: int = 9) -> float:
+    """Median time of function(*args), its start and end included, in milliseconds."""
+    for _ in range(2):
+        jax.block_until_ready(function(*args))
+    times = []
+    for _ in range(runs):
+        start_s = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        times.append(time.perf_counter() - start_s)
+    return statistics.median(times) * 1e3
