@@ -217,7 +217,9 @@ def _plot(rows: list[dict[str, Any]], out: Path) -> None:
         axes.set(
             xlabel="tokens an image", ylabel="ms for 16,384 tokens, G=16, C=72", title=key[:-3]
         )
-        axes.grid(alpha=0.3)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+        axes.grid(alpha=0.3, which="both")
     panels[0].legend()
     with atomic_write(out) as file:
         figure.savefig(file, format="png")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax
 
-CALLS = 20  # in a row: a program's start and end, about 10 us, are spread over them
+CALLS = 10  # in a row: a program's start and end, about 10 us, are spread over them
 
 
 def compile_calls(function: Callable, chained: jax.Array, *args) -> Callable:

@@ -6,12 +6,13 @@ there, not rows of C channels.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.deformable_conv import triton as backend
-from pallas_kernels.deformable_conv.interpolation import corners, split_bfloat16
+from pallas_kernels.deformable_conv.interpolation import Corners, corners, split_bfloat16
 from pallas_kernels.deformable_conv.tiles import Grid, channel_blocks
 
 
@@ -64,45 +65,12 @@ def _point_gradients_kernel(
         """dA [queries, tokens]."""
         d_matrix = None
         for (first, size), d_row in zip(blocks, d_rows, strict=True):
-            d_matrix = _add_product(d_matrix, d_row, token_tile.read_channels(values, first, size))
+            row = token_tile.read_channels(values, first, size)
+            d_matrix = _add_product(d_matrix, d_row, row)
         return d_matrix
 
-    if tokens.tiles == 1:
-        d_matrix = products_with(tokens.tile(jnp.int32(0)))
-        local = [row * tokens.tile_w + column for row in rows.index for column in columns.index]
-        products = _entries(d_matrix, local)
-    else:
-
-        def add_tile(number, products):
-            d_matrix = products_with(tokens.tile(number))
-            left, top = tokens.first(number)
-            inside, local = [], []
-            for row in rows.index:
-                row = row - top
-                for column in columns.index:
-                    column = column - left
-                    here = (row >= 0) & (row < tokens.tile_h)
-                    here &= (column >= 0) & (column < tokens.tile_w)
-                    inside.append(here)
-                    local.append(jnp.where(here, row * tokens.tile_w + column, 0))
-            found = _entries(d_matrix, local)
-            return tuple(
-                jnp.where(here, new, old)
-                for here, new, old in zip(inside, found, products, strict=True)
-            )
-
-        def add_row_of_tiles(row, products):
-            return jax.lax.fori_loop(
-                row * tokens.tiles_x + first_x, row * tokens.tiles_x + end_x, add_tile, products
-            )
-
-        first_x, end_x = _tiles_reached(columns.index, tokens.tile_w)
-        first_y, end_y = _tiles_reached(rows.index, tokens.tile_h)
-        products = tuple(jnp.zeros(x.shape, jnp.float32) for _ in range(4))
-        products = jax.lax.fori_loop(first_y, end_y, add_row_of_tiles, products)
-
     d_dx = d_dy = d_weight = jnp.zeros(x.shape, jnp.float32)
-    for n, product in enumerate(products):
+    for n, product in enumerate(_products(products_with, columns, rows, tokens)):
         j, i = divmod(n, 2)
         d_weight = backend.fma(rows.weight[j] * columns.weight[i], product, d_weight)
         d_dx = backend.fma(rows.weight[j] * columns.slope[i], product, d_dx)
@@ -115,6 +83,43 @@ def _point_gradients_kernel(
             tile.write_points(ref, number, 1, value=gradient[1], exists=exists)
         else:
             tile.write_points(ref, number, value=gradient, exists=exists)
+
+
+def _products(products_with: Callable, columns: Corners, rows: Corners, tokens: Grid):
+    """d out . v of the four corners of each point, row by row, [queries, points] each.
+
+    products_with(token_tile) is dA [queries, tokens] of one tile.
+    """
+    if tokens.tiles == 1:
+        local = [row * tokens.tile_w + column for row in rows.index for column in columns.index]
+        return _entries(products_with(tokens.tile(jnp.int32(0))), local)
+
+    def add_tile(number, products):
+        d_matrix = products_with(tokens.tile(number))
+        left, top = tokens.first(number)
+        inside, local = [], []
+        for row in rows.index:
+            row = row - top
+            for column in columns.index:
+                column = column - left
+                here = (row >= 0) & (row < tokens.tile_h)
+                here &= (column >= 0) & (column < tokens.tile_w)
+                inside.append(here)
+                local.append(jnp.where(here, row * tokens.tile_w + column, 0))
+        found = _entries(d_matrix, local)
+        return tuple(
+            jnp.where(here, new, old)
+            for here, new, old in zip(inside, found, products, strict=True)
+        )
+
+    def add_row_of_tiles(row, products):
+        first = row * tokens.tiles_x
+        return jax.lax.fori_loop(first + first_x, first + end_x, add_tile, products)
+
+    first_x, end_x = _tiles_reached(columns.index, tokens.tile_w)
+    first_y, end_y = _tiles_reached(rows.index, tokens.tile_h)
+    zeros = jnp.zeros(columns.index[0].shape, jnp.float32)
+    return jax.lax.fori_loop(first_y, end_y, add_row_of_tiles, (zeros,) * 4)
 
 
 def _tiles_reached(index, size: int):
