@@ -4,13 +4,16 @@ Parameters and multiply-adds come from shapes alone, so XL/2 needs no memory. On
 pass is timed too. --json=FILE writes the same numbers with the device, the versions and the date.
 """
 
+import contextlib
 import functools
 import importlib
+import itertools
 import json
 import shlex
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -73,33 +76,63 @@ def count(config, image_sizes: list[int]) -> dict:
     }
 
 
-def time_forward(config, image_size: int, batch_size: int) -> dict:
-    """{"latency_ms": of one forward pass over the batch, "images_per_s"}; None if memory ran out.
+def compile_forward(config, image_size: int, batch_size: int):
+    """The compiled forward pass over a batch; None if it needs more memory than there is.
 
-    Wall time, the median of TIMED_PASSES after one to warm up, compiled, on one device: bfloat16
-    activations and float32 parameters, as in sampling, and no guidance.
+    bfloat16 activations and float32 parameters, as in sampling, on one device.
     """
     config.model.dtype = TIMED_DTYPE
     graphdef, shapes = abstract_model(config.model)
     side = image_size // config.autoencoder.downsampling
-    x = jax.random.normal(jax.random.key(0), (batch_size, side, side, config.model.in_channels))
-    t, y = jnp.linspace(0.1, 0.9, batch_size), jnp.zeros(batch_size, jnp.int32)
+    x = (batch_size, side, side, config.model.in_channels)
+    inputs = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in ((x, jnp.float32), (x[:1], jnp.float32), (x[:1], jnp.int32))
+    ]
+    forward = jax.jit(functools.partial(apply_model, graphdef))
+    with _none_if_out_of_memory() as outcome:
+        outcome.append(forward.lower(shapes, *inputs).compile())
+    return outcome[0]
+
+
+def time_forward(compiled) -> dict:
+    """{"latency_ms": of one pass over the batch, "images_per_s"}; None if memory ran out.
+
+    Wall time without guidance, the median of TIMED_PASSES after one to warm up.
+    """
+    latency_s, images_per_s = None, None
+    with _none_if_out_of_memory() as outcome:
+        if compiled is not None:
+            shapes, x, t, y = compiled.args_info[0]
+            inputs = (
+                random_params(shapes),
+                jax.random.normal(jax.random.key(0), x.shape),
+                jnp.linspace(0.1, 0.9, t.shape[0]),
+                jnp.zeros(y.shape, jnp.int32),
+            )
+            jax.block_until_ready(compiled(*inputs))
+            passes_s = []
+            for _ in range(TIMED_PASSES):
+                start = time.perf_counter()
+                jax.block_until_ready(compiled(*inputs))
+                passes_s.append(time.perf_counter() - start)
+            outcome.append(statistics.median(passes_s))
+    if outcome[0] is not None:
+        latency_s, images_per_s = outcome[0], x.shape[0] / outcome[0]
+    return {"latency_ms": latency_s and 1e3 * latency_s, "images_per_s": images_per_s}
+
+
+@contextlib.contextmanager
+def _none_if_out_of_memory():
+    """Gives a list to append a result to; it gets a None if the device's memory runs out."""
+    outcome = []
     try:
-        params = random_params(shapes)
-        forward = jax.jit(functools.partial(apply_model, graphdef))
-        forward = forward.lower(params, x, t, y).compile()
-        jax.block_until_ready(forward(params, x, t, y))
-        passes_s = []
-        for _ in range(TIMED_PASSES):
-            start = time.perf_counter()
-            jax.block_until_ready(forward(params, x, t, y))
-            passes_s.append(time.perf_counter() - start)
+        yield outcome
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return {"latency_ms": None, "images_per_s": None}
-    seconds = statistics.median(passes_s)
-    return {"latency_ms": 1e3 * seconds, "images_per_s": batch_size / seconds}
+    if not outcome:
+        outcome.append(None)
 
 
 def random_params(shapes):
@@ -126,18 +159,24 @@ def measure(
         UserError: an unknown model, or a size that the models cannot take.
     """
     check(names, image_sizes, batch_sizes)
-    runs = [(size, batch) for size in image_sizes for batch in batch_sizes] if timed else []
-    rows, timings = [], []
-    with tqdm(total=len(names) * (1 + len(runs)), unit="step", dynamic_ncols=True) as bar:
-        for name in names:
-            bar.set_description(MODELS[name])
-            rows.append({"config": name, "model": MODELS[name]})
-            rows[-1] |= count(load_config(name), image_sizes)
-            bar.update()
-            for size, batch in runs:
-                timings.append({"config": name, "image_size": size, "batch_size": batch})
-                timings[-1] |= time_forward(load_config(name), size, batch)
-                bar.update()
+    rows = [
+        {"config": name, "model": MODELS[name], **count(load_config(name), image_sizes)}
+        for name in tqdm(names, desc="counting", unit="model", dynamic_ncols=True)
+    ]
+    runs = list(itertools.product(names, image_sizes, batch_sizes)) if timed else []
+
+    def compile_run(run):
+        return compile_forward(load_config(run[0]), *run[1:])
+
+    bar = functools.partial(tqdm, total=len(runs), disable=not runs, dynamic_ncols=True)
+    with ThreadPoolExecutor() as pool:  # compiling takes most of the time, and one core
+        compiled = list(bar(pool.map(compile_run, runs), desc="compiling", unit="program"))
+    timings = [
+        {"config": name, "image_size": size, "batch_size": batch, **time_forward(program)}
+        for (name, size, batch), program in bar(
+            zip(runs, compiled, strict=True), desc="timing", unit="program"
+        )
+    ]
     return {"environment": environment.describe(), "models": rows, "timings": timings}
 
 
