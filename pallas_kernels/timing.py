@@ -32,9 +32,12 @@ def milliseconds(calls: Callable, *args, runs: int = 9) -> float:
     return median_ms(calls, *args, runs=runs) / CALLS
 
 
-def median_ms(function: Callable, *args, runs: int = 9) -> float:
-    """Median time of function(*args), its start and end included, in milliseconds."""
-    for _ in range(2):
+def median_ms(function: Callable, *args, runs: int = 9, warm_up: int = 2) -> float:
+    """Median time of function(*args), its start and end included, in milliseconds.
+
+    Calls to warm up come first, and do not count.
+    """
+    for _ in range(warm_up):
         jax.block_until_ready(function(*args))
     times = []
     for _ in range(runs):

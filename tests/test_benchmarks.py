@@ -3,7 +3,11 @@
 import json
 import sys
 
+import pytest
+
 from tests import tiny
+
+WEIGHTS = 26_608  # of a SiT with a block of 16 channels and 1000 classes
 
 
 def test_the_reader_benchmark_writes_its_table(tmp_path):
@@ -23,3 +27,29 @@ def test_kernels_are_not_timed_without_a_gpu():
     for module in ("benchmarks.operators", "pallas_kernels.deformable_conv.tune"):
         code, output = tiny.run([sys.executable, "-m", module])
         assert code == 1 and "needs an NVIDIA GPU" in output and "Traceback" not in output
+
+
+def test_the_sampling_benchmark_measures_one_device_and_two(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of the time
+    command = [sys.executable, "-m", "benchmarks.sampling", "--config=configs/sit_s2.py"]
+    command += ["--config.model.width=16", "--config.model.depth=1", "--config.model.num_heads=2"]
+    command += ["--image_sizes=32", "--num_steps=3", "--batch_size=2", "--runs=1"]
+    code, output = tiny.run([*command, "--devices=1,2", f"--out={tmp_path / 'out'}"], num_devices=2)
+    assert code == 0, output
+    report = json.loads((tmp_path / "out").read_text())
+    assert len(report["machine"]["devices"]) == 2
+    one, two = report["results"]
+    assert (one["num_devices"], two["num_devices"]) == (1, 2)
+    for row in (one, two):
+        assert (row["evaluations"], row["passes_an_image"]) == (3, 6)
+        assert row["images_per_s"] == pytest.approx(2e3 * row["num_devices"] / row["batch_ms"])
+        assert row["outside_model"] == pytest.approx(1 - 3 * row["model_ms"] / row["batch_ms"])
+        assert row["program_bytes"] > 4 * WEIGHTS and row["process_peak_bytes"] is None
+        assert row["of_one_device"] == row["images_per_s"] / one["images_per_s"]
+        assert f"| {row['images_per_s']:.2f} | {row['of_one_device']:.2f} |" in output
+
+
+def test_sampling_is_not_measured_on_devices_that_are_not_there():
+    code, output = tiny.run([sys.executable, "-m", "benchmarks.sampling", "--devices=1,3"])
+    assert code == 1 and "--devices names 3; expected at most 1" in output
+    assert "Traceback" not in output

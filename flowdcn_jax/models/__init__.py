@@ -55,6 +55,21 @@ def init_params(config, key: jax.Array) -> dict:
     return nnx.to_pure_dict(nnx.state(build_model(config, rngs=nnx.Rngs(key))))
 
 
+def random_params(shapes):
+    """Random parameters of about a trained model's size, for the `shapes` of `abstract_model`.
+
+    With initial values the sampling points of FlowDCN would all lie on one regular grid.
+    """
+    leaves, structure = jax.tree.flatten(shapes)
+
+    def draw(index, leaf):
+        deviation = leaf.shape[-2] ** -0.5 if len(leaf.shape) > 1 else 1.0
+        key = jax.random.fold_in(jax.random.key(0), index)
+        return deviation * jax.random.normal(key, leaf.shape, leaf.dtype)
+
+    return jax.tree.unflatten(structure, [draw(*pair) for pair in enumerate(leaves)])
+
+
 def apply_model(graphdef, params: dict, x, t, y, max_scale_factor=None) -> jax.Array:
     """model(x, t, y) for parameters held as nested dicts.
 

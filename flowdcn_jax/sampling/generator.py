@@ -82,7 +82,8 @@ def make_generator(
 
     x is in the model's space; images are decoded by `autoencoder`, by default the one that
     config.autoencoder names. n is a multiple of the number of devices; rows are split over them.
-    `guide` is the weaker model of autoguidance.
+    `guide` is the weaker model of autoguidance. The function is a functools.partial of a
+    jitted one, so that its program can be looked at.
 
     Raises:
         SamplingError: settings that are out of range, or not for this model or this guide.

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from flowdcn_jax import environment
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.files import atomic_write
-from flowdcn_jax.models import abstract_model, apply_model
+from flowdcn_jax.models import abstract_model, apply_model, random_params
 
 # A config of configs/ -> the model's name in the paper.
 MODELS = {
@@ -133,21 +133,6 @@ def _none_if_out_of_memory():
             raise
     if not outcome:
         outcome.append(None)
-
-
-def random_params(shapes):
-    """Parameters of about a trained model's size.
-
-    With initial values the sampling points of FlowDCN would all lie on one regular grid.
-    """
-    leaves, structure = jax.tree.flatten(shapes)
-
-    def draw(index, leaf):
-        deviation = leaf.shape[-2] ** -0.5 if len(leaf.shape) > 1 else 1.0
-        key = jax.random.fold_in(jax.random.key(0), index)
-        return deviation * jax.random.normal(key, leaf.shape, leaf.dtype)
-
-    return jax.tree.unflatten(structure, [draw(*pair) for pair in enumerate(leaves)])
 
 
 def measure(
