@@ -305,6 +305,8 @@ def _with_progress(examples: Iterable[Any], description: str, total: int) -> Ite
 
 def _prepare(builder: tfds.core.DatasetBuilder) -> Path:
     tfds.disable_progress_bar()  # the builders show their own, which know the total
+    # TFDS prints that it downloads, though nothing is fetched; the commands say what they made.
+    builder._log_download_bytes = builder._log_download_done = lambda: None
     with tempfile.TemporaryDirectory() as downloads:  # else TFDS leaves an empty folder
         builder.download_and_prepare(download_dir=downloads)
     return Path(builder.data_dir)

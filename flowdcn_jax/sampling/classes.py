@@ -33,12 +33,15 @@ def class_words(
     """Every class's name and other words for it; None where they are not known.
 
     Args:
-        num_classes: of the model. 1000 without names, or with WordNet numbers, is ImageNet.
+        num_classes: of the model. 1000 without names, or with names that begin with WordNet's
+            numbers ("n01440764", "n01440764_tench"), is ImageNet.
         names: those saved with the training run, or None.
     """
+    if num_classes == 1000 and all(re.fullmatch(r"n\d{8}(_.*)?", name) for name in names or ()):
+        return imagenet_words()
     if names and not all(re.fullmatch(r"n\d{8}", name) for name in names):
         return tuple((name,) for name in names)
-    return imagenet_words() if num_classes == 1000 else None
+    return None
 
 
 def parse_classes(
@@ -46,8 +49,8 @@ def parse_classes(
 ) -> list[int]:
     """Class numbers from numbers and names; ["all"] is every class.
 
-    A class's name comes before another class's other words; upper case does not matter. A number
-    that is also a name is the name.
+    A class's name comes before another class's other words; upper case does not matter, and an
+    underscore is a space. A number that is also a name is the name.
 
     Raises:
         SamplingError: a number out of range, or a name that is unknown or stands for several
@@ -57,12 +60,12 @@ def parse_classes(
         return list(range(num_classes))
     names, others = {}, {}
     for number, (name, *rest) in enumerate(words or ()):
-        names[name.lower()] = number
+        names[_folded(name)] = number
         for word in rest:
-            others.setdefault(word.lower(), []).append(number)
+            others.setdefault(_folded(word), []).append(number)
     numbers = []
     for text in texts:
-        word = text.strip().lower().replace("_", " ")
+        word = _folded(text)
         if word in names:
             numbers.append(names[word])
         elif word.isdecimal() and int(word) < num_classes:
@@ -74,6 +77,10 @@ def parse_classes(
     return numbers
 
 
+def _folded(name: str) -> str:
+    return name.strip().lower().replace("_", " ")
+
+
 def _unknown_class(text, word, num_classes, words, others) -> str:
     message = f"classes names {text!r}; expected numbers from 0 to {num_classes - 1}"
     if not words:
@@ -83,7 +90,7 @@ def _unknown_class(text, word, num_classes, words, others) -> str:
         return f"{message}, or one name: {text!r} stands for {several}"
     if num_classes <= 20:
         return f"{message}, or names ({', '.join(name for name, *_ in words)})"
-    known = {known.lower(): known for row in words for known in row}
+    known = {_folded(known): known for row in words for known in row}
     near = [known[k] for k in known if word in k and word]
     near += [known[k] for k in difflib.get_close_matches(word, known, n=MAX_SUGGESTIONS)]
     near = list(dict.fromkeys(near))[:MAX_SUGGESTIONS]

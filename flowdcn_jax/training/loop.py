@@ -4,6 +4,7 @@ import collections
 import logging
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -166,25 +167,31 @@ class _Run:
             writer.close()
 
     def _compile_steps(self, state: TrainState, writer: MetricWriter) -> dict[tuple, Callable]:
-        """The train step, compiled for each shape [B,H,W,C] of batches, by that shape."""
+        """The train step, compiled for each shape [B,H,W,C] of batches, by that shape.
+
+        The shapes are compiled side by side: one after the other takes minutes on a GPU.
+        """
         writer.message(f"compiling the train step for mesh {dict(self.mesh.shape)}")
         train_step = make_train_step(self.config, self.mesh)
         rows, sharding = self.config.train.batch_size, batch_sharding(self.mesh)
         buckets = data.buckets_of(self.source)
-        compiled = {}
-        for number, bucket in enumerate(buckets, start=1):
-            start_s = time.perf_counter()
-            shape = (rows, *bucket.image_shape)
-            batch = {
-                "image": jax.ShapeDtypeStruct(shape, bucket.image_dtype, sharding=sharding),
-                "label": jax.ShapeDtypeStruct((rows,), np.int32, sharding=sharding),
-            }
-            compiled[shape] = train_step.lower(state, batch).compile()
-            if len(buckets) > 1:
-                writer.message(
-                    f"compiled {number} of {len(buckets)} shapes: {bucket.image_shape}, "
-                    f"{len(bucket)} images ({time.perf_counter() - start_s:.0f} s)"
-                )
+        start_s = time.perf_counter()
+        compiling, compiled = {}, {}
+        with ThreadPoolExecutor() as pool:  # a compilation keeps one core busy, and no more
+            for bucket in buckets:
+                shape = (rows, *bucket.image_shape)
+                batch = {
+                    "image": jax.ShapeDtypeStruct(shape, bucket.image_dtype, sharding=sharding),
+                    "label": jax.ShapeDtypeStruct((rows,), np.int32, sharding=sharding),
+                }
+                compiling[shape] = pool.submit(train_step.lower(state, batch).compile)
+            for number, (bucket, shape) in enumerate(zip(buckets, compiling, strict=True), start=1):
+                compiled[shape] = compiling[shape].result()
+                if len(buckets) > 1:
+                    writer.message(
+                        f"compiled {number} of {len(buckets)} shapes: {bucket.image_shape}, "
+                        f"{len(bucket)} images (after {time.perf_counter() - start_s:.0f} s)"
+                    )
         return compiled
 
     def _batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:

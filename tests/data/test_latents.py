@@ -46,6 +46,11 @@ def data_dir(tmp_path_factory):
     return str(folder)
 
 
+def test_no_download_is_announced(tmp_path, capsys):
+    write(tmp_path)
+    assert capsys.readouterr().out == ""
+
+
 def test_source_describes_the_latents(data_dir, open_source):
     source = open_source("imagenet_latents", data_dir=data_dir, random_flip=True)
     assert len(source) == COUNT

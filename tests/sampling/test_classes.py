@@ -17,6 +17,8 @@ def test_names_other_words_and_numbers():
     assert parse("dog", " 0", "7", "FELINE", "3") == [1, 0, 2, 0, 3]
     assert parse("all") == [0, 1, 2, 3]
     assert parse("2", words=None) == [2]
+    folders = (("Great_Dane",), ("great tit",))
+    assert parse("Great_Dane", "great dane", "great_tit", words=folders) == [0, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,12 @@ def test_where_names_come_from():
     assert class_words(3, ("a", "b", "c")) == (("a",), ("b",), ("c",))
     assert class_words(10, None) is None
     assert class_words(1000, None) == imagenet_words()
-    assert class_words(1000, tuple(f"n{i:08d}" for i in range(1000))) == imagenet_words()
+    numbers = tuple(f"n{i:08d}" for i in range(1000))
+    assert class_words(1000, numbers) == imagenet_words()
+    assert class_words(1000, tuple(f"{number}_a_word" for number in numbers)) == imagenet_words()
+    assert class_words(1000, ("cat", *numbers[1:]))[0] == ("cat",)
+    assert class_words(2, numbers[:2]) is None
+    assert class_words(2, ("n01440764_tench", "n01443537_goldfish"))[0] == ("n01440764_tench",)
     assert class_labels(np.array([1, 2]), ANIMALS) == ["dog", "7"]
     assert class_labels(np.array([1, 2]), None) == ["1", "2"]
 

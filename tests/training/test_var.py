@@ -1,6 +1,8 @@
 """Training on aspect buckets: every shape compiled at the start, exact resumption, square grids."""
 
 import dataclasses
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from flowdcn_jax import data
 from flowdcn_jax.data.aspect_buckets import AspectBuckets
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.training import loop
+from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
 
 BUCKETS = AspectBuckets(image_size=32, count=3, min_aspect=0.5, max_aspect=2.0, side_multiple=16)
@@ -63,6 +66,26 @@ def compile_once(monkeypatch):
         return compiled
 
     monkeypatch.setattr(loop._Run, "_compile_steps", compile_steps)
+
+
+def test_the_shapes_are_compiled_side_by_side(latents, monkeypatch):
+    both_there = threading.Barrier(len(COUNTS), timeout=20)
+
+    class Lowered:
+        def __init__(self, batch):
+            self.shape = batch["image"].shape
+
+        def compile(self):
+            both_there.wait()
+            return self.shape
+
+    fake = SimpleNamespace(lower=lambda state, batch: Lowered(batch))
+    monkeypatch.setattr(loop, "make_train_step", lambda config, mesh: fake)
+    run = SimpleNamespace(config=config(latents), mesh=make_mesh())
+    run.source = data.make_source(run.config.data)
+    writer = SimpleNamespace(message=lambda text: None)
+    compiled = loop._Run._compile_steps(run, None, writer)
+    assert compiled == {shape: shape for shape in [(16, 4, 2, 4), (16, 2, 4, 4)]}
 
 
 def test_a_run_resumes_exactly_and_draws_square_grids(latents, tmp_path, capsys, compile_once):
