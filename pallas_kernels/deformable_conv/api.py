@@ -133,8 +133,10 @@ def _aggregate(values, points: Points, boundary: str, implementation: str | None
 
 
 def why_not_pallas() -> str | None:
-    """Why the Pallas kernels can't run on JAX's default backend; None if they can."""
-    device = jax.devices()[0]
+    """Why the Pallas kernels can't run on JAX's default device; None if they can."""
+    device = jax.config.jax_default_device or jax.devices()[0]
+    if isinstance(device, str):  # a platform
+        device = jax.devices(device)[0]
     if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
         return f"it needs an NVIDIA GPU, and the default device is {device}; take 'xla'"
     if float(device.compute_capability) < 8.0:
