@@ -1,9 +1,17 @@
 """Tests run on eight virtual CPU devices, so that meshes are real; with `-m gpu`, on the GPU."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+# Many tests start commands that compile what others have compiled. Workers inherit the folder.
+if "FLOWDCN_TEST_CACHE" not in os.environ:
+    os.environ["FLOWDCN_TEST_CACHE"] = tempfile.mkdtemp(prefix="flowdcn_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["FLOWDCN_TEST_CACHE"]
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import numpy as np
@@ -17,6 +25,11 @@ def pytest_configure(config):
     if config.getoption("-m") != "gpu":
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):  # the workers, if there are any, have ended
+        shutil.rmtree(os.environ["FLOWDCN_TEST_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):
