@@ -58,7 +58,7 @@ def _point_gradients_kernel(
     number = backend.iota(1 << (num_points - 1).bit_length())[None, :]
     blocks = channel_blocks(values.shape[-1])
     d_rows = [tile.read_channels(d_out, first, size) for first, size in blocks]
-    x, y, point = tile.points(points, jnp.minimum(number, num_points - 1))
+    x, y, point = tile.point(points, jnp.minimum(number, num_points - 1))
     columns, rows = corners(x, queries.w, boundary), corners(y, queries.h, boundary)
 
     def products_with(token_tile):

@@ -55,15 +55,6 @@ class Tile(NamedTuple):
     inside: jax.Array  # bool: the token exists
     token: jax.Array  # int32, y * w + x; one past the last where it does not exist
 
-    def read(self, ref, *index) -> jax.Array:
-        """ref[token, *index] in float32; 0 where the token does not exist."""
-        entry = backend.load(ref.at[(self.token, *index)], mask=self.inside, other=0.0)
-        return entry.astype(jnp.float32)
-
-    def write(self, ref, *index, value: jax.Array) -> None:
-        """ref[token, *index] = value where the token exists."""
-        backend.store(ref.at[(self.token, *index)], value.astype(ref.dtype), mask=self.inside)
-
     def read_channels(self, ref, first, count: int) -> jax.Array:
         """ref[token, first : first + count] as it is; 0 where there is no such entry."""
         return load_rows(ref, self.token, first, count, self.inside)
@@ -74,19 +65,21 @@ class Tile(NamedTuple):
         mask = self.inside[:, None] & (channel < ref.shape[-1])
         backend.store(ref.at[self.token[:, None], channel], value.astype(ref.dtype), mask=mask)
 
-    def points(self, points, k):
-        """`point` of several sampling points k, int32 [1, points]; arrays are [queries, points]."""
+    def point(self, points, k):
+        """(x, y, point): the finite coordinates of sampling point k, and what points.py gives.
+
+        Arrays are [queries] float32; for several points, k int32 [1, points], [queries, points].
+        """
+        axes = (slice(None), None) if jnp.ndim(k) else slice(None)
 
         def read(ref, *index):
-            entry = backend.load(
-                ref.at[(self.token[:, None], *index)], mask=self.inside[:, None], other=0.0
-            )
-            return entry.astype(jnp.float32)
+            at = ref.at[(self.token[axes], *index)]
+            return backend.load(at, mask=self.inside[axes], other=0.0).astype(jnp.float32)
 
         point = points.point(read, k)
         x, y = discard_non_finite(
-            point.dx + self.x.astype(jnp.float32)[:, None],
-            point.dy + self.y.astype(jnp.float32)[:, None],
+            point.dx + self.x.astype(jnp.float32)[axes],
+            point.dy + self.y.astype(jnp.float32)[axes],
         )
         return x, y, point
 
@@ -94,7 +87,7 @@ class Tile(NamedTuple):
         """[(x, y, weight)] of all sampling points, [queries] each."""
         num_points = points.weights.shape[-1]
         number = backend.iota(1 << (num_points - 1).bit_length())[None, :]
-        x, y, point = self.points(points, jnp.minimum(number, num_points - 1))
+        x, y, point = self.point(points, jnp.minimum(number, num_points - 1))
         columns = (backend.columns(z) for z in (x, y, point.weight))
         return list(zip(*columns, strict=True))[:num_points]
 
@@ -103,14 +96,6 @@ class Tile(NamedTuple):
         mask = self.inside[:, None] & exists
         at = ref.at[(self.token[:, None], k, *index)]
         backend.store(at, value.astype(ref.dtype), mask=mask)
-
-    def point(self, points, k):
-        """(x, y, point) of sampling point k: its finite coordinates, and what points.py gives."""
-        point = points.point(self.read, k)
-        x, y = discard_non_finite(
-            point.dx + self.x.astype(jnp.float32), point.dy + self.y.astype(jnp.float32)
-        )
-        return x, y, point
 
 
 def load_rows(ref, row: jax.Array, first, count: int, mask: jax.Array | None = None) -> jax.Array:

@@ -117,28 +117,26 @@ def fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
     a, b, c = (jnp.broadcast_to(x, shape) for x in (a, b, c))
     if _interpreted.get():
         return a * b + c
-    [result] = plgpu.elementwise_inline_asm(
-        "fma.rn.f32 $0, $1, $2, $3;",
-        args=[a, b, c],
-        constraints="=f,f,f,f",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
-    )
-    return result
+    return _float32_asm("fma.rn.f32 $0, $1, $2, $3;", a, b, c)
 
 
 def tent(distance: jax.Array) -> jax.Array:
     """max(0, 1 - |distance|) in float32, in one instruction where it would be two."""
     if _interpreted.get():
         return jnp.maximum(0.0, 1.0 - jnp.abs(distance))
-    [weight] = plgpu.elementwise_inline_asm(
-        "{ .reg .f32 a; abs.f32 a, $1; sub.sat.f32 $0, 0f3F800000, a; }",
-        args=[distance],
-        constraints="=f,f",
+    return _float32_asm("{ .reg .f32 a; abs.f32 a, $1; sub.sat.f32 $0, 0f3F800000, a; }", distance)
+
+
+def _float32_asm(asm: str, *args: jax.Array) -> jax.Array:
+    """PTX that makes one float32 of one float32 of each argument; all have the same shape."""
+    [result] = plgpu.elementwise_inline_asm(
+        asm,
+        args=args,
+        constraints=",".join(["=f", *("f" for _ in args)]),
         pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(distance.shape, jnp.float32)],
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
     )
-    return weight
+    return result
 
 
 def opaque_zero(dtype) -> jax.Array:
