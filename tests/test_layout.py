@@ -10,7 +10,7 @@ OURS = ("flowdcn_jax", "pallas_kernels", "configs", "tests")
 
 # A package, and what it may import beyond the standard library and itself.
 ALLOWED = {
-    "pallas_kernels": {"jax"},
+    "pallas_kernels": {"jax", "jaxlib", "numpy"},
     "configs": {"ml_collections"},
     "flowdcn_jax/flow": {"jax"},
     "flowdcn_jax/samplers": {"jax", "numpy"},

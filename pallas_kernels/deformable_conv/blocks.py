@@ -23,6 +23,15 @@ class Gather(NamedTuple):
     num_warps: int
 
 
+class SharedImage(NamedTuple):
+    """shared_image.forward, shared_image.point_gradients; for Hopper GPUs.
+
+    `choose` does not take it yet, for it has not been measured. `tune` measures it.
+    """
+
+    num_warps: int  # a multiple of 4
+
+
 class Product(NamedTuple):
     """tent.forward, products.point_gradients."""
 
@@ -44,8 +53,8 @@ class TransposedProduct(NamedTuple):
 class Blocks(NamedTuple):
     """Block sizes of one call."""
 
-    forward: Gather | Product
-    point_gradients: Product
+    forward: Gather | Product | SharedImage
+    point_gradients: Product | SharedImage
     values_gradient: TransposedProduct
 
 

@@ -15,8 +15,14 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels.deformable_conv import gather, products, tent
-from pallas_kernels.deformable_conv.blocks import MAX_CHANNELS, Blocks, Gather, choose
+from pallas_kernels.deformable_conv import gather, products, shared_image, tent
+from pallas_kernels.deformable_conv.blocks import (
+    MAX_CHANNELS,
+    Blocks,
+    Gather,
+    SharedImage,
+    choose,
+)
 from pallas_kernels.deformable_conv.derivatives import differentiable_no_more
 from pallas_kernels.deformable_conv.points import Multiscale, Offsets, Points
 from pallas_kernels.deformable_conv.tiles import Grid
@@ -65,6 +71,8 @@ def _forward(values, *fields, form: type, boundary: str, interpret: bool) -> tup
         forward = functools.partial(
             gather.forward, grid=Grid(h, w, *tiling.tile), chunk=tiling.chunk, **options
         )
+    elif isinstance(tiling, SharedImage):
+        forward = functools.partial(shared_image.forward, h=h, w=w, **options)
     else:
         forward = functools.partial(
             tent.forward,
@@ -87,13 +95,19 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
 
     tiling = blocks.point_gradients
     several = len(d_out_parts) > 1
+    if isinstance(tiling, SharedImage):
+        point_gradients = functools.partial(shared_image.point_gradients, h=h, w=w)
+    else:
+        point_gradients = functools.partial(
+            products.point_gradients,
+            queries=Grid(h, w, *tiling.query_tile),
+            tokens=Grid(h, w, *tiling.token_tile),
+        )
     d_points = [
-        products.point_gradients(
+        point_gradients(
             values_part,
             points,
             d_out_part,
-            queries=Grid(h, w, *tiling.query_tile),
-            tokens=Grid(h, w, *tiling.token_tile),
             dtypes=tuple(jnp.float32 if several else x.dtype for x in points.per_query),
             num_warps=tiling.num_warps,
             **options,

@@ -14,9 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.extend.core import Primitive
 
+from pallas_kernels.deformable_conv.limits import check_indexable
 from pallas_kernels.deformable_conv.points import Points
 
-MAX_ELEMENTS = 2**31 - 1  # indices are int32
 MIN_DOT = 16  # the smallest side that a matrix product may have
 
 _interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
@@ -45,12 +45,7 @@ def launch(
       ValueError: an array has more elements than the kernels' indices reach.
     """
     per_token = (*points.per_query, *inputs)
-    for array in (*per_token, *outputs):
-        if array.size > MAX_ELEMENTS:
-            raise ValueError(
-                f"{name}: an array of shape {array.shape} has {array.size} elements; expected at "
-                f"most {MAX_ELEMENTS}. Split the batch, or take implementation='xla'"
-            )
+    check_indexable(name, (*per_token, *outputs))
 
     def per_token_spec(array):
         rest = array.shape[3:]

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.deformable_conv import blocks, gather, products, tent
+from pallas_kernels.deformable_conv import blocks, gather, products, shared_image, tent
 from pallas_kernels.deformable_conv.api import VALUE_DTYPES, why_not_pallas
 from pallas_kernels.deformable_conv.points import Multiscale
 from pallas_kernels.deformable_conv.tiles import Grid
@@ -83,6 +83,15 @@ def _candidates(shape, dtype) -> Iterator[tuple[str, object, Callable]]:
                 b = blocks.Gather(tile(queries, 8), chunk, num_warps)
                 extra = dict(grid=Grid(h, w, *b.tile), chunk=chunk, num_warps=num_warps)
                 yield "forward", b, functools.partial(gather.forward, **extra, **options)
+    for kernel in ("forward", "point_gradients"):
+        if why_not_shared_image(kernel, shape, dtype) is None:
+            for num_warps in (4, 8, 12, 16):
+                b = blocks.SharedImage(num_warps)
+                extra = dict(h=h, w=w, num_warps=num_warps)
+                if kernel == "point_gradients":
+                    extra["dtypes"] = (jnp.dtype(dtype),) * 3
+                run = getattr(shared_image, kernel)
+                yield kernel, b, functools.partial(run, **extra, **options)
     sizes = [(q, t, n) for q in (16, 32, 64, 128) for t in (32, 64, 128, 256) for n in (4, 8)]
     for q, t, num_warps in sizes:
         width = 16 if h * w <= 256 else 8
@@ -100,6 +109,14 @@ def _candidates(shape, dtype) -> Iterator[tuple[str, object, Callable]]:
                 more = dict(tiles_per_program=many, skip=skip)
                 run = functools.partial(tent.values_gradient, **more, **extra, **options)
                 yield "values_gradient", b, run
+
+
+def why_not_shared_image(kernel: str, shape, dtype) -> str | None:
+    """Why `shared_image.py` can't do the kernel here; None if it can."""
+    capability = jax.devices()[0].compute_capability
+    if not capability.startswith("9."):
+        return f"it is for compute capability 9.0, and this GPU has {capability}"
+    return shared_image.why_not(*shape[1:3], shape[4], dtype, in_parts=kernel == "forward")
 
 
 def main() -> None:

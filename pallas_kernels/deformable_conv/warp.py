@@ -1,0 +1,393 @@
+"""A warp of an NVIDIA GPU, instruction by instruction, for kernels in Pallas' Mosaic GPU.
+
+`Warp` writes what 32 lanes do in lockstep into a kernel. Only a few instructions are spelled out:
+those that move data between lanes and memories, and the tensor cores'. Arithmetic is ordinary JAX
+on scalars, which `Warp.apply` translates for each lane. `simulated_warp.py` has the same methods on
+NumPy arrays, so that kernels can be tested without a GPU.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils as mosaic
+from jax.extend.core import Literal
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm, scf
+
+LANES = 32
+GLOBAL_MEMORY = 1  # LLVM's number of the address space
+ALL_LANES = "0xffffffff"
+
+
+class Lanes:
+    """A number or a condition of each lane: int32, float32 or bool."""
+
+    def __init__(self, value: ir.Value):
+        self.value = value
+
+    @property
+    def is_float(self) -> bool:
+        return isinstance(self.value.type, ir.FloatType)
+
+    def _with(self, other, of_floats: Callable, of_integers: Callable) -> "Lanes":
+        other = _like(self, other)
+        if self.is_float:
+            return Lanes(of_floats(self.value, other, fastmath=_contract()))
+        return Lanes(of_integers(self.value, other))
+
+    def __add__(self, other):
+        return self._with(other, arith.addf, arith.addi)
+
+    def __sub__(self, other):
+        return self._with(other, arith.subf, arith.subi)
+
+    def __mul__(self, other):
+        return self._with(other, arith.mulf, arith.muli)
+
+    def __floordiv__(self, other):
+        """For integers that are not negative, like `%`, `>>` and `<`."""
+        return Lanes(arith.divui(self.value, _like(self, other)))
+
+    def __mod__(self, other):
+        return Lanes(arith.remui(self.value, _like(self, other)))
+
+    def __and__(self, other):
+        return Lanes(arith.andi(self.value, _like(self, other)))
+
+    def __rshift__(self, other):
+        return Lanes(arith.shrui(self.value, _like(self, other)))
+
+    def __lshift__(self, other):
+        return Lanes(arith.shli(self.value, _like(self, other)))
+
+    def __lt__(self, other):
+        return _compare(self, other, "OLT", "slt")
+
+    def __eq__(self, other):
+        return _compare(self, other, "OEQ", "eq")
+
+    __hash__ = None
+
+
+def _like(lanes: Lanes, number) -> ir.Value:
+    if isinstance(number, Lanes):
+        return number.value
+    return arith.constant(lanes.value.type, float(number) if lanes.is_float else int(number))
+
+
+def _contract() -> ir.Attribute:
+    """Lets a product and a sum become one instruction."""
+    return ir.Attribute.parse("#arith.fastmath<contract>")
+
+
+def _compare(a: Lanes, b, of_floats: str, of_integers: str) -> Lanes:
+    if a.is_float:
+        predicate = getattr(arith.CmpFPredicate, of_floats)
+        return Lanes(arith.cmpf(predicate, a.value, _like(a, b)))
+    predicate = getattr(arith.CmpIPredicate, of_integers)
+    return Lanes(arith.cmpi(predicate, a.value, _like(a, b)))
+
+
+class Warp:
+    """One warp of a block of `num_warps`; of its lanes' values, arrays below mean `Lanes`."""
+
+    def __init__(self, num_warps: int):
+        self.num_warps = num_warps
+        self.thread = Lanes(mosaic.thread_idx())  # in the block
+        self.lane = self.thread & (LANES - 1)
+        self.warp = Lanes(mosaic.warp_idx())  # in the block
+        self.block = Lanes(arith.index_cast(_type("i32"), gpu.block_id(gpu.Dimension.x)))
+
+    # --- numbers -------------------------------------------------------------------------------
+
+    def constant(self, number: int | float) -> Lanes:
+        return Lanes(arith.constant(_type("f32" if isinstance(number, float) else "i32"), number))
+
+    def apply(self, function: Callable, *args):
+        """function(*args), of pytrees of lanes, for a function of JAX scalars."""
+        return evaluate(function, args, _SCALARS, _dtype_of)
+
+    def select(self, condition: Lanes, a: Lanes, b: Lanes) -> Lanes:
+        return Lanes(arith.select(condition.value, a.value, b.value))
+
+    def shuffle(self, x: Lanes, source: Lanes) -> Lanes:
+        """x of the lane number `source`."""
+        kind = "f" if x.is_float else "r"
+        text = f"shfl.sync.idx.b32 $0, $1, $2, 0x1f, {ALL_LANES};"
+        return _assemble(text, x.value.type, f"={kind},{kind},r", x, source, ordered=True)
+
+    def pack(self, low: Lanes, high: Lanes, dtype) -> Lanes:
+        """Two float32 numbers in the 16 bits of `dtype` each."""
+        text = f"cvt.rn.{_short(dtype)}x2.f32 $0, $1, $2;"
+        return _assemble(text, _type("i32"), "=r,f,f", high, low)
+
+    def permute_bytes(self, x: Lanes, selector: Lanes) -> Lanes:
+        """The bytes of x that the digits of `selector` name, lowest first; digit 4 gives zero."""
+        text = "prmt.b32 $0, $1, 0, $2;"
+        return _assemble(text, _type("i32"), "=r,r,r", x, selector)
+
+    # --- memory --------------------------------------------------------------------------------
+
+    def rank(self, ref: ir.Value) -> int:
+        return ir.MemRefType(ref.type).rank
+
+    def load(self, ref: ir.Value, index: Lanes, count: int = 1):
+        """`count` (1 or 2) neighbours of the flattened `ref`, as float32."""
+        element, pointer = _element_and_pointer(ref, index)
+        if count == 1:
+            return _to_float32(llvm.load(element, pointer))
+        pair = llvm.load(ir.VectorType.get((2,), element), pointer)
+        at = (arith.constant(_type("i32"), i) for i in range(2))
+        return tuple(_to_float32(llvm.extractelement(pair, i)) for i in at)
+
+    def load_pair(self, ref: ir.Value, index: Lanes) -> Lanes:
+        """Two neighbours of 16 bits of the flattened `ref`, as they are."""
+        return Lanes(llvm.load(_type("i32"), _element_and_pointer(ref, index)[1]))
+
+    def store(self, ref: ir.Value, index: Lanes, *numbers: Lanes, mask: Lanes | None) -> None:
+        """One float32 number, or two neighbours, into the flattened `ref` where `mask`
+        says so; None: everywhere."""
+        element, pointer = _element_and_pointer(ref, index)
+        values = [x.value for x in numbers]
+        if element != _type("f32"):
+            values = [arith.truncf(element, value) for value in values]
+        value = values[0]
+        if len(values) == 2:
+            value = llvm.mlir_undef(ir.VectorType.get((2,), element))
+            for i, x in enumerate(values):
+                value = llvm.insertelement(value, x, arith.constant(_type("i32"), i))
+        _where(mask, lambda: llvm.store(value, pointer))
+
+    def shared_memory(self, ref: ir.Value) -> Lanes:
+        """The address of the block's shared memory `ref`, in bytes."""
+        return Lanes(llvm.ptrtoint(_type("i32"), mosaic.memref_ptr(ref)))
+
+    def store_pair(self, ref: ir.Value, index: Lanes, pair: Lanes, *, mask: Lanes | None) -> None:
+        """Two neighbours of 16 bits, as they are, into the flattened `ref` where `mask`
+        says so; None: everywhere."""
+        pointer = _element_and_pointer(ref, index)[1]
+        _where(mask, lambda: llvm.store(pair.value, pointer))
+
+    def copy_to_shared(
+        self, address: Lanes, ref: ir.Value, index: Lanes, *, mask: Lanes | None
+    ) -> None:
+        """Begins to copy 16 bytes; `wait_for_copies` ends all copies of the block."""
+
+        def copy():
+            pointer = Lanes(llvm.ptrtoint(_type("i64"), _element_and_pointer(ref, index)[1]))
+            text = "cp.async.cg.shared.global [$0], [$1], 16;"
+            _assemble(text, None, "r,l,~{memory}", address, pointer, ordered=True)
+
+        _where(mask, copy)
+
+    def wait_for_copies(self) -> None:
+        _assemble("cp.async.wait_all;", None, "~{memory}", ordered=True)
+        gpu.barrier()
+
+    # --- matrices ------------------------------------------------------------------------------
+
+    def load_matrices(self, address: Lanes, *, offset: int, count: int, transposed: bool) -> list:
+        """`count` (2 or 4) matrices of 8 x 8 numbers of 16 bits, each as one register.
+
+        Row i of matrix n is the 16 bytes at lane 8 n + i's `address` + `offset` in shared memory.
+        """
+        registers = ",".join(f"${i}" for i in range(count))
+        trans = ".trans" if transposed else ""
+        return _assemble(
+            f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {{{registers}}}, "
+            f"[${count}+{offset}];",
+            [_type("i32")] * count,
+            "=r," * count + "r,~{memory}",
+            address,
+            ordered=True,
+        )
+
+    def transpose(self, x: Lanes) -> Lanes:
+        """A matrix of 8 x 8 numbers of 16 bits in one register, transposed."""
+        text = "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;"
+        return _assemble(text, _type("i32"), "=r,r", x, ordered=True)
+
+    def add_product(self, total: list, left: list, right: list, dtype) -> list:
+        """total + left right of matrices 16 x 8, 16 x k and k x 8, where k is 8 times len(right).
+
+        Of each 8 x 8 part of a matrix, lane 4 i + j has columns 2 j and 2 j + 1 of row i, or of the
+        right matrix, rows 2 j and 2 j + 1 of column i; the left matrix' upper part comes first.
+        """
+        start, groups = 0, []
+        for count in (4, len(left), len(right), 4):
+            groups.append("{" + ",".join(f"${i}" for i in range(start, start + count)) + "}")
+            start += count
+        kind = _short(dtype)
+        return _assemble(
+            f"mma.sync.aligned.m16n8k{8 * len(right)}.row.col.f32.{kind}.{kind}.f32 "
+            f"{', '.join(groups)};",
+            [_type("f32")] * 4,
+            ",".join(["=f"] * 4 + ["r"] * (len(left) + len(right)) + ["f"] * 4),
+            *left,
+            *right,
+            *total,
+        )
+
+    def loop(self, count: int, body: Callable, carry=()):
+        """The last of carry = body(i, carry), a pytree of lanes, for each i below `count`."""
+        leaves, tree = jax.tree.flatten(carry)
+        first, end, step = (arith.constant(_type("i32"), x) for x in (0, count, 1))
+        loop = scf.ForOp(first, end, step, [leaf.value for leaf in leaves])
+        with ir.InsertionPoint(loop.body):
+            now = jax.tree.unflatten(tree, [Lanes(x) for x in loop.inner_iter_args])
+            after = jax.tree.leaves(body(Lanes(loop.induction_variable), now))
+            scf.yield_([leaf.value for leaf in after])
+        return jax.tree.unflatten(tree, [Lanes(x) for x in loop.results])
+
+
+def _type(name: str) -> ir.Type:
+    return ir.Type.parse(name)
+
+
+def _short(dtype) -> str:
+    return {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[jnp.dtype(dtype).name]
+
+
+def _to_float32(value: ir.Value) -> Lanes:
+    return Lanes(value if value.type == _type("f32") else arith.extf(_type("f32"), value))
+
+
+def _element_and_pointer(ref: ir.Value, index: Lanes) -> tuple[ir.Type, ir.Value]:
+    element = ir.MemRefType(ref.type).element_type
+    pointer = mosaic.memref_ptr(ref)
+    global_pointer = llvm.PointerType.get(GLOBAL_MEMORY)
+    if pointer.type != global_pointer:
+        pointer = llvm.addrspacecast(global_pointer, pointer)
+    wide = arith.extsi(_type("i64"), index.value)
+    return element, mosaic.getelementptr(pointer, [wide], element)
+
+
+def _where(mask: Lanes | None, body: Callable) -> None:
+    if mask is None:
+        body()
+        return
+    branch = scf.IfOp(mask.value)
+    with ir.InsertionPoint(branch.then_block):
+        body()
+        scf.yield_([])
+
+
+def _assemble(text: str, result, constraints: str, *args: Lanes, ordered: bool = False):
+    """PTX with one result, several (a list of types) or none; `ordered`: it keeps its place."""
+    several = isinstance(result, list)
+    kind = llvm.StructType.get_literal(result) if several else result
+    values = [x.value for x in args]
+    out = llvm.inline_asm(kind, values, text, constraints, has_side_effects=ordered)
+    if several:
+        return [Lanes(llvm.extractvalue(t, out, [i])) for i, t in enumerate(result)]
+    return None if result is None else Lanes(out)
+
+
+# --- JAX scalars -> lanes ------------------------------------------------------------------------
+
+
+def evaluate(function: Callable, args, table: dict[str, Callable], dtype_of: Callable):
+    """function(*args) by the functions of `table`, one for each of JAX's primitives it uses.
+
+    dtype_of(x) is the dtype of a number among `args`.
+    """
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), dtype_of(x)), args)
+    jaxpr, out_shapes = jax.make_jaxpr(function, return_shape=True)(*shapes)
+    out = _evaluate_jaxpr(jaxpr.jaxpr, jaxpr.consts, jax.tree.leaves(args), table)
+    return jax.tree.unflatten(jax.tree.structure(out_shapes), out)
+
+
+def _evaluate_jaxpr(jaxpr, consts, args, table) -> list:
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    for equation in jaxpr.eqns:
+        inputs = [read(atom) for atom in equation.invars]
+        inner = equation.params.get("jaxpr")
+        if inner is not None:
+            outputs = _evaluate_jaxpr(inner.jaxpr, inner.consts, inputs, table)
+        else:
+            outputs = [table[equation.primitive.name](*inputs, **equation.params)]
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _dtype_of(x: Lanes):
+    return jnp.float32 if x.is_float else jnp.int32
+
+
+def _unary(text: str) -> Callable:
+    """A float32 of a float32 in one instruction."""
+
+    def apply(x, **params):
+        del params
+        return _assemble(text, _type("f32"), "=f,f", x)
+
+    return apply
+
+
+def _binary(of_lanes: Callable) -> Callable:
+    """`of_lanes` of two operands, one of which may be a number."""
+
+    def apply(a, b, **params):
+        del params
+        if not isinstance(a, Lanes):
+            a = Lanes(_like(b, a))
+        return of_lanes(a, b)
+
+    return apply
+
+
+def _extremum(of_floats: str, of_integers: Callable) -> Callable:
+    # PTX's takes the number of a number and NaN, and costs one instruction; JAX's takes NaN.
+    def apply(a, b):
+        if a.is_float:
+            text = f"{of_floats} $0, $1, $2;"
+            return _assemble(text, _type("f32"), "=f,f,f", a, Lanes(_like(a, b)))
+        return Lanes(of_integers(a.value, _like(a, b)))
+
+    return _binary(apply)
+
+
+def _select_n(condition: Lanes, if_false, if_true) -> Lanes:
+    if not isinstance(if_false, Lanes):
+        if isinstance(if_true, Lanes):
+            if_false = Lanes(_like(if_true, if_false))
+        else:
+            if_false = Lanes(arith.constant(_type("f32"), float(if_false)))
+    return Lanes(arith.select(condition.value, _like(if_false, if_true), if_false.value))
+
+
+def _convert(x, *, new_dtype, **params) -> Lanes:
+    del params
+    if not isinstance(x, Lanes):
+        return jnp.dtype(new_dtype).type(x)
+    to_float = jnp.issubdtype(new_dtype, jnp.floating)
+    if to_float == x.is_float:
+        return x
+    text, kinds = ("cvt.rn.f32.s32", "=f,r") if to_float else ("cvt.rzi.s32.f32", "=r,f")
+    return _assemble(f"{text} $0, $1;", _type("f32" if to_float else "i32"), kinds, x)
+
+
+_SCALARS = {
+    "add": _binary(lambda a, b: a + b),
+    "sub": _binary(lambda a, b: a - b),
+    "mul": _binary(lambda a, b: a * b),
+    "neg": lambda x, **_: x * -1,
+    "and": _binary(lambda a, b: a & b),
+    "lt": _binary(lambda a, b: a < b),
+    "ge": _binary(lambda a, b: _compare(a, b, "OGE", "sge")),
+    "max": _extremum("max.f32", arith.maxsi),
+    "min": _extremum("min.f32", arith.minsi),
+    "abs": _unary("abs.f32 $0, $1;"),
+    "square": lambda x, **_: x * x,
+    "floor": _unary("cvt.rmi.f32.f32 $0, $1;"),
+    "ceil": _unary("cvt.rpi.f32.f32 $0, $1;"),
+    "exp2": _unary("ex2.approx.ftz.f32 $0, $1;"),
+    "rsqrt": _unary("rsqrt.approx.ftz.f32 $0, $1;"),
+    "select_n": _select_n,
+    "convert_element_type": _convert,
+}
