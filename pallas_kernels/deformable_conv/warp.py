@@ -342,7 +342,6 @@ def _binary(of_lanes: Callable) -> Callable:
 
 
 def _extremum(of_floats: str, of_integers: Callable) -> Callable:
-    # PTX's takes the number of a number and NaN, and costs one instruction; JAX's takes NaN.
     def apply(a, b):
         if a.is_float:
             text = f"{of_floats} $0, $1, $2;"
@@ -380,8 +379,8 @@ _SCALARS = {
     "and": _binary(lambda a, b: a & b),
     "lt": _binary(lambda a, b: a < b),
     "ge": _binary(lambda a, b: _compare(a, b, "OGE", "sge")),
-    "max": _extremum("max.f32", arith.maxsi),
-    "min": _extremum("min.f32", arith.minsi),
+    "max": _extremum("max.NaN.f32", arith.maxsi),
+    "min": _extremum("min.NaN.f32", arith.minsi),
     "abs": _unary("abs.f32 $0, $1;"),
     "square": lambda x, **_: x * x,
     "floor": _unary("cvt.rmi.f32.f32 $0, $1;"),

@@ -133,6 +133,14 @@ def test_points_that_are_not_finite_add_nothing():
         assert np.isfinite(gradient).all()
 
 
+def test_scales_that_are_not_numbers_add_nothing():
+    values, points, _ = inputs((1, 4, 8, 1, 8, 3), "multiscale", jnp.bfloat16, jnp.float32)
+    without = points._replace(weights=points.weights.at[0, 1, 2, 0, 1].set(0))
+    points = points._replace(scales=points.scales.at[0, 1, 2, 0, 1].set(jnp.nan))
+    actual, expected = (forward(values, p, "zeros", 4) for p in (points, without))
+    np.testing.assert_array_equal(actual, expected)
+
+
 def test_what_it_cannot_take():
     assert shared_image.why_not(16, 16, 72, jnp.bfloat16, in_parts=False) is None
     assert "float32" in shared_image.why_not(16, 16, 72, jnp.float32, in_parts=False)
