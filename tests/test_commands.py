@@ -222,8 +222,12 @@ def test_sample_command_writes_grid_npz_and_pngs(trained, tmp_path):
     assert Image.open(tmp_path / "grid.png").mode == "RGB"
     metadata = read_metadata(tmp_path / "images" / "00004.png")
     assert metadata["settings"]["image_size"] == [8, 12] and metadata["settings"]["seed"] == 0
-    assert (metadata["index"], metadata["class"], metadata["model"]["step"]) == (4, "3", 6)
+    assert (metadata["index"], metadata["class"], metadata["class_name"]) == (4, 3, "3")
+    assert metadata["model"]["step"] == 6
 
     code, output = tiny.run([*command, "--guidance=2"])
     assert code != 0 and "Traceback" not in output
-    assert "holds another run's images (settings" in output and "another --out" in output
+    assert (
+        "another run's images (settings.guidance: 1.375 -> 2.0); use" in output
+        and "another --out" in output
+    )

@@ -1,5 +1,6 @@
 """Strips that show what one setting does: the same noise and class in a row, a value a column."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +9,19 @@ import jax
 from ml_collections import ConfigDict
 
 from flowdcn_jax import samplers
-from flowdcn_jax.images import make_grid, save_png
+from flowdcn_jax.images import make_grid
 from flowdcn_jax.models.resolution import RESOLUTION_ADJUSTMENTS
 from flowdcn_jax.samplers.neural_coefficients import NEURAL_COEFFICIENTS
 from flowdcn_jax.sampling.classes import class_labels
-from flowdcn_jax.sampling.run import default_path, describe, draw_images, load_trained
+from flowdcn_jax.sampling.output_folder import OutputFolder
+from flowdcn_jax.sampling.run import (
+    default_path,
+    describe,
+    draw_images,
+    in_first_process,
+    load_trained,
+    png_metadata,
+)
 from flowdcn_jax.sampling.settings import SamplingError, Settings, check_number
 
 STEPS = (2, 3, 4, 5, 8, 10)  # the paper's figure
@@ -35,6 +44,8 @@ def compare_to_png(
     autoencoder_weights: str | Path | None = None,
 ) -> Path:
     """Writes compare_KIND.png: a row an image, a column a value of `kind`.
+
+    A folder is for one kind of one set of settings; another's is refused.
 
     Args:
         kind: one of COMPARISONS.
@@ -63,27 +74,26 @@ def compare_to_png(
     columns = COMPARISONS[kind](settings, model.config)
     all_labels = model.labels(classes, num_images, order=labels, seed=settings.seed)
     record = describe(model, settings, all_labels) | {"compare": kind}
-    folder = Path(out) if out else default_path(workdir, record)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)  # found out now, not after the work
-    except OSError as error:
-        raise SamplingError(f"--out={folder} cannot be made a folder: {error}") from error
-
-    drawn = []
-    for caption, column in columns:
-        if jax.process_index() == 0:
-            print(f"{kind}: {caption}")
-        drawn.append(draw_images(model, column, all_labels, batch_size=batch_size, progress=True))
-    names = class_labels(all_labels, model.words)
-    strip = make_grid(
-        [images[row] for row in range(num_images) for images in drawn],
-        columns=len(columns),
-        captions=[f"{caption}, {name}" for name in names for caption, _ in columns],
-    )
-    path = folder / f"compare_{kind}.png"
-    if jax.process_index() == 0:
-        save_png(path, strip, record)
-    return path
+    folder = OutputFolder(Path(out) if out else default_path(workdir, record))
+    with contextlib.closing(folder):
+        in_first_process(lambda: folder.open(record))  # found out now, not after the work
+        drawn = []
+        for caption, column in columns:
+            if jax.process_index() == 0:
+                print(f"{kind}: {caption}")
+            drawn.append(
+                draw_images(model, column, all_labels, batch_size=batch_size, progress=True)
+            )
+        names = class_labels(all_labels, model.words)
+        strip = make_grid(
+            [images[row] for row in range(num_images) for images in drawn],
+            columns=len(columns),
+            captions=[f"{caption}, {name}" for name in names for caption, _ in columns],
+        )
+        picture = f"compare_{kind}.png"
+        metadata = png_metadata(model, record, classes, order=labels)
+        in_first_process(lambda: folder.save_png(picture, strip, metadata))
+    return folder.path / picture
 
 
 def _steps(settings: Settings, config: ConfigDict) -> list[tuple[str, Settings]]:

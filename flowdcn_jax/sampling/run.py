@@ -1,11 +1,12 @@
 """Drawing images with a training run: to a folder, as sample.py does, or to an array."""
 
+import contextlib
 import dataclasses
+import functools
 import json
-import logging
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,15 +17,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowdcn_jax.autoencoders import (
-    Autoencoder,
-    check_fits,
-    decode_pixels,
-    load_autoencoder,
-    preview_latents,
-)
-from flowdcn_jax.images import grid_columns, make_grid, save_png
-from flowdcn_jax.sampling.classes import class_labels, class_words, make_labels, parse_classes
+from flowdcn_jax import __version__
+from flowdcn_jax.autoencoders import Autoencoder, check_fits, load_autoencoder
+from flowdcn_jax.precision import compute_dtype
+from flowdcn_jax.sampling.classes import class_words, make_labels, parse_classes
 from flowdcn_jax.sampling.folder import SampleFolder
 from flowdcn_jax.sampling.generator import (
     draw_batches,
@@ -32,11 +28,10 @@ from flowdcn_jax.sampling.generator import (
     load_weights,
     make_generator,
 )
+from flowdcn_jax.sampling.pictures import write_pictures
 from flowdcn_jax.sampling.settings import SamplingError, Settings, check_number
 from flowdcn_jax.training import checkpoint
 from flowdcn_jax.training.sharding import make_mesh
-
-MAX_GRID_IMAGES = 100  # the grid shows the first ones
 
 
 class TrainedModel(NamedTuple):
@@ -174,17 +169,19 @@ def sample_to_folder(
     )
     all_labels = model.labels(classes, num_images, order=labels, seed=settings.seed)
     record = describe(model, settings, all_labels)
-    folder = SampleFolder(Path(out) if out else default_path(workdir, record), num_images)
+    path = Path(out) if out else default_path(workdir, record)
+    folder = SampleFolder(path, num_images, _stored_rows(model, settings))
 
-    missing = _open_everywhere(folder, record)
-    print_cost(settings)
-    per_device = min(batch_size, math.ceil(num_images / model.mesh.size))
-    _draw_missing(folder, missing, generator, model, all_labels, per_device * model.mesh.size)
-    grid = folder.path / "grid.png"
-    if jax.process_index() == 0:
-        folder.join()
-        _write_pictures(folder, grid, model, record, all_labels, save_images=save_images)
-    return grid
+    with contextlib.closing(folder):
+        missing = _open_everywhere(folder, record)
+        print_cost(settings)
+        per_device = min(batch_size, math.ceil(num_images / model.mesh.size))
+        _draw_missing(folder, missing, generator, model, all_labels, per_device * model.mesh.size)
+        in_first_process(folder.join)
+        metadata = png_metadata(model, record, classes, order=labels)
+        pictures = (folder, all_labels, model.words, metadata)
+        in_first_process(lambda: write_pictures(*pictures, save_images=save_images))
+    return folder.grid
 
 
 def generate(
@@ -275,18 +272,44 @@ def draw_images(
 def describe(model: TrainedModel, settings: Settings, labels: np.ndarray) -> dict:
     """What the images depend on, as JSON takes it: two runs with the same record give the same."""
 
-    def weights_of(weights: checkpoint.Weights) -> dict:
-        return {"step": weights.step, "checksum": _digest(checkpoint.checksum(weights.params))}
+    def network(weights: checkpoint.Weights) -> dict:
+        return {
+            "step": weights.step,
+            "checksum": _digest(checkpoint.checksum(weights.params)),
+            "config": _resolved(weights.config.model),
+            "image_size": weights.config.data.image_size,  # resolution adjustments start from it
+        }
 
+    decoder = _resolved(model.config.autoencoder)
+    decoder.pop("weights", None)  # where they lie; their digest says which they are
     return {
         "num_images": len(labels),
         "labels": _digest(labels.tolist()),
-        "model": weights_of(model.weights),
-        "guide": None if model.guide is None else weights_of(model.guide),
-        "autoencoder": json.loads(model.config.autoencoder.to_json())
-        | {"weights_sha256": model.autoencoder.weights_sha256},
+        "model": network(model.weights),
+        "guide": None if model.guide is None else network(model.guide),
+        "autoencoder": decoder
+        | {
+            "weights_sha256": model.autoencoder.weights_sha256,
+            "scale": model.autoencoder.scale,
+            "shift": model.autoencoder.shift,
+        },
         "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
     }
+
+
+def _resolved(section: ConfigDict) -> dict:
+    """A section of a config with the dtype that "auto" stands for on these devices."""
+    dtype = np.dtype(compute_dtype(section.dtype)).name
+    return json.loads(section.to_json()) | {"dtype": dtype}
+
+
+def png_metadata(
+    model: TrainedModel, record: dict, classes: Sequence[str | int] | None, *, order: str
+) -> dict:
+    """What PNGs say of themselves: their record, the classes asked for, and who made them."""
+    asked = model.config.sampling.classes if classes is None else [str(name) for name in classes]
+    request = {"classes": list(asked), "labels": order}
+    return record | {"request": request, "flowdcn_jax": __version__}
 
 
 def default_path(workdir: str | Path, record: dict) -> Path:
@@ -309,35 +332,58 @@ def _digest(tree) -> str:
     return f"{zlib.crc32(json.dumps(tree, sort_keys=True).encode()):08x}"
 
 
+def in_first_process(action: Callable[[], object]) -> None:
+    """Calls `action` in process 0, and raises its SamplingError in every process.
+
+    All processes call it at the same place; the others wait.
+    """
+    error = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except SamplingError as e:
+            error = e
+    failed = error is not None
+    if jax.process_count() > 1:
+        failed = bool(multihost_utils.broadcast_one_to_all(np.asarray(failed)))
+    if failed:
+        raise error or SamplingError("process 0 had to stop; its own message says why")
+
+
 def _open_everywhere(folder: SampleFolder, record: dict) -> list[tuple[int, int]]:
     """Opens the folder in process 0 and tells all of them which images are missing.
 
     Raises:
         SamplingError: in every process, if the folder cannot be used.
     """
+    in_first_process(lambda: folder.open(record))
     if jax.process_count() == 1:
-        folder.open(record)
         return folder.missing()
-    missing, error = np.zeros(folder.num_images + 1, bool), None
+    missing = np.zeros(folder.num_images, bool)
     if jax.process_index() == 0:
-        try:
-            folder.open(record)
-            for start, stop in folder.missing():
-                missing[start:stop] = True
-        except SamplingError as e:
-            missing[-1], error = True, e
+        for start, stop in folder.missing():
+            missing[start:stop] = True
     missing = np.asarray(multihost_utils.broadcast_one_to_all(missing))
-    if missing[-1]:
-        raise error or SamplingError(f"process 0 cannot use {folder.path}")
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], missing[:-1], [False]])))
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], missing, [False]])))
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+
+
+def _stored_rows(model: TrainedModel, settings: Settings) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the files hold of each image: latents where there is no decoder."""
+    config = model.config
+    sides = (side // config.autoencoder.downsampling for side in settings.image_size)
+    x = jax.ShapeDtypeStruct((1, *sides, config.model.in_channels), np.float32)
+    label = jax.ShapeDtypeStruct((), np.int32)
+    if config.autoencoder.name == "none":
+        return {"latents": jax.ShapeDtypeStruct(x.shape[1:], x.dtype), "labels": label}
+    image = jax.eval_shape(model.autoencoder.decode, model.autoencoder.params, x)
+    return {"arr_0": jax.ShapeDtypeStruct(image.shape[1:], np.uint8), "arr_1": label}
 
 
 def _draw_missing(folder, missing, generator, model, labels, batch_size) -> None:
     """Draws what is missing; process 0 writes a shard a batch and shows the time left."""
     count = sum(stop - start for start, stop in missing)
     main = jax.process_index() == 0
-    latents = model.config.autoencoder.name == "none"
     with tqdm(
         total=len(labels),
         initial=len(labels) - count,
@@ -348,29 +394,8 @@ def _draw_missing(folder, missing, generator, model, labels, batch_size) -> None
         for start, stop, x, images in draw_batches(
             generator, model.weights.params, labels, ranges=missing, batch_size=batch_size
         ):
-            if not main:
-                continue
-            rows = np.asarray(x if latents else images)[: stop - start]
-            names = ("latents", "labels") if latents else ("arr_0", "arr_1")
-            folder.write(start, dict(zip(names, (rows, labels[start:stop]), strict=True)))
+            rows = x if "latents" in folder.rows else images
+            if main:
+                rows = np.asarray(rows)[: stop - start]
+            in_first_process(functools.partial(folder.write, start, rows, labels[start:stop]))
             bar.update(stop - start)
-
-
-def _write_pictures(folder, grid: Path, model, record: dict, labels, *, save_images: bool) -> None:
-    """The grid of the first images, and each image as a PNG if asked for."""
-    latents = model.config.autoencoder.name == "none"
-    if latents:
-        logging.warning("latents, and no decoder: the pictures show three latent channels")
-    captions = class_labels(labels, model.words)
-    shown = []
-    for index, (row, _) in enumerate(folder.images()):
-        if index >= MAX_GRID_IMAGES and not save_images:
-            break
-        image = np.asarray(decode_pixels(preview_latents(row[None])[0])) if latents else row
-        if index < MAX_GRID_IMAGES:
-            shown.append(image)
-        if save_images:
-            metadata = record | {"index": index, "class": captions[index]}
-            save_png(folder.path / "images" / f"{index:05d}.png", image, metadata)
-    columns = grid_columns(len(shown), len(np.unique(labels)))
-    save_png(grid, make_grid(shown, columns=columns, captions=captions[: len(shown)]), record)

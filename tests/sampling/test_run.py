@@ -1,5 +1,8 @@
 """Whole sampling runs: any devices, stopped and gone on with, as a file, an array or a strip."""
 
+import contextlib
+import dataclasses
+import json
 import shutil
 import signal
 import sys
@@ -74,11 +77,11 @@ def test_a_stopped_run_goes_on_and_draws_only_what_is_missing(
 ):
     real, written = SampleFolder.write, []
 
-    def full(folder, start, arrays):
+    def full(folder, start, *arrays):
         if len(written) == 3:
             raise sampling.SamplingError("the disk is full")
         written.append(start)
-        real(folder, start, arrays)
+        real(folder, start, *arrays)
 
     monkeypatch.setattr(SampleFolder, "write", full)
     with pytest.raises(sampling.SamplingError, match="full"):
@@ -131,33 +134,65 @@ def test_two_processes_draw_the_same(workdir, reference, tmp_path):
     assert "grid.png" in output and "grid.png" not in other_output
 
 
-@pytest.mark.parametrize("process", [0, 1])
-def test_processes_agree_on_what_is_missing_and_refuse_together(tmp_path, monkeypatch, process):
-    def run_both(record):
-        """Process 0 first, whose broadcast the other one then receives."""
-        sent = []
+@pytest.fixture
+def in_two_processes(monkeypatch):
+    """Calls a function as process 0, then as process 1, which receives what 0 has broadcast.
+
+    Gives what each returned or raised.
+    """
+
+    def call(function):
+        sent, outcomes = [], []
 
         def broadcast(array):
-            sent.append(array)
-            return sent[0]
+            if jax.process_index() == 0:
+                sent.append(array)
+                return array
+            return sent.pop(0)
 
-        monkeypatch.setattr(run.multihost_utils, "broadcast_one_to_all", broadcast)
-        monkeypatch.setattr(jax, "process_count", lambda: 2)
-        for index in range(process + 1):
-            monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-            folder = SampleFolder(tmp_path, 9)
-            if index < process and record != {"seed": 0}:
-                with pytest.raises(sampling.SamplingError, match="another run's images"):
-                    run._open_everywhere(folder, record)
-            else:
-                missing = run._open_everywhere(folder, record)
-        return missing
+        with monkeypatch.context() as patch:
+            patch.setattr(run.multihost_utils, "broadcast_one_to_all", broadcast)
+            patch.setattr(jax, "process_count", lambda: 2)
+            for index in range(2):
+                patch.setattr(jax, "process_index", lambda index=index: index)
+                try:
+                    outcomes.append(function())
+                except sampling.SamplingError as error:
+                    outcomes.append(str(error))
+        assert not sent
+        return outcomes
 
-    assert run_both({"seed": 0}) == [(0, 9)]
-    SampleFolder(tmp_path, 9).write(2, {"arr_0": np.zeros((3, 1)), "arr_1": np.zeros(3)})
-    assert run_both({"seed": 0}) == [(0, 2), (5, 9)]
-    with pytest.raises(sampling.SamplingError, match=("another run", "process 0 can")[process]):
-        run_both({"seed": 1})
+    return call
+
+
+def test_processes_agree_on_what_is_missing_and_stop_together(tmp_path, in_two_processes):
+    def open_(record):
+        rows = {name: jax.ShapeDtypeStruct((), np.int32) for name in ("arr_0", "arr_1")}
+        folder = SampleFolder(tmp_path, 9, rows)
+        with contextlib.closing(folder):
+            missing = run._open_everywhere(folder, record)
+            if jax.process_index() == 0:
+                folder.write(2, np.zeros(3, np.int32), np.zeros(3, np.int32))
+            return missing
+
+    assert in_two_processes(lambda: open_({"seed": 0})) == [[(0, 9)]] * 2
+    assert in_two_processes(lambda: open_({"seed": 0})) == [[(0, 2), (5, 9)]] * 2
+    refused, other = in_two_processes(lambda: open_({"seed": 1}))
+    assert "holds another run's images (seed: 0 -> 1)" in refused
+    assert other == "process 0 had to stop; its own message says why"
+
+
+@pytest.mark.parametrize("failing", ["write", "join", "save_png"])
+def test_a_full_disk_stops_all_processes(workdir, tmp_path, monkeypatch, in_two_processes, failing):
+    def full(*args):
+        assert jax.process_index() == 0
+        raise sampling.SamplingError("the disk is full")
+
+    model = sampling.load_trained(workdir, mesh=make_mesh(devices=jax.devices()[:1]))
+    monkeypatch.setattr(SampleFolder, failing, full)
+    monkeypatch.setattr(run, "load_trained", lambda *args, **options: model)
+    outcomes = in_two_processes(lambda: sample(workdir, tmp_path))
+    assert outcomes == ["the disk is full", "process 0 had to stop; its own message says why"]
 
 
 def test_generate_gives_the_commands_images(workdir, reference, tmp_path):
@@ -193,6 +228,88 @@ def test_the_default_folder_is_the_settings_own(workdir, monkeypatch):
         run.describe(model, sampling.Settings().for_model(model.config), labels),
     ):
         assert run.default_path(workdir, other) != path
+
+
+def test_the_record_holds_all_that_the_images_depend_on(workdir):
+    model = sampling.load_trained(workdir, mesh=make_mesh(devices=jax.devices()[:1]))
+    settings = SETTINGS.for_model(model.config)
+
+    def record(*, guide=False, sha256=None, scale=1.0, **overrides):
+        """Of a run with the same parameters and another config."""
+        other = model.weights._replace(config=tiny.config(**overrides))
+        autoencoder = dataclasses.replace(model.autoencoder, weights_sha256=sha256, scale=scale)
+        changed = model._replace(weights=other, autoencoder=autoencoder)
+        if guide:
+            changed = model._replace(guide=other)
+        return run.describe(changed, settings, np.arange(4))
+
+    assert record() == run.describe(model, settings, np.arange(4))
+    assert record(model__dtype="auto") == record(model__dtype="float32")  # on CPUs
+    assert record(autoencoder__weights="here") == record(autoencoder__weights="elsewhere")
+    for guide in (False, True):
+        for key, value in (
+            ("model__boundary", "truncate"),
+            ("model__max_scale", 2.0),
+            ("model__norm", "layer_norm"),
+            ("model__dtype", "bfloat16"),
+            ("data__image_size", 16),
+        ):
+            assert record(guide=guide, **{key: value}) != record(guide=guide), key
+    for options in (dict(sha256="5f"), dict(scale=0.5), dict(autoencoder__dtype="bfloat16")):
+        assert record(**options) != record()
+
+
+def test_pngs_say_what_they_are(workdir, tmp_path):
+    sample(workdir, tmp_path, classes=["three", 1], num_images=4, save_images=True)
+    metadata = read_metadata(tmp_path / "images" / "00002.png")
+    expected = {"index": 2, "class": 3, "class_name": "three"}
+    assert {key: metadata[key] for key in expected} == expected
+    for path in ("grid.png", "images/00002.png"):
+        metadata = read_metadata(tmp_path / path)
+        assert metadata["request"] == {"classes": ["three", "1"], "labels": "balanced"}
+        assert metadata["flowdcn_jax"] == flowdcn_jax.__version__
+        assert metadata["settings"]["seed"] == 5
+    assert "request" not in json.loads((tmp_path / "settings.json").read_text())
+    sample(workdir, tmp_path, classes=["3", "1"], num_images=4)  # the same, in other words
+
+
+def test_a_strip_does_not_replace_other_pictures(workdir, tmp_path, monkeypatch):
+    def draw(model, settings, labels, **rest):
+        return np.full((len(labels), 8, 8, 1), settings.seed, np.uint8)
+
+    monkeypatch.setattr("flowdcn_jax.sampling.compare.draw_images", draw)
+
+    def strip(kind, out, seed=0):
+        settings = sampling.Settings(seed=seed)
+        return sampling.compare_to_png(workdir, settings, kind=kind, num_images=1, out=out)
+
+    path = strip("image_size", tmp_path / "strip")
+    first = path.read_bytes()
+    for kind, seed, difference in (
+        ("image_size", 7, "settings.seed: 0 -> 7"),
+        ("steps", 0, "compare: 'image_size' -> 'steps'"),
+    ):
+        with pytest.raises(sampling.SamplingError, match=rf"another run's images \({difference}\)"):
+            strip(kind, tmp_path / "strip", seed)
+    with pytest.raises(sampling.SamplingError, match="compare: 'image_size' -> None"):
+        sample(workdir, tmp_path / "strip")
+    assert strip("image_size", tmp_path / "strip").read_bytes() == first
+    assert read_metadata(path)["request"]["labels"] == "balanced"
+    assert sorted(path.name for path in (tmp_path / "strip").iterdir()) == [
+        ".lock",
+        "compare_image_size.png",
+        "settings.json",
+    ]
+
+    sample(workdir, tmp_path / "run", num_images=2)
+    with pytest.raises(sampling.SamplingError, match="compare: None -> 'steps'"):
+        strip("steps", tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "grid.png").write_text("mine")
+    for call in (lambda out: strip("steps", out), lambda out: sample(workdir, out)):
+        with pytest.raises(sampling.SamplingError, match="mine holds grid.png and no settings"):
+            call(tmp_path / "mine")
+    assert (tmp_path / "mine" / "grid.png").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
