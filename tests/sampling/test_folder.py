@@ -1,6 +1,7 @@
 """The folder that a sampling run writes: shards, damage, other processes, and what is refused."""
 
 import collections
+import contextlib
 import errno
 import json
 import random
@@ -151,6 +152,20 @@ def test_a_damaged_shard_is_deleted_and_drawn_by_the_same_call(
     check_samples(folder)
 
 
+def test_all_bytes_of_a_shard_are_checked_when_the_folder_is_opened(tmp_path):
+    """Also those that zipfile does not read together with the header."""
+    rows = ROWS | {"arr_0": jax.ShapeDtypeStruct((99, 99), np.uint8)}
+    for _ in range(2):
+        folder = SampleFolder(tmp_path, 5, rows)
+        with contextlib.closing(folder):
+            folder.open(RECORD)
+            assert folder.missing() == [(0, 5)]
+            folder.write(0, np.zeros((5, 99, 99), np.uint8), LABELS[:5])
+        content = bytearray((tmp_path / FIRST).read_bytes())
+        content[len(content) // 2] ^= 1
+        (tmp_path / FIRST).write_bytes(content)
+
+
 def test_no_flipped_bit_gives_a_traceback_or_another_image(tmp_path, opened):
     """Of every byte of a shard and of samples.npz, some bit."""
     folder = opened(tmp_path)
@@ -254,6 +269,15 @@ def test_one_process_writes_at_a_time(tmp_path, opened):
         finally:
             other.kill()
     assert opened(tmp_path, record={"seed": 0}).missing() == [(0, 10)]
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, opened, monkeypatch, caplog):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("flowdcn_jax.sampling.output_folder.fcntl.flock", no_locks)
+    assert opened(tmp_path).missing() == [(0, 10)]
+    assert "cannot be locked " in caplog.text and "No locks available" in caplog.text
 
 
 def test_folders_of_other_runs_are_refused(tmp_path, opened):
