@@ -227,7 +227,4 @@ def test_sample_command_writes_grid_npz_and_pngs(trained, tmp_path):
 
     code, output = tiny.run([*command, "--guidance=2"])
     assert code != 0 and "Traceback" not in output
-    assert (
-        "another run's images (settings.guidance: 1.375 -> 2.0); use" in output
-        and "another --out" in output
-    )
+    assert "another run's images (settings.guidance: " in output and "another --out" in output
