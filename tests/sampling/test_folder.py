@@ -185,9 +185,7 @@ def test_no_flipped_bit_gives_a_traceback_or_another_image(tmp_path, opened):
     assert outcomes.keys() == {((5, 10),), ()}  # some bytes mean nothing, as dates
     assert outcomes[()] < 0.2 * len(whole)
 
-    for index in range(
-        len(whole)
-    ):  # found out when joined, by whatever is left unchecked until then
+    for index in range(0, len(whole), 10):  # damage after the shards were checked
         path.write_bytes(flipped(whole, index))
         try:
             folder.join()
