@@ -65,9 +65,12 @@ def guided_velocity(
     def strong_and_weak(x, t):
         if guide is not None:
             return strong_alone(x, t), guide(x, jnp.broadcast_to(t, y.shape), y)
-        twice_y = jnp.concatenate([y, jnp.full_like(y, null_class)])
-        both = model(jnp.concatenate([x, x]), jnp.broadcast_to(t, twice_y.shape), twice_y)
-        return jnp.split(both, 2)
+        # Each image beside its twin: one after the other, the two halves of a batch that is split
+        # over devices would have to change places at every evaluation.
+        twice_x, twice_y = _interleave(x, x), _interleave(y, jnp.full_like(y, null_class))
+        both = model(twice_x, jnp.broadcast_to(t, twice_y.shape), twice_y)
+        both = both.reshape(-1, 2, *both.shape[1:])
+        return both[:, 0], both[:, 1]
 
     def guided(x, t):
         strong, weak = strong_and_weak(x, t)
@@ -85,6 +88,11 @@ def guided_velocity(
     return lambda x, t: jax.lax.cond(
         (t >= interval[0]) & (t <= interval[1]), guided, strong_alone, x, t
     )
+
+
+def _interleave(a: Array, b: Array) -> Array:
+    """[2B,...]: a[0], b[0], a[1], b[1], ..."""
+    return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
 
 def guided_at(t: float, *, scale: float, interval: tuple[float, float] | None = None) -> bool:

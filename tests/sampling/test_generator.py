@@ -1,6 +1,7 @@
 """Sampling: an image depends on its seed, index and class, not on batches or devices."""
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from flowdcn_jax import sampling
 from flowdcn_jax.autoencoders import decode_pixels, preview_latents
+from flowdcn_jax.models import abstract_model
 from flowdcn_jax.training.checkpoint import Weights
 from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
@@ -70,6 +72,32 @@ def test_a_model_that_guides_itself_is_not_guided(params):
     other = guide._replace(config=tiny.config(model__in_channels=3))
     with pytest.raises(sampling.SamplingError, match="guide's .*in_channels is 3; expected 1"):
         sampling.make_generator(CONFIG, mesh, settings, guide=other)
+
+
+@pytest.mark.parametrize(
+    "options, guided_by_another",
+    [
+        ({}, False),
+        (dict(guidance_channels="three"), False),
+        (dict(guidance_interval=(0.2, 0.8)), False),
+        ({}, True),
+    ],
+)
+def test_devices_do_not_wait_for_one_another_between_steps(options, guided_by_another):
+    config = tiny.config(model__in_channels=4)
+    _, shapes = abstract_model(config.model)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    guide = Weights(1, config, None, params) if guided_by_another else None
+    settings = sampling.Settings(sampler="euler_sde", num_steps=3, guidance=2.0, **options)
+    generator = sampling.make_generator(config, make_mesh(), settings, guide=guide)
+    indices = np.arange(16, dtype=np.uint32)
+    program = generator.func.lower(*generator.args, params, indices, indices).compile().as_text()
+    assert " while(" in program and "num_partitions=8" in program
+    collectives = r"all-to-all|collective-permute|all-gather|all-reduce|reduce-scatter"
+    computations = re.split(r"\n(?=ENTRY |%)", program)
+    with_some = [text for text in computations if re.search(rf" ({collectives})(-start)?\(", text)]
+    assert len(with_some) == 1 and with_some[0].startswith("ENTRY ")  # the results are gathered
+    assert set(re.findall(rf" ({collectives})(?:-start)?\(", with_some[0])) == {"all-gather"}
 
 
 def test_model_passes_are_counted():
