@@ -58,15 +58,21 @@ def load_model(workdir: str | Path, step: int | None = None) -> tuple[nnx.Module
     return nnx.merge(graphdef, weights.params), weights.config
 
 
+def stream_keys(seed: int) -> tuple[jax.Array, jax.Array]:
+    """(initial noise's key, the steps' noise's key): image i's keys are folds of these by i."""
+    initial, steps = jax.random.split(jax.random.key(seed))
+    return initial, steps
+
+
 def initial_noise(seed: int, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Noise [n,*shape]: image i's depends on the seed and on i alone."""
-    key = jax.random.key(seed)
+    key, _ = stream_keys(seed)
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
 
 
 def step_noise_keys(seed: int, indices: jax.Array) -> jax.Array:
     """Keys [n] of the SDE samplers' noise: image i's depends on the seed and on i alone."""
-    key, _ = jax.random.split(jax.random.key(seed))  # another stream than initial_noise's
+    _, key = stream_keys(seed)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
 
 

@@ -10,6 +10,7 @@ import pytest
 from flowdcn_jax import sampling
 from flowdcn_jax.autoencoders import decode_pixels, preview_latents
 from flowdcn_jax.models import abstract_model
+from flowdcn_jax.sampling.generator import stream_keys
 from flowdcn_jax.training.checkpoint import Weights
 from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
@@ -55,6 +56,12 @@ def test_noise_is_standard_normal_and_independent():
     assert abs(flat.mean()) < 0.03 and abs(flat.std() - 1) < 0.03
     correlation = np.corrcoef(flat)
     assert np.abs(correlation - np.eye(64)).max() < 0.4
+
+
+def test_no_two_streams_of_noise_share_a_key():
+    streams = stream_keys(0)
+    keys = [*streams, *(jax.random.fold_in(key, i) for key in streams for i in range(50))]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
 
 
 @pytest.mark.parametrize("size, adjustment", [((12, 12), "paper"), ((6, 14), "released")])
