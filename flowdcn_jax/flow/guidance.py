@@ -8,6 +8,7 @@ arXiv 2406.02507). w = 1 is no guidance.
 """
 
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -104,14 +105,21 @@ def check_guidance(
     *, scale: float, channels: str, interval: tuple[float, float] | None, schedule: str
 ) -> None:
     """Raises ValueError for a name that is unknown, or a number or interval out of range."""
-    if not (scale >= 0 and math.isfinite(scale)):
-        raise ValueError(f"guidance is {scale}; expected a number of at least 0")
+    if not (isinstance(scale, numbers.Real) and scale >= 0 and math.isfinite(scale)):
+        raise ValueError(f"guidance is {scale!r}; expected a number of at least 0")
     if channels not in CHANNELS:
         raise ValueError(f"channels is {channels!r}; expected one of {', '.join(CHANNELS)}")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule is {schedule!r}; expected one of {', '.join(SCHEDULES)}")
-    if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
+    if interval is None:
+        return
+    try:
+        low, high = interval
+        in_order = 0 <= low <= high <= 1
+    except (TypeError, ValueError) as error:  # not two, or no numbers
+        raise ValueError(f"interval is {interval!r}; expected two times, (low, high)") from error
+    if not in_order:
         raise ValueError(
-            f"interval is {interval[0]} to {interval[1]}; expected low <= high, both in [0, 1] "
+            f"interval is {low} to {high}; expected low <= high, both in [0, 1] "
             "(t=0 is noise, t=1 is data)"
         )
