@@ -10,6 +10,7 @@ from PIL import Image
 from flowdcn_jax import sampling
 from flowdcn_jax.errors import ConfigError, UserError
 from flowdcn_jax.images import read_metadata
+from flowdcn_jax.sampling import trained_model
 from flowdcn_jax.training import loop
 from flowdcn_jax.training.checkpoint import CheckpointError
 from tests import tiny
@@ -139,6 +140,7 @@ TRAIN = ("train.py", "--workdir=x", "--config=configs/digits.py")
         (("sample.py", "--workdir=x", "--image_size=8"), "error: image_size is '8'; expected HxW"),
         (("sample.py", "--workdir=x", "--guidance_interval=1"), "'1'; expected two times"),
         (("sample.py", "--workdir=x", "--clases=3"), "clases"),
+        (("sample.py", "--workdir=x", "--num_steps=5", "--compare=steps"), "num_steps is 5; expec"),
     ],
 )
 def test_the_commands_print_one_error_and_no_traceback(command, message):
@@ -173,9 +175,29 @@ def test_the_commands_print_one_error_and_no_traceback(command, message):
         (dict(guidance_schedule="cos"), "schedule is 'cos'; expected one of constant, linear"),
         (dict(resolution_adjustment="full"), "adjustment is 'full'; expected one of none, paper"),
         (dict(guide_step=2, guidance=1.0), "guidance is 1; expected another .* guide is given"),
+        (dict(classes=[]), "classes is empty; expected names and numbers of classes"),
+        (dict(num_images=2.5), "num_images is 2.5; expected a whole number"),
+        (dict(batch_size=2.5), "batch_size is 2.5; expected a whole number"),
+        (dict(num_steps=2.5), "num_steps is 2.5; expected a whole number"),
+        (dict(num_steps="10"), "num_steps is '10'; expected a whole number"),
+        (dict(sampler="neural"), "num_steps is 2; .* 5, 6, 7, 8, 9, 10, 15"),  # the config's
+        (dict(last_step=1.0), "last_step is 1.0 .* each of the 2 steps more"),
+        (dict(last_step="1"), "last_step is '1'; expected a number"),
+        (dict(seed=1.5), "seed is 1.5; expected a whole number"),
+        (dict(guidance="2"), "guidance is '2'; expected a number"),
+        (dict(guidance_interval=(0.2,)), r"interval is \(0.2,\); expected two times"),
+        (dict(guidance_interval=0.5), "interval is 0.5; expected two times"),
+        (dict(image_size=8), "image_size is 8; expected HxW in pixels, as in 256x384, or two"),
+        (dict(image_size=(8.0, 8.0)), r"image_size is \(8.0, 8.0\); expected HxW"),
+        (dict(image_size="8x"), "image_size is '8x'; expected HxW"),
+        (dict(image_size="9x8"), "9x8; expected HxW, both multiples of 2"),
     ],
 )
-def test_bad_sampling_requests_are_refused(trained, tmp_path, options, message):
+def test_bad_sampling_requests_are_refused_before_weights_are_read(
+    trained, tmp_path, monkeypatch, options, message
+):
+    for name in ("load_weights", "load_autoencoder"):
+        monkeypatch.delattr(trained_model, name)
     fields = {field.name for field in dataclasses.fields(sampling.Settings)}
     settings = {key: value for key, value in options.items() if key in fields}
     others = {key: value for key, value in options.items() if key not in fields}
@@ -208,7 +230,7 @@ def test_sample_command_writes_grid_npz_and_pngs(trained, tmp_path):
         "--classes=3,7",
         "--save_images",
     ]
-    command += ["--num_images=6", "--num_steps=2", "--image_size=8x12", f"--out={tmp_path}"]
+    command += ["--num_images=6", "--image_size=8x12", f"--out={tmp_path}"]
     code, output = tiny.run(command, num_devices=2)
     assert code == 0, output
     assert output.splitlines()[-1] == str(tmp_path / "grid.png")
@@ -224,6 +246,6 @@ def test_sample_command_writes_grid_npz_and_pngs(trained, tmp_path):
     assert metadata["settings"]["image_size"] == [8, 12] and metadata["settings"]["seed"] == 0
     assert (metadata["index"], metadata["class"], metadata["model"]["step"]) == (4, "3", 6)
 
-    code, output = tiny.run([*command, "--guidance=2"])
+    code, output = tiny.run([*command, "--guidance=3"])
     assert code != 0 and "Traceback" not in output
     assert "holds another run's images (settings" in output and "another --out" in output

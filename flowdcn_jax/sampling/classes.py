@@ -4,6 +4,7 @@ import difflib
 import functools
 import importlib.resources
 import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -45,17 +46,31 @@ def class_words(
 
 
 def parse_classes(
-    texts: list[str], num_classes: int, words: tuple[tuple[str, ...], ...] | None
+    classes: Sequence[str | int] | str | int,
+    num_classes: int,
+    words: tuple[tuple[str, ...], ...] | None,
 ) -> list[int]:
-    """Class numbers from numbers and names; ["all"] is every class.
+    """Class numbers from numbers and names; "all" is every class.
 
     A class's name comes before another class's other words; upper case does not matter, and an
     underscore is a space. A number that is also a name is the name.
 
+    Args:
+        classes: numbers and names, one alone, or a text with commas between them.
+        num_classes: of the model.
+        words: see `class_words`.
+
     Raises:
-        SamplingError: a number out of range, or a name that is unknown or stands for several
-            classes; the message gives the nearest names.
+        SamplingError: no class at all, a number out of range, or a name that is unknown or stands
+            for several classes; the message gives the nearest names.
     """
+    if isinstance(classes, str):
+        classes = classes.split(",")
+    elif not isinstance(classes, Iterable):
+        classes = [classes]
+    texts = [str(each) for each in classes]
+    if not any(text.strip() for text in texts):
+        raise SamplingError("classes is empty; expected names and numbers of classes, or all")
     if [text.strip() for text in texts] == ["all"]:
         return list(range(num_classes))
     names, others = {}, {}

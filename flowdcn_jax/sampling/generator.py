@@ -132,10 +132,16 @@ def make_generator(
         )
         return x, decode_images(autoencoder, decoder_params, x, mesh=mesh)
 
+    compiled = jax.jit(generate, out_shardings=replicated(mesh))
+    return functools.partial(compiled, guide_params, copy_to_devices(autoencoder.params, mesh))
+
+
+def copy_to_devices(params: dict, mesh: Mesh) -> dict:
+    """`params` whole on every device; as they are if they lie there."""
     copied = replicated(mesh)
-    decoder_params = jax.jit(lambda tree: tree, out_shardings=copied)(autoencoder.params)
-    compiled = jax.jit(generate, out_shardings=copied)
-    return functools.partial(compiled, guide_params, decoder_params)
+    if all(getattr(leaf, "sharding", None) == copied for leaf in jax.tree.leaves(params)):
+        return params
+    return jax.jit(lambda tree: tree, out_shardings=copied)(params)
 
 
 def check_guide(config: ConfigDict, guide: ConfigDict, settings: Settings) -> None:
@@ -181,6 +187,14 @@ def _network(config: ConfigDict, settings: Settings) -> Callable:
     return apply
 
 
+def device_batch_size(batch_size: int, num_images: int) -> int:
+    """Images that a device draws at a time: the same for any number of devices, as rounding is.
+
+    So a last round may draw copies, on devices that would have nothing to do.
+    """
+    return min(batch_size, num_images)
+
+
 def draw_batches(
     generator: Callable,
     params,
@@ -210,10 +224,14 @@ def draw_batches(
 def generate_images(
     generator: Callable, params, labels: np.ndarray, *, batch_size: int, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(x, images) for labels [n], image i having index i, in batches of one size."""
+    """(x, images) for labels [n], image i having index i, in batches of one size.
+
+    batch_size is that of all devices together. Process 0 alone shows progress.
+    """
     parts = []
     whole = [(0, len(labels))]
-    with tqdm(total=len(labels), unit="image", disable=not progress, dynamic_ncols=True) as bar:
+    hidden = not progress or jax.process_index() != 0
+    with tqdm(total=len(labels), unit="image", disable=hidden, dynamic_ncols=True) as bar:
         for start, stop, *arrays in draw_batches(
             generator, params, labels, ranges=whole, batch_size=batch_size
         ):

@@ -3,119 +3,27 @@
 import dataclasses
 import json
 import logging
-import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowdcn_jax.autoencoders import (
-    Autoencoder,
-    check_fits,
-    decode_pixels,
-    load_autoencoder,
-    preview_latents,
-)
+from flowdcn_jax.autoencoders import decode_pixels, preview_latents
 from flowdcn_jax.images import grid_columns, make_grid, save_png
-from flowdcn_jax.sampling.classes import class_labels, class_words, make_labels, parse_classes
+from flowdcn_jax.sampling.classes import class_labels
 from flowdcn_jax.sampling.folder import SampleFolder
-from flowdcn_jax.sampling.generator import (
-    draw_batches,
-    generate_images,
-    load_weights,
-    make_generator,
-)
-from flowdcn_jax.sampling.settings import SamplingError, Settings, check_number
+from flowdcn_jax.sampling.generator import device_batch_size, draw_batches, generate_images
+from flowdcn_jax.sampling.settings import SamplingError, Settings, check_integer
+from flowdcn_jax.sampling.trained_model import TrainedModel, load_trained
 from flowdcn_jax.training import checkpoint
-from flowdcn_jax.training.sharding import make_mesh
 
+BATCH_SIZE = 16  # of a device; not more, so that several devices share a few images
 MAX_GRID_IMAGES = 100  # the grid shows the first ones
-
-
-class TrainedModel(NamedTuple):
-    """What a workdir holds for sampling, on the devices."""
-
-    mesh: Mesh
-    weights: checkpoint.Weights
-    guide: checkpoint.Weights | None  # the weaker model of autoguidance
-    autoencoder: Autoencoder
-    words: tuple[tuple[str, ...], ...] | None  # of each class
-
-    @property
-    def config(self) -> ConfigDict:
-        return self.weights.config
-
-    def labels(
-        self, classes: Sequence[str | int] | None, num_images: int, *, order: str, seed: int
-    ) -> np.ndarray:
-        """Labels [num_images] of the classes asked for; of the config's classes for None.
-
-        Raises:
-            SamplingError: an unknown class or order.
-        """
-        num_classes = self.config.model.num_classes
-        chosen = tuple(self.config.sampling.classes)
-        if classes is not None:
-            chosen = parse_classes([str(name) for name in classes], num_classes, self.words)
-        return make_labels(order, tuple(chosen), num_images, num_classes, seed=seed)
-
-
-def load_trained(
-    workdir: str | Path,
-    *,
-    step: int | None = None,
-    guide_workdir: str | Path | None = None,
-    guide_step: int | None = None,
-    autoencoder: str | None = None,
-    autoencoder_weights: str | Path | None = None,
-    mesh: Mesh | None = None,
-) -> TrainedModel:
-    """The EMA weights of a run, and of a guide if one is named, on every device of `mesh`.
-
-    Args:
-        workdir: the --workdir of the training run.
-        step: its checkpoint; None: the newest.
-        guide_workdir: the run of the guide; None: `workdir`, if guide_step is given.
-        guide_step: the guide's checkpoint; None: the newest, if guide_workdir is given.
-        autoencoder: what decodes; None: the run's.
-        autoencoder_weights: its file or folder; None: the run's, if the run names this autoencoder.
-        mesh: all devices of all processes by default.
-
-    Raises:
-        flowdcn_jax.errors.UserError: the autoencoder's weights are not there, or do not fit.
-        flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
-    """
-    mesh = make_mesh() if mesh is None else mesh
-    weights = load_weights(str(workdir), step, mesh)
-    config = _with_autoencoder(weights.config, autoencoder, autoencoder_weights)
-    weights = weights._replace(config=config)
-    decoder = load_autoencoder(config.autoencoder)
-    check_fits(decoder, config)
-    guide = None
-    if guide_workdir is not None or guide_step is not None:
-        guide = load_weights(str(guide_workdir or workdir), guide_step, mesh)
-    words = class_words(config.model.num_classes, weights.class_names)
-    return TrainedModel(mesh, weights, guide, decoder, words)
-
-
-def _with_autoencoder(config: ConfigDict, name: str | None, weights) -> ConfigDict:
-    """A copy of a run's config that decodes with another autoencoder, or with weights elsewhere.
-
-    Another `name` has its own weights: those of the config are then left out.
-    """
-    config = config.copy_and_resolve_references()
-    if name not in (None, config.autoencoder.name):
-        config.autoencoder.update(name=name, weights=None)
-    if weights is not None:
-        config.autoencoder.weights = str(weights)
-    return config
 
 
 def sample_to_folder(
@@ -125,10 +33,10 @@ def sample_to_folder(
     step: int | None = None,
     guide_workdir: str | Path | None = None,
     guide_step: int | None = None,
-    classes: Sequence[str | int] | None = None,
+    classes: Sequence[str | int] | str | int | None = None,
     labels: str = "balanced",
-    num_images: int = 64,
-    batch_size: int = 64,
+    num_images: int | None = None,
+    batch_size: int = BATCH_SIZE,
     out: str | Path | None = None,
     save_images: bool = False,
     autoencoder: str | None = None,
@@ -143,10 +51,10 @@ def sample_to_folder(
         workdir: the --workdir of the training run.
         settings: how to sample.
         step, guide_workdir, guide_step, autoencoder, autoencoder_weights, mesh: see `load_trained`.
-        classes: names and numbers; ["all"]; None: the config's sampling.classes.
+        classes: names and numbers, see `parse_classes`; None: config.sampling.classes.
         labels: "balanced", the classes in turn, or "random".
-        num_images: in all.
-        batch_size: the largest number of images that a device draws at a time.
+        num_images: in all; None: config.sampling.num_images.
+        batch_size: images that a device draws at a time, if there are as many.
         out: the folder; None: one in WORKDIR/samples for these settings.
         save_images: write each image as a PNG too.
 
@@ -157,8 +65,7 @@ def sample_to_folder(
         SamplingError: a value that cannot be used, or a folder with another run's images.
         flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
-    check_number("num_images", num_images, minimum=1)
-    check_number("batch_size", batch_size, minimum=1)
+    check_counts(num_images, batch_size)
     model = load_trained(
         workdir,
         step=step,
@@ -168,17 +75,16 @@ def sample_to_folder(
         autoencoder_weights=autoencoder_weights,
         mesh=mesh,
     )
-    settings = settings.for_model(model.config)
-    generator = make_generator(
-        model.config, model.mesh, settings, guide=model.guide, autoencoder=model.autoencoder
-    )
+    settings = model.fill_settings(settings)
+    num_images = model.config.sampling.num_images if num_images is None else num_images
     all_labels = model.labels(classes, num_images, order=labels, seed=settings.seed)
+    generator = model.generator(settings)
     record = describe(model, settings, all_labels)
     folder = SampleFolder(Path(out) if out else default_path(workdir, record), num_images)
 
     missing = _open_everywhere(folder, record)
     print_cost(settings)
-    per_device = min(batch_size, math.ceil(num_images / model.mesh.size))
+    per_device = device_batch_size(batch_size, num_images)
     _draw_missing(folder, missing, generator, model, all_labels, per_device * model.mesh.size)
     grid = folder.path / "grid.png"
     if jax.process_index() == 0:
@@ -188,42 +94,45 @@ def sample_to_folder(
 
 
 def generate(
-    workdir: str | Path,
+    model: TrainedModel | str | Path,
     *,
     step: int | None = None,
     guide_workdir: str | Path | None = None,
     guide_step: int | None = None,
-    classes: Sequence[str | int] | None = None,
+    classes: Sequence[str | int] | str | int | None = None,
     labels: str = "balanced",
-    num_images: int = 64,
-    batch_size: int = 64,
+    num_images: int | None = None,
+    batch_size: int = BATCH_SIZE,
     progress: bool = True,
     autoencoder: str | None = None,
     autoencoder_weights: str | Path | None = None,
-    image_size: tuple[int, int] | None = None,
-    sampler: str = "euler",
-    num_steps: int = 50,
+    image_size: tuple[int, int] | str | None = None,
+    sampler: str | None = None,
+    num_steps: int | None = None,
     last_step: float | None = None,
     time_shift: float = 1.0,
     diffusion: str | None = None,
-    guidance: float = 1.375,
+    guidance: float | None = None,
     guidance_channels: str = "all",
     guidance_interval: tuple[float, float] | None = None,
     guidance_schedule: str = "constant",
-    resolution_adjustment: str = "none",
-    seed: int = 0,
+    resolution_adjustment: str | None = None,
+    seed: int | None = None,
 ) -> np.ndarray:
     """Images of a trained model, uint8 [num_images,H,W,C]: those that sample.py writes.
 
-    The arguments are sample.py's flags, see `sample_to_folder` and `Settings`. Latents without a
-    decoder give previews.
+    Args:
+        model: the workdir of a training run; or `load_trained`'s model, which keeps weights and
+            compiled programs, so that the next call starts at once.
+        progress: show a bar, and how often the model is evaluated.
+        The others are sample.py's flags: `sample_to_folder` and `Settings` describe them. Latents
+            without a decoder give previews.
 
     Raises:
         SamplingError: a value that cannot be used.
         flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
-    check_number("num_images", num_images, minimum=1)
-    check_number("batch_size", batch_size, minimum=1)
+    check_counts(num_images, batch_size)
     settings = Settings(
         image_size=image_size,
         sampler=sampler,
@@ -238,16 +147,33 @@ def generate(
         resolution_adjustment=resolution_adjustment,
         seed=seed,
     )
-    model = load_trained(
-        workdir,
+    which = dict(
         step=step,
         guide_workdir=guide_workdir,
         guide_step=guide_step,
         autoencoder=autoencoder,
         autoencoder_weights=autoencoder_weights,
     )
-    all_labels = model.labels(classes, num_images, order=labels, seed=seed)
+    if not isinstance(model, TrainedModel):
+        model = load_trained(model, **which)
+    elif given := [name for name, value in which.items() if value is not None]:
+        raise SamplingError(
+            f"{given[0]} is {which[given[0]]!r}; expected none beside a model that is loaded: it "
+            "is an option of load_trained"
+        )
+    settings = model.fill_settings(settings)
+    num_images = model.config.sampling.num_images if num_images is None else num_images
+    all_labels = model.labels(classes, num_images, order=labels, seed=settings.seed)
+    if progress:
+        print_cost(settings)
     return draw_images(model, settings, all_labels, batch_size=batch_size, progress=progress)
+
+
+def check_counts(num_images: int | None, batch_size: int) -> None:
+    """Raises SamplingError unless both are whole numbers of at least 1, or num_images is None."""
+    if num_images is not None:
+        check_integer("num_images", num_images, minimum=1)
+    check_integer("batch_size", batch_size, minimum=1)
 
 
 def draw_images(
@@ -255,18 +181,13 @@ def draw_images(
 ) -> np.ndarray:
     """Images of `labels` [n], uint8 [n,H,W,C], batch_size or fewer at a time on each device.
 
-    Raises:
-        SamplingError: settings that do not fit the model.
+    `settings` are filled: see `TrainedModel.fill_settings`.
     """
-    generator = make_generator(
-        model.config, model.mesh, settings, guide=model.guide, autoencoder=model.autoencoder
-    )
-    per_device = min(batch_size, math.ceil(len(labels) / model.mesh.size))
     _, images = generate_images(
-        generator,
+        model.generator(settings),
         model.weights.params,
         labels,
-        batch_size=per_device * model.mesh.size,
+        batch_size=device_batch_size(batch_size, len(labels)) * model.mesh.size,
         progress=progress,
     )
     return images

@@ -27,7 +27,7 @@ def make_generator(settings):
 
 
 def draw(params, labels, *, batch_size=8, **options):
-    generator = make_generator(sampling.Settings(**dict(num_steps=3) | options))
+    generator = make_generator(sampling.Settings(**dict(num_steps=3, guidance=1.375) | options))
     return sampling.generate_images(
         generator, params, np.asarray(labels), batch_size=batch_size, progress=False
     )
@@ -111,8 +111,21 @@ def test_model_passes_are_counted():
     settings = sampling.Settings(sampler="heun", num_steps=4, guidance=2.0)
     assert settings.num_evaluations() == (7, 14)
     assert sampling.Settings(num_steps=10, guidance=1.0).num_evaluations() == (10, 10)
-    interval = sampling.Settings(num_steps=10, guidance_interval=(0.2, 0.5))
+    interval = sampling.Settings(num_steps=10, guidance=2.0, guidance_interval=(0.2, 0.5))
     assert interval.num_evaluations() == (10, 14)
+
+
+@pytest.mark.parametrize("process, shown", [(0, True), (1, False)])
+def test_one_process_alone_shows_progress(monkeypatch, capsys, process, shown):
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    sampling.generate_images(
+        lambda params, indices, labels: (indices, indices),
+        None,
+        np.zeros(3),
+        batch_size=2,
+        progress=True,
+    )
+    assert ("3/3" in capsys.readouterr().err) == shown
 
 
 def test_decoding():

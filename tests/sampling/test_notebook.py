@@ -6,7 +6,7 @@ import jax
 import pytest
 
 import flowdcn_jax
-from flowdcn_jax.sampling import run
+from flowdcn_jax.sampling import trained_model
 from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
 
@@ -22,7 +22,7 @@ def cells():
 def test_the_cells_run(cells, workdir, monkeypatch, capsys):
     monkeypatch.chdir(tiny.REPOSITORY / "docs")
     one_device = make_mesh(devices=jax.devices()[:1])  # compiles faster than eight
-    monkeypatch.setattr(run, "make_mesh", lambda: one_device)
+    monkeypatch.setattr(trained_model, "make_mesh", lambda: one_device)
     space = {}
     for cell in cells:
         exec(compile(cell.replace('"../runs/digits"', repr(str(workdir))), "cell", "exec"), space)
