@@ -64,14 +64,10 @@ def parse_classes(
         SamplingError: no class at all, a number out of range, or a name that is unknown or stands
             for several classes; the message gives the nearest names.
     """
-    if isinstance(classes, str):
-        classes = classes.split(",")
-    elif not isinstance(classes, Iterable):
-        classes = [classes]
-    texts = [str(each) for each in classes]
-    if not any(text.strip() for text in texts):
+    texts = class_texts(classes)
+    if not any(texts):
         raise SamplingError("classes is empty; expected names and numbers of classes, or all")
-    if [text.strip() for text in texts] == ["all"]:
+    if texts == ["all"]:
         return list(range(num_classes))
     names, others = {}, {}
     for number, (name, *rest) in enumerate(words or ()):
@@ -88,8 +84,17 @@ def parse_classes(
         elif len(others.get(word, ())) == 1:
             numbers.append(others[word][0])
         else:
-            raise SamplingError(_unknown_class(text.strip(), word, num_classes, words, others))
+            raise SamplingError(_unknown_class(text, word, num_classes, words, others))
     return numbers
+
+
+def class_texts(classes: Sequence[str | int] | str | int) -> list[str]:
+    """Names and numbers as texts, whatever the form in which `parse_classes` takes them."""
+    if isinstance(classes, str):
+        classes = classes.split(",")
+    elif not isinstance(classes, Iterable):
+        classes = [classes]
+    return [str(each).strip() for each in classes]
 
 
 def _folded(name: str) -> str:
