@@ -27,5 +27,7 @@ def test_the_cells_run(cells, workdir, monkeypatch, capsys):
     for cell in cells:
         exec(compile(cell.replace('"../runs/digits"', repr(str(workdir))), "cell", "exec"), space)
     assert "as solve does: True" in capsys.readouterr().out
-    assert space["images"].shape == (16, 8, 8, 1) and space["wide"][1].shape == (4, 16, 24, 1)
+    assert space["images"].shape == (16, 8, 8, 1)
+    shapes = {size: images.shape for (size, _), images in space["larger"].items()}
+    assert shapes == {"16x24": (4, 16, 24, 1), "24x24": (4, 24, 24, 1)}
     assert space["flowdcn_jax"] is flowdcn_jax
