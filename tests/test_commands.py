@@ -140,7 +140,6 @@ TRAIN = ("train.py", "--workdir=x", "--config=configs/digits.py")
         (("sample.py", "--workdir=x", "--image_size=8"), "error: image_size is '8'; expected HxW"),
         (("sample.py", "--workdir=x", "--guidance_interval=1"), "'1'; expected two times"),
         (("sample.py", "--workdir=x", "--clases=3"), "clases"),
-        (("sample.py", "--workdir=x", "--num_steps=5", "--compare=steps"), "num_steps is 5; expec"),
     ],
 )
 def test_the_commands_print_one_error_and_no_traceback(command, message):
