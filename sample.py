@@ -130,24 +130,26 @@ def sample() -> Path:
         resolution_adjustment=_RESOLUTION_ADJUSTMENT.value,
         seed=_SEED.value,
     )
-    options = dict(
+    batch_size = {} if _BATCH_SIZE.value is None else dict(batch_size=_BATCH_SIZE.value)
+    request = sampling.Request(
+        classes=_CLASSES.value, labels=_LABELS.value, num_images=_NUM_IMAGES.value, **batch_size
+    )
+    if _COMPARE.value is not None and _SAVE_IMAGES.value:
+        raise sampling.SamplingError("save_images is set; a comparison is one picture")
+    model = sampling.load_trained(
+        _WORKDIR.value,
         step=_STEP.value,
         guide_workdir=_GUIDE_WORKDIR.value,
         guide_step=_GUIDE_STEP.value,
-        classes=_CLASSES.value,
-        labels=_LABELS.value,
-        out=_OUT.value,
         autoencoder=_AUTOENCODER.value,
         autoencoder_weights=_AUTOENCODER_WEIGHTS.value,
     )
-    counts = dict(num_images=_NUM_IMAGES.value, batch_size=_BATCH_SIZE.value)
-    options |= {name: value for name, value in counts.items() if value is not None}
     if _COMPARE.value is not None:
-        if _SAVE_IMAGES.value:
-            raise sampling.SamplingError("save_images is set; a comparison is one picture")
-        return sampling.compare_to_png(_WORKDIR.value, settings, kind=_COMPARE.value, **options)
+        return sampling.compare_to_png(
+            model, settings, request, kind=_COMPARE.value, out=_OUT.value
+        )
     return sampling.sample_to_folder(
-        _WORKDIR.value, settings, save_images=_SAVE_IMAGES.value, **options
+        model, settings, request, out=_OUT.value, save_images=_SAVE_IMAGES.value
     )
 
 

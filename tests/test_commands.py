@@ -1,6 +1,6 @@
 """Bad input: one line that names the value and what was expected, and nothing written."""
 
-import dataclasses
+import inspect
 import sys
 
 import numpy as np
@@ -197,12 +197,22 @@ def test_bad_sampling_requests_are_refused_before_weights_are_read(
 ):
     for name in ("load_weights", "load_autoencoder"):
         monkeypatch.delattr(trained_model, name)
-    fields = {field.name for field in dataclasses.fields(sampling.Settings)}
-    settings = {key: value for key, value in options.items() if key in fields}
-    others = {key: value for key, value in options.items() if key not in fields}
+
+    def pick(function):
+        names = inspect.signature(function).parameters
+        return {name: value for name, value in options.items() if name in names}
+
     with pytest.raises(sampling.SamplingError, match=message):
-        sample = sampling.compare_to_png if "kind" in others else sampling.sample_to_folder
-        sample(trained, sampling.Settings(**settings), out=tmp_path / "out", **others)
+        sampling_function = (
+            sampling.compare_to_png if "kind" in options else sampling.sample_to_folder
+        )
+        sampling_function(
+            sampling.load_trained(trained, **pick(sampling.load_trained)),
+            sampling.Settings(**pick(sampling.Settings)),
+            sampling.Request(**pick(sampling.Request)),
+            out=tmp_path / "out",
+            **pick(sampling_function),
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -216,9 +226,14 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path):
 def test_sampling_to_a_file_or_from_a_missing_step_is_refused(trained, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(sampling.SamplingError, match="file cannot be made a folder"):
-        sampling.sample_to_folder(trained, sampling.Settings(), out=tmp_path / "file")
+        sampling.sample_to_folder(
+            sampling.load_trained(trained),
+            sampling.Settings(),
+            sampling.Request(),
+            out=tmp_path / "file",
+        )
     with pytest.raises(CheckpointError, match=r"no step 5; there are \[2, 4, 6\]"):
-        sampling.sample_to_folder(trained, sampling.Settings(), step=5)
+        sampling.load_trained(trained, step=5)
 
 
 def test_sample_command_writes_grid_npz_and_pngs(trained, tmp_path):

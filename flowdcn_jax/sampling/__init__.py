@@ -9,11 +9,13 @@ from flowdcn_jax.sampling.generator import (
     load_weights,
     make_generator,
 )
+from flowdcn_jax.sampling.request import Request
 from flowdcn_jax.sampling.run import generate, sample_to_folder
 from flowdcn_jax.sampling.settings import SamplingError, Settings, parse_interval
 from flowdcn_jax.sampling.trained_model import TrainedModel, load_trained
 
 __all__ = [
+    "Request",
     "SamplingError",
     "Settings",
     "TrainedModel",

@@ -144,9 +144,14 @@ def make_labels(
     Raises:
         SamplingError: an unknown order.
     """
-    if order not in LABEL_ORDERS:
-        raise SamplingError(f"labels is {order!r}; expected one of {', '.join(LABEL_ORDERS)}")
+    check_order(order)
     if order == "balanced":
         return labels_in_turn(classes, num_images, num_classes)
     chosen = labels_in_turn(classes, len(classes) or num_classes, num_classes)
     return np.random.default_rng(seed).choice(chosen, num_images)
+
+
+def check_order(order: str) -> None:
+    """Raises SamplingError unless it is one of LABEL_ORDERS."""
+    if order not in LABEL_ORDERS:
+        raise SamplingError(f"labels is {order!r}; expected one of {', '.join(LABEL_ORDERS)}")

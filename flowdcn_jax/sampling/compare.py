@@ -1,7 +1,7 @@
 """Strips that show what one setting does: the same noise and class in a row, a value a column."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,41 +13,31 @@ from flowdcn_jax.images import make_grid, save_png
 from flowdcn_jax.models.resolution import RESOLUTION_ADJUSTMENTS
 from flowdcn_jax.samplers.neural_coefficients import NEURAL_COEFFICIENTS
 from flowdcn_jax.sampling.classes import class_labels
-from flowdcn_jax.sampling.run import (
-    BATCH_SIZE,
-    check_counts,
-    default_path,
-    describe,
-    draw_images,
-)
+from flowdcn_jax.sampling.request import Request
+from flowdcn_jax.sampling.run import default_path, describe, draw_images
 from flowdcn_jax.sampling.settings import SamplingError, Settings
-from flowdcn_jax.sampling.trained_model import load_trained
+from flowdcn_jax.sampling.trained_model import TrainedModel
 
 STEPS = (2, 3, 4, 5, 8, 10)  # the paper's figure
+NUM_IMAGES = 4  # rows, by default
 
 
 def compare_to_png(
-    workdir: str | Path,
+    model: TrainedModel,
     settings: Settings,
+    request: Request,
     *,
     kind: str,
-    step: int | None = None,
-    guide_workdir: str | Path | None = None,
-    guide_step: int | None = None,
-    classes: Sequence[str | int] | str | int | None = None,
-    labels: str = "balanced",
-    num_images: int = 4,
-    batch_size: int = BATCH_SIZE,
     out: str | Path | None = None,
-    autoencoder: str | None = None,
-    autoencoder_weights: str | Path | None = None,
 ) -> Path:
     """Writes compare_KIND.png: a row an image, a column a value of `kind`.
 
     Args:
-        kind: one of COMPARISONS.
+        model: of `load_trained`.
         settings: what the columns have in common; what they differ in is None.
-        The others are `sample_to_folder`'s.
+        request: which images; NUM_IMAGES unless it says how many.
+        kind: one of COMPARISONS.
+        out: the folder; None: one in WORKDIR/samples for these settings.
 
     Returns:
         The path of the picture.
@@ -64,24 +54,17 @@ def compare_to_png(
         raise SamplingError(
             f"{comparison.field} is {own!r}; expected none, since compare={kind} goes through it"
         )
-    check_counts(num_images, batch_size)
-    model = load_trained(
-        workdir,
-        step=step,
-        guide_workdir=guide_workdir,
-        guide_step=guide_step,
-        autoencoder=autoencoder,
-        autoencoder_weights=autoencoder_weights,
-    )
     columns, left_out = comparison.columns(settings, model.config)
     columns = {name: model.fill_settings(column) for name, column in columns.items()}
     first = next(iter(columns.values()))
-    all_labels = model.labels(classes, num_images, order=labels, seed=first.seed)
-    record = describe(model, first, all_labels) | {
+    if request.num_images is None:
+        request = dataclasses.replace(request, num_images=NUM_IMAGES)
+    labels = model.labels(request, seed=first.seed)
+    record = describe(model, first, labels) | {
         "compare": kind,
         "settings": {name: dataclasses.asdict(column) for name, column in columns.items()},
     }
-    folder = Path(out) if out else default_path(workdir, record)
+    folder = Path(out) if out else default_path(model.source.workdir, record)
     try:
         folder.mkdir(parents=True, exist_ok=True)  # found out now, not after the work
     except OSError as error:
@@ -96,10 +79,12 @@ def compare_to_png(
         evaluations[name] = f"{column.num_evaluations()[0]} evals"
         if main:
             print(f"{kind}: {name}, {evaluations[name]}")
-        drawn.append(draw_images(model, column, all_labels, batch_size=batch_size, progress=True))
-    class_names = class_labels(all_labels, model.words)
+        drawn.append(
+            draw_images(model, column, labels, batch_size=request.batch_size, progress=True)
+        )
+    class_names = class_labels(labels, model.words)
     strip = make_grid(
-        [images[row] for row in range(num_images) for images in drawn],
+        [images[row] for row in range(len(labels)) for images in drawn],
         columns=len(columns),
         captions=[f"{name}\n{evaluations[name]}, {row}" for row in class_names for name in columns],
     )

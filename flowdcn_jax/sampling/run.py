@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from flowdcn_jax.autoencoders import decode_pixels, preview_latents
@@ -18,43 +17,30 @@ from flowdcn_jax.images import grid_columns, make_grid, save_png
 from flowdcn_jax.sampling.classes import class_labels
 from flowdcn_jax.sampling.folder import SampleFolder
 from flowdcn_jax.sampling.generator import device_batch_size, draw_batches, generate_images
-from flowdcn_jax.sampling.settings import SamplingError, Settings, check_integer
+from flowdcn_jax.sampling.request import Request
+from flowdcn_jax.sampling.settings import SamplingError, Settings
 from flowdcn_jax.sampling.trained_model import TrainedModel, load_trained
 from flowdcn_jax.training import checkpoint
 
-BATCH_SIZE = 16  # of a device; not more, so that several devices share a few images
 MAX_GRID_IMAGES = 100  # the grid shows the first ones
 
 
 def sample_to_folder(
-    workdir: str | Path,
+    model: TrainedModel,
     settings: Settings,
+    request: Request,
     *,
-    step: int | None = None,
-    guide_workdir: str | Path | None = None,
-    guide_step: int | None = None,
-    classes: Sequence[str | int] | str | int | None = None,
-    labels: str = "balanced",
-    num_images: int | None = None,
-    batch_size: int = BATCH_SIZE,
     out: str | Path | None = None,
     save_images: bool = False,
-    autoencoder: str | None = None,
-    autoencoder_weights: str | Path | None = None,
-    mesh: Mesh | None = None,
 ) -> Path:
     """Draws images to a folder, going on where an earlier call stopped; what sample.py does.
 
     Every process of a distributed job calls it; the first one writes.
 
     Args:
-        workdir: the --workdir of the training run.
+        model: of `load_trained`.
         settings: how to sample.
-        step, guide_workdir, guide_step, autoencoder, autoencoder_weights, mesh: see `load_trained`.
-        classes: names and numbers, see `parse_classes`; None: config.sampling.classes.
-        labels: "balanced", the classes in turn, or "random".
-        num_images: in all; None: config.sampling.num_images.
-        batch_size: images that a device draws at a time, if there are as many.
+        request: which images.
         out: the folder; None: one in WORKDIR/samples for these settings.
         save_images: write each image as a PNG too.
 
@@ -63,33 +49,24 @@ def sample_to_folder(
 
     Raises:
         SamplingError: a value that cannot be used, or a folder with another run's images.
+        flowdcn_jax.errors.UserError: the autoencoder's weights are not there, or do not fit.
         flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
-    check_counts(num_images, batch_size)
-    model = load_trained(
-        workdir,
-        step=step,
-        guide_workdir=guide_workdir,
-        guide_step=guide_step,
-        autoencoder=autoencoder,
-        autoencoder_weights=autoencoder_weights,
-        mesh=mesh,
-    )
     settings = model.fill_settings(settings)
-    num_images = model.config.sampling.num_images if num_images is None else num_images
-    all_labels = model.labels(classes, num_images, order=labels, seed=settings.seed)
+    labels = model.labels(request, seed=settings.seed)
     generator = model.generator(settings)
-    record = describe(model, settings, all_labels)
-    folder = SampleFolder(Path(out) if out else default_path(workdir, record), num_images)
+    record = describe(model, settings, labels)
+    path = Path(out) if out else default_path(model.source.workdir, record)
+    folder = SampleFolder(path, len(labels))
 
     missing = _open_everywhere(folder, record)
     print_cost(settings)
-    per_device = device_batch_size(batch_size, num_images)
-    _draw_missing(folder, missing, generator, model, all_labels, per_device * model.mesh.size)
+    batch_size = device_batch_size(request.batch_size, len(labels)) * model.mesh.size
+    _draw_missing(folder, missing, generator, model, labels, batch_size)
     grid = folder.path / "grid.png"
     if jax.process_index() == 0:
         folder.join()
-        _write_pictures(folder, grid, model, record, all_labels, save_images=save_images)
+        _write_pictures(folder, grid, model, record, labels, save_images=save_images)
     return grid
 
 
@@ -102,7 +79,7 @@ def generate(
     classes: Sequence[str | int] | str | int | None = None,
     labels: str = "balanced",
     num_images: int | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = Request.batch_size,
     progress: bool = True,
     autoencoder: str | None = None,
     autoencoder_weights: str | Path | None = None,
@@ -125,14 +102,14 @@ def generate(
         model: the workdir of a training run; or `load_trained`'s model, which keeps weights and
             compiled programs, so that the next call starts at once.
         progress: show a bar, and how often the model is evaluated.
-        The others are sample.py's flags: `sample_to_folder` and `Settings` describe them. Latents
-            without a decoder give previews.
+        The others are sample.py's flags: `load_trained`, `Settings` and `Request` describe them.
+            Latents without a decoder give previews.
 
     Raises:
         SamplingError: a value that cannot be used.
         flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
-    check_counts(num_images, batch_size)
+    request = Request(classes=classes, labels=labels, num_images=num_images, batch_size=batch_size)
     settings = Settings(
         image_size=image_size,
         sampler=sampler,
@@ -162,18 +139,10 @@ def generate(
             "is an option of load_trained"
         )
     settings = model.fill_settings(settings)
-    num_images = model.config.sampling.num_images if num_images is None else num_images
-    all_labels = model.labels(classes, num_images, order=labels, seed=settings.seed)
+    all_labels = model.labels(request, seed=settings.seed)
     if progress:
         print_cost(settings)
     return draw_images(model, settings, all_labels, batch_size=batch_size, progress=progress)
-
-
-def check_counts(num_images: int | None, batch_size: int) -> None:
-    """Raises SamplingError unless both are whole numbers of at least 1, or num_images is None."""
-    if num_images is not None:
-        check_integer("num_images", num_images, minimum=1)
-    check_integer("batch_size", batch_size, minimum=1)
 
 
 def draw_images(

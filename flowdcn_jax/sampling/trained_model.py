@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from flowdcn_jax.sampling.generator import (
     load_weights,
     make_generator,
 )
+from flowdcn_jax.sampling.request import Request
 from flowdcn_jax.sampling.settings import Settings
 from flowdcn_jax.training import checkpoint
 from flowdcn_jax.training.sharding import make_mesh
@@ -77,24 +78,18 @@ class TrainedModel:
             check_guide(self.source.config, self.guide_source.config, settings)
         return settings
 
-    def labels(
-        self,
-        classes: Sequence[str | int] | str | int | None,
-        num_images: int,
-        *,
-        order: str,
-        seed: int,
-    ) -> np.ndarray:
-        """Labels [num_images] of the classes asked for; of the config's classes for None.
+    def labels(self, request: Request, *, seed: int) -> np.ndarray:
+        """Labels of the images asked for, int32 [num_images]; `seed` is of a random order.
 
         Raises:
-            SamplingError: an unknown class or order.
+            SamplingError: an unknown class.
         """
-        num_classes = self.config.model.num_classes
-        chosen = tuple(self.config.sampling.classes)
-        if classes is not None:
-            chosen = parse_classes(classes, num_classes, self.words)
-        return make_labels(order, tuple(chosen), num_images, num_classes, seed=seed)
+        options, num_classes = self.config.sampling, self.config.model.num_classes
+        chosen, count = tuple(options.classes), request.num_images
+        if request.classes is not None:
+            chosen = tuple(parse_classes(request.classes, num_classes, self.words))
+        count = options.num_images if count is None else count
+        return make_labels(request.labels, chosen, count, num_classes, seed=seed)
 
     def generator(self, settings: Settings) -> Callable:
         """`make_generator`'s function for filled settings: compiled once, however often asked."""

@@ -23,12 +23,11 @@ SETTINGS = sampling.Settings(sampler="euler_sde", num_steps=3, guidance=2.0, see
 COUNT = 24
 
 
-def sample(workdir, out, num_devices=1, batch_size=2, **options):
+def sample(workdir, out, num_devices=1, batch_size=2, autoencoder=None):
     mesh = make_mesh(devices=jax.devices()[:num_devices])
-    options = dict(num_images=COUNT, classes=["all"]) | options
-    sampling.sample_to_folder(
-        workdir, SETTINGS, out=out, mesh=mesh, batch_size=batch_size, **options
-    )
+    model = sampling.load_trained(workdir, mesh=mesh, autoencoder=autoencoder)
+    request = sampling.Request(num_images=COUNT, classes=["all"], batch_size=batch_size)
+    sampling.sample_to_folder(model, SETTINGS, request, out=out)
     return (out / "samples.npz").read_bytes()
 
 
@@ -229,7 +228,7 @@ def test_what_is_not_given_is_the_runs(workdir):
 
 def test_the_default_folder_is_the_settings_own(workdir, monkeypatch):
     model = sampling.load_trained(workdir, mesh=make_mesh(devices=jax.devices()[:1]))
-    labels = model.labels(["three", 1], 4, order="balanced", seed=0)
+    labels = model.labels(sampling.Request(classes=["three", 1], num_images=4), seed=0)
     assert labels.tolist() == [3, 1, 3, 1]
     settings = model.fill_settings(SETTINGS)
     record = run.describe(model, settings, labels)
@@ -260,11 +259,10 @@ def test_the_default_folder_is_the_settings_own(workdir, monkeypatch):
 )
 def test_strips_show_each_value_in_a_column(drawn, workdir, tmp_path, kind, columns, options):
     path = sampling.compare_to_png(
-        workdir,
+        sampling.load_trained(workdir),
         sampling.Settings(**options),
+        sampling.Request(num_images=2, classes=["one"]),
         kind=kind,
-        num_images=2,
-        classes=["one"],
         out=tmp_path,
     )
     assert path == tmp_path / f"compare_{kind}.png"
@@ -299,8 +297,9 @@ def test_a_strip_of_samplers_names_evaluations_and_what_it_leaves_out(
         lambda *args, **options: (grids.append(options), real(*args, **options))[1],
     )
     settings = sampling.Settings(diffusion="zero", num_steps=50, seed=5)
+    request = sampling.Request(num_images=1, classes="one")
     sampling.compare_to_png(
-        workdir, settings, kind="samplers", num_images=1, classes="one", out=tmp_path
+        sampling.load_trained(workdir), settings, request, kind="samplers", out=tmp_path
     )
     evaluations = dict.fromkeys([s for s in samplers.SAMPLERS if s not in ("adams1", "neural")], 50)
     evaluations["heun"] = 99
@@ -323,6 +322,7 @@ def test_a_strip_of_samplers_names_evaluations_and_what_it_leaves_out(
     ],
 )
 def test_a_comparison_goes_through_its_option_alone(drawn, workdir, tmp_path, kind, options):
+    model, settings = sampling.load_trained(workdir), sampling.Settings(**options)
     with pytest.raises(sampling.SamplingError, match=f"expected none, since compare={kind} goes"):
-        sampling.compare_to_png(workdir, sampling.Settings(**options), kind=kind, out=tmp_path)
+        sampling.compare_to_png(model, settings, sampling.Request(), kind=kind, out=tmp_path)
     assert not drawn
