@@ -23,11 +23,11 @@ SETTINGS = sampling.Settings(sampler="euler_sde", num_steps=3, guidance=2.0, see
 COUNT = 24
 
 
-def sample(workdir, out, num_devices=1, batch_size=2, autoencoder=None):
+def sample(workdir, out, num_devices=1, *, autoencoder=None, save_images=False, **request):
     mesh = make_mesh(devices=jax.devices()[:num_devices])
     model = sampling.load_trained(workdir, mesh=mesh, autoencoder=autoencoder)
-    request = sampling.Request(num_images=COUNT, classes=["all"], batch_size=batch_size)
-    sampling.sample_to_folder(model, SETTINGS, request, out=out)
+    request = sampling.Request(**dict(num_images=COUNT, classes=["all"], batch_size=2) | request)
+    sampling.sample_to_folder(model, SETTINGS, request, out=out, save_images=save_images)
     return (out / "samples.npz").read_bytes()
 
 
