@@ -4,144 +4,44 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from flowdcn_jax import __version__
-from flowdcn_jax.autoencoders import Autoencoder, check_fits, load_autoencoder
 from flowdcn_jax.precision import compute_dtype
-from flowdcn_jax.sampling.classes import class_words, make_labels, parse_classes
+from flowdcn_jax.sampling.classes import class_texts
 from flowdcn_jax.sampling.folder import SampleFolder
-from flowdcn_jax.sampling.generator import (
-    draw_batches,
-    generate_images,
-    load_weights,
-    make_generator,
-)
+from flowdcn_jax.sampling.generator import device_batch_size, draw_batches, generate_images
 from flowdcn_jax.sampling.pictures import write_pictures
-from flowdcn_jax.sampling.settings import SamplingError, Settings, check_number
+from flowdcn_jax.sampling.request import Request
+from flowdcn_jax.sampling.settings import SamplingError, Settings
+from flowdcn_jax.sampling.trained_model import TrainedModel, load_trained
 from flowdcn_jax.training import checkpoint
-from flowdcn_jax.training.sharding import make_mesh
-
-
-class TrainedModel(NamedTuple):
-    """What a workdir holds for sampling, on the devices."""
-
-    mesh: Mesh
-    weights: checkpoint.Weights
-    guide: checkpoint.Weights | None  # the weaker model of autoguidance
-    autoencoder: Autoencoder
-    words: tuple[tuple[str, ...], ...] | None  # of each class
-
-    @property
-    def config(self) -> ConfigDict:
-        return self.weights.config
-
-    def labels(
-        self, classes: Sequence[str | int] | None, num_images: int, *, order: str, seed: int
-    ) -> np.ndarray:
-        """Labels [num_images] of the classes asked for; of the config's classes for None.
-
-        Raises:
-            SamplingError: an unknown class or order.
-        """
-        num_classes = self.config.model.num_classes
-        chosen = tuple(self.config.sampling.classes)
-        if classes is not None:
-            chosen = parse_classes([str(name) for name in classes], num_classes, self.words)
-        return make_labels(order, tuple(chosen), num_images, num_classes, seed=seed)
-
-
-def load_trained(
-    workdir: str | Path,
-    *,
-    step: int | None = None,
-    guide_workdir: str | Path | None = None,
-    guide_step: int | None = None,
-    autoencoder: str | None = None,
-    autoencoder_weights: str | Path | None = None,
-    mesh: Mesh | None = None,
-) -> TrainedModel:
-    """The EMA weights of a run, and of a guide if one is named, on every device of `mesh`.
-
-    Args:
-        workdir: the --workdir of the training run.
-        step: its checkpoint; None: the newest.
-        guide_workdir: the run of the guide; None: `workdir`, if guide_step is given.
-        guide_step: the guide's checkpoint; None: the newest, if guide_workdir is given.
-        autoencoder: what decodes; None: the run's.
-        autoencoder_weights: its file or folder; None: the run's, if the run names this autoencoder.
-        mesh: all devices of all processes by default.
-
-    Raises:
-        flowdcn_jax.errors.UserError: the autoencoder's weights are not there, or do not fit.
-        flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
-    """
-    mesh = make_mesh() if mesh is None else mesh
-    weights = load_weights(str(workdir), step, mesh)
-    config = _with_autoencoder(weights.config, autoencoder, autoencoder_weights)
-    weights = weights._replace(config=config)
-    decoder = load_autoencoder(config.autoencoder)
-    check_fits(decoder, config)
-    guide = None
-    if guide_workdir is not None or guide_step is not None:
-        guide = load_weights(str(guide_workdir or workdir), guide_step, mesh)
-    words = class_words(config.model.num_classes, weights.class_names)
-    return TrainedModel(mesh, weights, guide, decoder, words)
-
-
-def _with_autoencoder(config: ConfigDict, name: str | None, weights) -> ConfigDict:
-    """A copy of a run's config that decodes with another autoencoder, or with weights elsewhere.
-
-    Another `name` has its own weights: those of the config are then left out.
-    """
-    config = config.copy_and_resolve_references()
-    if name not in (None, config.autoencoder.name):
-        config.autoencoder.update(name=name, weights=None)
-    if weights is not None:
-        config.autoencoder.weights = str(weights)
-    return config
 
 
 def sample_to_folder(
-    workdir: str | Path,
+    model: TrainedModel,
     settings: Settings,
+    request: Request,
     *,
-    step: int | None = None,
-    guide_workdir: str | Path | None = None,
-    guide_step: int | None = None,
-    classes: Sequence[str | int] | None = None,
-    labels: str = "balanced",
-    num_images: int = 64,
-    batch_size: int = 64,
     out: str | Path | None = None,
     save_images: bool = False,
-    autoencoder: str | None = None,
-    autoencoder_weights: str | Path | None = None,
-    mesh: Mesh | None = None,
 ) -> Path:
     """Draws images to a folder, going on where an earlier call stopped; what sample.py does.
 
     Every process of a distributed job calls it; the first one writes.
 
     Args:
-        workdir: the --workdir of the training run.
+        model: of `load_trained`.
         settings: how to sample.
-        step, guide_workdir, guide_step, autoencoder, autoencoder_weights, mesh: see `load_trained`.
-        classes: names and numbers; ["all"]; None: the config's sampling.classes.
-        labels: "balanced", the classes in turn, or "random".
-        num_images: in all.
-        batch_size: the largest number of images that a device draws at a time.
+        request: which images.
         out: the folder; None: one in WORKDIR/samples for these settings.
         save_images: write each image as a PNG too.
 
@@ -150,77 +50,67 @@ def sample_to_folder(
 
     Raises:
         SamplingError: a value that cannot be used, or a folder with another run's images.
+        flowdcn_jax.errors.UserError: the autoencoder's weights are not there, or do not fit.
         flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
-    check_number("num_images", num_images, minimum=1)
-    check_number("batch_size", batch_size, minimum=1)
-    model = load_trained(
-        workdir,
-        step=step,
-        guide_workdir=guide_workdir,
-        guide_step=guide_step,
-        autoencoder=autoencoder,
-        autoencoder_weights=autoencoder_weights,
-        mesh=mesh,
-    )
-    settings = settings.for_model(model.config)
-    generator = make_generator(
-        model.config, model.mesh, settings, guide=model.guide, autoencoder=model.autoencoder
-    )
-    all_labels = model.labels(classes, num_images, order=labels, seed=settings.seed)
-    record = describe(model, settings, all_labels)
-    path = Path(out) if out else default_path(workdir, record)
-    folder = SampleFolder(path, num_images, _stored_rows(model, settings))
+    settings = model.fill_settings(settings)
+    labels = model.labels(request, seed=settings.seed)
+    generator = model.generator(settings)
+    record = describe(model, settings, labels)
+    path = Path(out) if out else default_path(model.source.workdir, record)
+    folder = SampleFolder(path, len(labels), _stored_rows(model, settings))
 
     with contextlib.closing(folder):
         missing = _open_everywhere(folder, record)
         print_cost(settings)
-        per_device = min(batch_size, math.ceil(num_images / model.mesh.size))
-        _draw_missing(folder, missing, generator, model, all_labels, per_device * model.mesh.size)
+        batch_size = device_batch_size(request.batch_size, len(labels)) * model.mesh.size
+        _draw_missing(folder, missing, generator, model, labels, batch_size)
         in_first_process(folder.join)
-        metadata = png_metadata(model, record, classes, order=labels)
-        pictures = (folder, all_labels, model.words, metadata)
+        pictures = (folder, labels, model.words, png_metadata(model, record, request))
         in_first_process(lambda: write_pictures(*pictures, save_images=save_images))
     return folder.grid
 
 
 def generate(
-    workdir: str | Path,
+    model: TrainedModel | str | Path,
     *,
     step: int | None = None,
     guide_workdir: str | Path | None = None,
     guide_step: int | None = None,
-    classes: Sequence[str | int] | None = None,
+    classes: Sequence[str | int] | str | int | None = None,
     labels: str = "balanced",
-    num_images: int = 64,
-    batch_size: int = 64,
+    num_images: int | None = None,
+    batch_size: int = Request.batch_size,
     progress: bool = True,
     autoencoder: str | None = None,
     autoencoder_weights: str | Path | None = None,
-    image_size: tuple[int, int] | None = None,
-    sampler: str = "euler",
-    num_steps: int = 50,
+    image_size: tuple[int, int] | str | None = None,
+    sampler: str | None = None,
+    num_steps: int | None = None,
     last_step: float | None = None,
     time_shift: float = 1.0,
     diffusion: str | None = None,
-    guidance: float = 1.375,
+    guidance: float | None = None,
     guidance_channels: str = "all",
     guidance_interval: tuple[float, float] | None = None,
     guidance_schedule: str = "constant",
-    resolution_adjustment: str = "none",
-    seed: int = 0,
+    resolution_adjustment: str | None = None,
+    seed: int | None = None,
 ) -> np.ndarray:
     """Images of a trained model, uint8 [num_images,H,W,C]: those that sample.py writes.
 
-    The arguments are sample.py's flags, see `sample_to_folder` and `Settings`. Latents without a
-    decoder give previews.
+    Args:
+        model: the workdir of a training run; or `load_trained`'s model, which keeps weights and
+            compiled programs, so that the next call starts at once.
+        progress: show a bar, and how often the model is evaluated.
+        The others are sample.py's flags: `load_trained`, `Settings` and `Request` describe them.
+            Latents without a decoder give previews.
 
     Raises:
         SamplingError: a value that cannot be used.
         flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
-    check_number("num_images", num_images, minimum=1)
-    check_number("batch_size", batch_size, minimum=1)
+    request = Request(classes=classes, labels=labels, num_images=num_images, batch_size=batch_size)
     settings = Settings(
         image_size=image_size,
         sampler=sampler,
@@ -235,15 +125,24 @@ def generate(
         resolution_adjustment=resolution_adjustment,
         seed=seed,
     )
-    model = load_trained(
-        workdir,
+    which = dict(
         step=step,
         guide_workdir=guide_workdir,
         guide_step=guide_step,
         autoencoder=autoencoder,
         autoencoder_weights=autoencoder_weights,
     )
-    all_labels = model.labels(classes, num_images, order=labels, seed=seed)
+    if not isinstance(model, TrainedModel):
+        model = load_trained(model, **which)
+    elif given := [name for name, value in which.items() if value is not None]:
+        raise SamplingError(
+            f"{given[0]} is {which[given[0]]!r}; expected none beside a model that is loaded: it "
+            "is an option of load_trained"
+        )
+    settings = model.fill_settings(settings)
+    all_labels = model.labels(request, seed=settings.seed)
+    if progress:
+        print_cost(settings)
     return draw_images(model, settings, all_labels, batch_size=batch_size, progress=progress)
 
 
@@ -252,18 +151,13 @@ def draw_images(
 ) -> np.ndarray:
     """Images of `labels` [n], uint8 [n,H,W,C], batch_size or fewer at a time on each device.
 
-    Raises:
-        SamplingError: settings that do not fit the model.
+    `settings` are filled: see `TrainedModel.fill_settings`.
     """
-    generator = make_generator(
-        model.config, model.mesh, settings, guide=model.guide, autoencoder=model.autoencoder
-    )
-    per_device = min(batch_size, math.ceil(len(labels) / model.mesh.size))
     _, images = generate_images(
-        generator,
+        model.generator(settings),
         model.weights.params,
         labels,
-        batch_size=per_device * model.mesh.size,
+        batch_size=device_batch_size(batch_size, len(labels)) * model.mesh.size,
         progress=progress,
     )
     return images
@@ -303,13 +197,12 @@ def _resolved(section: ConfigDict) -> dict:
     return json.loads(section.to_json()) | {"dtype": dtype}
 
 
-def png_metadata(
-    model: TrainedModel, record: dict, classes: Sequence[str | int] | None, *, order: str
-) -> dict:
+def png_metadata(model: TrainedModel, record: dict, request: Request) -> dict:
     """What PNGs say of themselves: their record, the classes asked for, and who made them."""
-    asked = model.config.sampling.classes if classes is None else [str(name) for name in classes]
-    request = {"classes": list(asked), "labels": order}
-    return record | {"request": request, "flowdcn_jax": __version__}
+    asked = request.classes
+    classes = list(model.config.sampling.classes) if asked is None else class_texts(asked)
+    request_record = {"classes": classes, "labels": request.labels}
+    return record | {"request": request_record, "flowdcn_jax": __version__}
 
 
 def default_path(workdir: str | Path, record: dict) -> Path:
