@@ -20,15 +20,17 @@ _CLASSES = flags.DEFINE_list(
 )
 _LABELS = flags.DEFINE_string("labels", "balanced", "balanced: the classes in turn; or random.")
 _NUM_IMAGES = flags.DEFINE_integer(
-    "num_images", None, "Images to draw; by default 64, and 4 to compare.", lower_bound=1
+    "num_images", None, "Images to draw; by default the config's, and 4 to compare.", lower_bound=1
 )
 _SAMPLER = flags.DEFINE_string(
     "sampler",
-    "euler",
-    "euler, heun, heun_cached, adams1 ... adams4, neural (5-10 or 15 steps); or an SDE's: "
-    "euler_sde, euler_sde_mean, euler_sde_preserve.",
+    None,
+    "euler (the default), heun, heun_cached, adams1 ... adams4, neural (5-10 or 15 steps); or an "
+    "SDE's: euler_sde, euler_sde_mean, euler_sde_preserve.",
 )
-_NUM_STEPS = flags.DEFINE_integer("num_steps", 50, "Steps from noise to image.", lower_bound=1)
+_NUM_STEPS = flags.DEFINE_integer(
+    "num_steps", None, "Steps from noise to image; by default the config's.", lower_bound=1
+)
 _LAST_STEP = flags.DEFINE_float(
     "last_step", None, "Length of the last step; by default as long as the others."
 )
@@ -38,7 +40,9 @@ _TIME_SHIFT = flags.DEFINE_float(
 _DIFFUSION = flags.DEFINE_string(
     "diffusion", None, "Of the SDE samplers: sigma (1 - t, the default), constant or zero."
 )
-_GUIDANCE = flags.DEFINE_float("guidance", 1.375, "Guidance weight; 1: none.", lower_bound=0.0)
+_GUIDANCE = flags.DEFINE_float(
+    "guidance", None, "Guidance weight; 1: none; by default the config's.", lower_bound=0.0
+)
 _GUIDANCE_CHANNELS = flags.DEFINE_string(
     "guidance_channels", "all", "all, or three: only the first three are guided."
 )
@@ -59,10 +63,13 @@ _IMAGE_SIZE = flags.DEFINE_string(
 )
 _RESOLUTION_ADJUSTMENT = flags.DEFINE_string(
     "resolution_adjustment",
-    "none",
-    "none, paper or released: how much further deformable blocks reach in larger images.",
+    None,
+    "none (the default), paper or released: how much further deformable blocks reach in larger "
+    "images.",
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Image i depends on it and on i alone.", lower_bound=0)
+_SEED = flags.DEFINE_integer(
+    "seed", None, "Image i depends on it and on i alone; by default the config's.", lower_bound=0
+)
 _COMPARE = flags.DEFINE_string(
     "compare", None, "A strip across steps, samplers, image_size or resolution_adjustment."
 )
@@ -71,7 +78,7 @@ _OUT = flags.DEFINE_string(
 )
 _SAVE_IMAGES = flags.DEFINE_bool("save_images", False, "Write every image as a PNG of its own too.")
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 64, "Images at a time on each device; does not change them.", lower_bound=1
+    "batch_size", None, "Images at a time on each device, by default 16.", lower_bound=1
 )
 _AUTOENCODER = flags.DEFINE_string(
     "autoencoder", None, "Decoder: sd_vae, taesd, taef1 or taef2; by default the config's."
@@ -110,7 +117,7 @@ def sample() -> Path:
     from flowdcn_jax import sampling
 
     settings = sampling.Settings(
-        image_size=sampling.parse_size(_IMAGE_SIZE.value),
+        image_size=_IMAGE_SIZE.value,
         sampler=_SAMPLER.value,
         num_steps=_NUM_STEPS.value,
         last_step=_LAST_STEP.value,
@@ -123,25 +130,26 @@ def sample() -> Path:
         resolution_adjustment=_RESOLUTION_ADJUSTMENT.value,
         seed=_SEED.value,
     )
-    options = dict(
+    batch_size = {} if _BATCH_SIZE.value is None else dict(batch_size=_BATCH_SIZE.value)
+    request = sampling.Request(
+        classes=_CLASSES.value, labels=_LABELS.value, num_images=_NUM_IMAGES.value, **batch_size
+    )
+    if _COMPARE.value is not None and _SAVE_IMAGES.value:
+        raise sampling.SamplingError("save_images is set; a comparison is one picture")
+    model = sampling.load_trained(
+        _WORKDIR.value,
         step=_STEP.value,
         guide_workdir=_GUIDE_WORKDIR.value,
         guide_step=_GUIDE_STEP.value,
-        classes=_CLASSES.value,
-        labels=_LABELS.value,
-        batch_size=_BATCH_SIZE.value,
-        out=_OUT.value,
         autoencoder=_AUTOENCODER.value,
         autoencoder_weights=_AUTOENCODER_WEIGHTS.value,
     )
-    if _NUM_IMAGES.value is not None:
-        options["num_images"] = _NUM_IMAGES.value
     if _COMPARE.value is not None:
-        if _SAVE_IMAGES.value:
-            raise sampling.SamplingError("save_images is set; a comparison is one picture")
-        return sampling.compare_to_png(_WORKDIR.value, settings, kind=_COMPARE.value, **options)
+        return sampling.compare_to_png(
+            model, settings, request, kind=_COMPARE.value, out=_OUT.value
+        )
     return sampling.sample_to_folder(
-        _WORKDIR.value, settings, save_images=_SAVE_IMAGES.value, **options
+        model, settings, request, out=_OUT.value, save_images=_SAVE_IMAGES.value
     )
 
 

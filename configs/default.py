@@ -68,7 +68,7 @@ def get_config() -> config_dict.ConfigDict:
         every_steps=100,
         sample_every_steps=10_000,  # grid of EMA samples; 0: never
     )
-    config.sampling = dict(  # of the grids in training, and sample.py's defaults
+    config.sampling = dict(  # of the grids in training; also what sample.py draws unless told
         num_images=64,
         num_steps=50,
         guidance=1.375,

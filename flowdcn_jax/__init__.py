@@ -2,12 +2,13 @@
 
 Conventions: arrays are NHWC; t=0 is noise and t=1 is data; offsets are (dx, dy) in tokens.
 
-`load_model(workdir)` gives a trained model, `generate(workdir, ...)` images of it; both are
-`flowdcn_jax.sampling`'s.
+`generate(workdir, ...)` gives images of a training run, and so does `generate(model, ...)` without
+reading and compiling anew, for `model = load_trained(workdir)`. `load_model(workdir)` gives the
+network and the config. All are `flowdcn_jax.sampling`'s.
 """
 
 __version__ = "0.1.0"
-__all__ = ["generate", "load_model"]
+__all__ = ["generate", "load_model", "load_trained"]
 
 
 def __getattr__(name: str):

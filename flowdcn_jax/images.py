@@ -31,17 +31,18 @@ def make_grid(
             are enlarged by one whole factor, without smoothing.
         columns: images a row.
         gap: white pixels between images.
-        captions: a text under each image. For long ones columns get up to twice as wide as the
-            widest image; then they are cut off.
+        captions: a text under each image, of one line or several. For long lines columns get up to
+            twice as wide as the widest image; then they are cut off.
     """
     side = min(min(image.shape[:2]) for image in images)
     factor = max(1, -(-MIN_GRID_SIDE // side))
     images = [image.repeat(factor, axis=0).repeat(factor, axis=1) for image in images]
-    below = 0 if captions is None else CAPTION_HEIGHT
+    texts = [caption.split("\n") for caption in captions or ()]
+    below = CAPTION_HEIGHT * max(map(len, texts), default=0)
     height = max(image.shape[0] for image in images) + below + gap
     width = max(image.shape[1] for image in images)
-    if captions is not None:
-        widest = max(int(_font().getlength(caption)) + 1 for caption in captions)
+    if texts:
+        widest = max(int(_font().getlength(line)) + 1 for lines in texts for line in lines)
         width = max(width, min(widest, 2 * width))
     width += gap
     rows = -(-len(images) // columns)
@@ -52,11 +53,13 @@ def make_grid(
     ]
     for image, (top, left) in zip(images, corners, strict=True):
         grid[top : top + image.shape[0], left : left + image.shape[1]] = image
-    if captions is None:
+    if not texts:
         return grid
     picture = Image.fromarray(grid)
-    for caption, image, (top, left) in zip(captions, images, corners, strict=True):
-        _write_caption(picture, caption, (left, top + image.shape[0]), width - gap)
+    for lines, image, (top, left) in zip(texts, images, corners, strict=True):
+        for number, line in enumerate(lines):
+            corner = (left, top + image.shape[0] + number * CAPTION_HEIGHT)
+            _write_caption(picture, line, corner, width - gap)
     return np.asarray(picture)
 
 

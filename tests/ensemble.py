@@ -11,11 +11,11 @@ import numpy as np
 ROUNDING = 1e-6  # of one evaluation of these networks in float32, or less
 
 
-def perturbed(x: np.ndarray, members: int) -> np.ndarray:
+def perturbed(x: np.ndarray, members: int, *, rounding: float = ROUNDING) -> np.ndarray:
     """x [B,...] and copies rounded each its own way, as one batch [members*B,...]; x is first."""
     noise = np.random.default_rng(0).standard_normal((members, *x.shape))
     noise[0] = 0
-    return (x * (1 + ROUNDING * noise)).astype(np.float32).reshape(-1, *x.shape[1:])
+    return (x * (1 + rounding * noise)).astype(np.float32).reshape(-1, *x.shape[1:])
 
 
 def spread_ratio(recorded: np.ndarray, ours: np.ndarray) -> float:

@@ -1,6 +1,6 @@
 """Bad input: one line that names the value and what was expected, and nothing written."""
 
-import dataclasses
+import inspect
 import sys
 
 import numpy as np
@@ -10,6 +10,7 @@ from PIL import Image
 from flowdcn_jax import sampling
 from flowdcn_jax.errors import ConfigError, UserError
 from flowdcn_jax.images import read_metadata
+from flowdcn_jax.sampling import trained_model
 from flowdcn_jax.training import loop
 from flowdcn_jax.training.checkpoint import CheckpointError
 from tests import tiny
@@ -173,15 +174,45 @@ def test_the_commands_print_one_error_and_no_traceback(command, message):
         (dict(guidance_schedule="cos"), "schedule is 'cos'; expected one of constant, linear"),
         (dict(resolution_adjustment="full"), "adjustment is 'full'; expected one of none, paper"),
         (dict(guide_step=2, guidance=1.0), "guidance is 1; expected another .* guide is given"),
+        (dict(classes=[]), "classes is empty; expected names and numbers of classes"),
+        (dict(num_images=2.5), "num_images is 2.5; expected a whole number"),
+        (dict(batch_size=2.5), "batch_size is 2.5; expected a whole number"),
+        (dict(num_steps=2.5), "num_steps is 2.5; expected a whole number"),
+        (dict(num_steps="10"), "num_steps is '10'; expected a whole number"),
+        (dict(sampler="neural"), "num_steps is 2; .* 5, 6, 7, 8, 9, 10, 15"),  # the config's
+        (dict(last_step=1.0), "last_step is 1.0 .* each of the 2 steps more"),
+        (dict(last_step="1"), "last_step is '1'; expected a number"),
+        (dict(seed=1.5), "seed is 1.5; expected a whole number"),
+        (dict(guidance="2"), "guidance is '2'; expected a number"),
+        (dict(guidance_interval=(0.2,)), r"interval is \(0.2,\); expected two times"),
+        (dict(guidance_interval=0.5), "interval is 0.5; expected two times"),
+        (dict(image_size=8), "image_size is 8; expected HxW in pixels, as in 256x384, or two"),
+        (dict(image_size=(8.0, 8.0)), r"image_size is \(8.0, 8.0\); expected HxW"),
+        (dict(image_size="8x"), "image_size is '8x'; expected HxW"),
+        (dict(image_size="9x8"), "9x8; expected HxW, both multiples of 2"),
     ],
 )
-def test_bad_sampling_requests_are_refused(trained, tmp_path, options, message):
-    fields = {field.name for field in dataclasses.fields(sampling.Settings)}
-    settings = {key: value for key, value in options.items() if key in fields}
-    others = {key: value for key, value in options.items() if key not in fields}
+def test_bad_sampling_requests_are_refused_before_weights_are_read(
+    trained, tmp_path, monkeypatch, options, message
+):
+    for name in ("load_weights", "load_autoencoder"):
+        monkeypatch.delattr(trained_model, name)
+
+    def pick(function):
+        names = inspect.signature(function).parameters
+        return {name: value for name, value in options.items() if name in names}
+
     with pytest.raises(sampling.SamplingError, match=message):
-        sample = sampling.compare_to_png if "kind" in others else sampling.sample_to_folder
-        sample(trained, sampling.Settings(**settings), out=tmp_path / "out", **others)
+        sampling_function = (
+            sampling.compare_to_png if "kind" in options else sampling.sample_to_folder
+        )
+        sampling_function(
+            sampling.load_trained(trained, **pick(sampling.load_trained)),
+            sampling.Settings(**pick(sampling.Settings)),
+            sampling.Request(**pick(sampling.Request)),
+            out=tmp_path / "out",
+            **pick(sampling_function),
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -195,9 +226,14 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path):
 def test_sampling_to_a_file_or_from_a_missing_step_is_refused(trained, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(sampling.SamplingError, match="file cannot be made a folder"):
-        sampling.sample_to_folder(trained, sampling.Settings(), out=tmp_path / "file")
+        sampling.sample_to_folder(
+            sampling.load_trained(trained),
+            sampling.Settings(),
+            sampling.Request(),
+            out=tmp_path / "file",
+        )
     with pytest.raises(CheckpointError, match=r"no step 5; there are \[2, 4, 6\]"):
-        sampling.sample_to_folder(trained, sampling.Settings(), step=5)
+        sampling.load_trained(trained, step=5)
 
 
 def test_sample_command_writes_grid_npz_and_pngs(trained, tmp_path):
@@ -208,7 +244,7 @@ def test_sample_command_writes_grid_npz_and_pngs(trained, tmp_path):
         "--classes=3,7",
         "--save_images",
     ]
-    command += ["--num_images=6", "--num_steps=2", "--image_size=8x12", f"--out={tmp_path}"]
+    command += ["--num_images=6", "--image_size=8x12", f"--out={tmp_path}"]
     code, output = tiny.run(command, num_devices=2)
     assert code == 0, output
     assert output.splitlines()[-1] == str(tmp_path / "grid.png")
@@ -222,8 +258,9 @@ def test_sample_command_writes_grid_npz_and_pngs(trained, tmp_path):
     assert Image.open(tmp_path / "grid.png").mode == "RGB"
     metadata = read_metadata(tmp_path / "images" / "00004.png")
     assert metadata["settings"]["image_size"] == [8, 12] and metadata["settings"]["seed"] == 0
-    assert (metadata["index"], metadata["class"], metadata["model"]["step"]) == (4, "3", 6)
+    assert (metadata["index"], metadata["class"], metadata["class_name"]) == (4, 3, "3")
+    assert metadata["model"]["step"] == 6
 
-    code, output = tiny.run([*command, "--guidance=2"])
+    code, output = tiny.run([*command, "--guidance=3"])
     assert code != 0 and "Traceback" not in output
-    assert "holds another run's images (settings" in output and "another --out" in output
+    assert "another run's images (settings.guidance: " in output and "another --out" in output

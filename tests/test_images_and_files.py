@@ -33,6 +33,9 @@ def test_captions_are_written_under_images_of_any_size_and_long_ones_cut():
     assert grid.shape == (104 + images.CAPTION_HEIGHT, 166, 3)
     assert (grid[66 : 66 + images.CAPTION_HEIGHT, :82] < 255).any()  # under the shorter one
     assert (grid[102 : 102 + images.CAPTION_HEIGHT, 84:] < 255).any()
+    two = images.make_grid(pictures, **options, captions=["dog\nbarks", "cat"])
+    assert two.shape == (104 + 2 * images.CAPTION_HEIGHT, 166, 3)
+    assert (two[66 + images.CAPTION_HEIGHT : 66 + 2 * images.CAPTION_HEIGHT, :82] < 255).any()
     long = images.make_grid(pictures, **options, captions=["dog", "a very long name " * 9])
     assert long.shape[1] == 2 * (160 + 2) + 2
     assert (long[102 : 102 + images.CAPTION_HEIGHT, -2:] == 255).all()

@@ -8,6 +8,7 @@ arXiv 2406.02507). w = 1 is no guidance.
 """
 
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -65,9 +66,12 @@ def guided_velocity(
     def strong_and_weak(x, t):
         if guide is not None:
             return strong_alone(x, t), guide(x, jnp.broadcast_to(t, y.shape), y)
-        twice_y = jnp.concatenate([y, jnp.full_like(y, null_class)])
-        both = model(jnp.concatenate([x, x]), jnp.broadcast_to(t, twice_y.shape), twice_y)
-        return jnp.split(both, 2)
+        # Each image beside its twin: one after the other, the two halves of a batch that is split
+        # over devices would have to change places at every evaluation.
+        twice_x, twice_y = _interleave(x, x), _interleave(y, jnp.full_like(y, null_class))
+        both = model(twice_x, jnp.broadcast_to(t, twice_y.shape), twice_y)
+        both = both.reshape(-1, 2, *both.shape[1:])
+        return both[:, 0], both[:, 1]
 
     def guided(x, t):
         strong, weak = strong_and_weak(x, t)
@@ -87,6 +91,11 @@ def guided_velocity(
     )
 
 
+def _interleave(a: Array, b: Array) -> Array:
+    """[2B,...]: a[0], b[0], a[1], b[1], ..."""
+    return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+
+
 def guided_at(t: float, *, scale: float, interval: tuple[float, float] | None = None) -> bool:
     """Whether `guided_velocity` evaluates the weak velocity too at time t."""
     return scale != 1 and (interval is None or bool(interval[0] <= t <= interval[1]))
@@ -96,14 +105,21 @@ def check_guidance(
     *, scale: float, channels: str, interval: tuple[float, float] | None, schedule: str
 ) -> None:
     """Raises ValueError for a name that is unknown, or a number or interval out of range."""
-    if not (scale >= 0 and math.isfinite(scale)):
-        raise ValueError(f"guidance is {scale}; expected a number of at least 0")
+    if not (isinstance(scale, numbers.Real) and scale >= 0 and math.isfinite(scale)):
+        raise ValueError(f"guidance is {scale!r}; expected a number of at least 0")
     if channels not in CHANNELS:
         raise ValueError(f"channels is {channels!r}; expected one of {', '.join(CHANNELS)}")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule is {schedule!r}; expected one of {', '.join(SCHEDULES)}")
-    if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
+    if interval is None:
+        return
+    try:
+        low, high = interval
+        in_order = 0 <= low <= high <= 1
+    except (TypeError, ValueError) as error:  # not two, or no numbers
+        raise ValueError(f"interval is {interval!r}; expected two times, (low, high)") from error
+    if not in_order:
         raise ValueError(
-            f"interval is {interval[0]} to {interval[1]}; expected low <= high, both in [0, 1] "
+            f"interval is {low} to {high}; expected low <= high, both in [0, 1] "
             "(t=0 is noise, t=1 is data)"
         )

@@ -1,6 +1,7 @@
 """The samplers by name, and the one function that runs them."""
 
 import functools
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ ODE_SCHEMES = {
 }
 SAMPLERS = (*ODE_SCHEMES, *sde.VARIANTS)
 DIFFUSIONS = tuple(sde.DIFFUSIONS)
+SHORTEST_STEP = float(np.finfo(np.float32).eps)  # a shorter one is none at all near t=1
 
 
 def solve(
@@ -51,7 +53,7 @@ def solve(
         diffusion: beta(t) of the SDE samplers: "sigma" (1 - t, published, the default), "constant"
             (1) or "zero".
         key: for the SDE samplers' noise: one key for all, or a key a row of x_init, [B], so that a
-            row's noise does not depend on the other rows.
+            row's noise does not depend on the other rows; as jax.random.key makes them.
         step_noise: [num_steps, *x_init.shape], used instead of drawn noise; the last step's is
             ignored, since that step is the ODE's.
 
@@ -59,8 +61,8 @@ def solve(
         x at t=1, [B,...].
 
     Raises:
-        ValueError: an unknown name or a value out of range (see `check`), an SDE sampler without
-            key and step_noise, or step_noise of another shape.
+        ValueError: an unknown name or a value out of range (see `time_grid`, `check_diffusion`),
+            an SDE sampler without key and step_noise, or one of them of another shape or kind.
     """
     times = time_grid(sampler, num_steps, last_step=last_step, time_shift=time_shift)
     check_diffusion(sampler, diffusion)
@@ -82,16 +84,23 @@ def time_grid(
     """The ends of a sampler's steps: [num_steps + 1] float64 from 0 to 1.
 
     Raises:
-        ValueError: an unknown sampler; num_steps, last_step or time_shift out of range; or the
-            neural solver with a number of steps, or a grid, that it was not searched for.
+        ValueError: an unknown sampler; num_steps, last_step or time_shift out of range, or times
+            that do not increase with them; or the neural solver with a number of steps, or a grid,
+            that it was not searched for.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}; expected one of {', '.join(SAMPLERS)}")
     if sampler != "neural":
-        return shift_times(uniform_times(num_steps, last_step), time_shift)
-    if num_steps not in NEURAL_COEFFICIENTS:
+        times = shift_times(uniform_times(num_steps, last_step), time_shift)
+        if not np.diff(times).min() > SHORTEST_STEP:
+            raise ValueError(
+                f"last_step is {last_step} and time_shift is {time_shift}; expected values that "
+                f"leave each of the {num_steps} steps more than {SHORTEST_STEP:.1e} of t"
+            )
+        return times
+    if not isinstance(num_steps, numbers.Integral) or num_steps not in NEURAL_COEFFICIENTS:
         choices = ", ".join(map(str, NEURAL_COEFFICIENTS))
-        raise ValueError(f"num_steps is {num_steps}; the sampler 'neural' has one of {choices}")
+        raise ValueError(f"num_steps is {num_steps!r}; the sampler 'neural' has one of {choices}")
     if last_step is not None or time_shift != 1:
         raise ValueError(
             f"last_step is {last_step} and time_shift is {time_shift}; expected neither, since the "
@@ -148,6 +157,9 @@ def _noise_source(sampler: str, num_steps: int, x_init: Array, key, step_noise):
         return lambda i: jnp.asarray(step_noise)[i]
     if key is None:
         raise ValueError(f"the sampler {sampler!r} draws noise; expected a key or step_noise")
+    if not (isinstance(key, Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        found = f"{key.dtype}{list(key.shape)}" if isinstance(key, Array) else repr(key)
+        raise ValueError(f"key is {found}; expected what jax.random.key gives (not PRNGKey)")
     if key.shape == ():
         return lambda i: jax.random.normal(jax.random.fold_in(key, i), x_init.shape)
     if key.shape != x_init.shape[:1]:

@@ -1,5 +1,7 @@
 """Time grids of the samplers."""
 
+import numbers
+
 import numpy as np
 
 
@@ -12,13 +14,15 @@ def uniform_times(num_steps: int, last_step: float | None = None) -> np.ndarray:
             more steps used 0.04.
 
     Raises:
-        ValueError: num_steps below 1, or last_step outside (0, 1].
+        ValueError: num_steps is no whole number or below 1, or last_step outside (0, 1].
     """
+    if not isinstance(num_steps, numbers.Integral) or isinstance(num_steps, bool):
+        raise ValueError(f"num_steps is {num_steps!r}; expected a whole number")
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; expected at least 1")
     last_step = 1.0 / num_steps if last_step is None else last_step
-    if not 0.0 < last_step <= 1.0:
-        raise ValueError(f"last_step is {last_step}; expected a length in (0, 1]")
+    if not (isinstance(last_step, numbers.Real) and 0.0 < last_step <= 1.0):
+        raise ValueError(f"last_step is {last_step!r}; expected a length in (0, 1]")
     if num_steps == 1:
         return np.array([0.0, 1.0])
     return np.append(np.linspace(0.0, 1.0 - last_step, num_steps), 1.0)
@@ -34,6 +38,6 @@ def shift_times(times: np.ndarray, shift: float) -> np.ndarray:
     Raises:
         ValueError: it is not a positive number.
     """
-    if not (shift > 0 and np.isfinite(shift)):
-        raise ValueError(f"time_shift is {shift}; expected a positive number")
+    if not (isinstance(shift, numbers.Real) and shift > 0 and np.isfinite(shift)):
+        raise ValueError(f"time_shift is {shift!r}; expected a positive number")
     return times / (shift - (shift - 1) * times)

@@ -9,12 +9,16 @@ from flowdcn_jax.sampling.generator import (
     load_weights,
     make_generator,
 )
-from flowdcn_jax.sampling.run import generate, load_trained, sample_to_folder
-from flowdcn_jax.sampling.settings import SamplingError, Settings, parse_interval, parse_size
+from flowdcn_jax.sampling.request import Request
+from flowdcn_jax.sampling.run import generate, sample_to_folder
+from flowdcn_jax.sampling.settings import SamplingError, Settings, parse_interval
+from flowdcn_jax.sampling.trained_model import TrainedModel, load_trained
 
 __all__ = [
+    "Request",
     "SamplingError",
     "Settings",
+    "TrainedModel",
     "compare_to_png",
     "generate",
     "generate_images",
@@ -26,6 +30,5 @@ __all__ = [
     "make_generator",
     "parse_classes",
     "parse_interval",
-    "parse_size",
     "sample_to_folder",
 ]

@@ -4,6 +4,7 @@ import difflib
 import functools
 import importlib.resources
 import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -45,18 +46,28 @@ def class_words(
 
 
 def parse_classes(
-    texts: list[str], num_classes: int, words: tuple[tuple[str, ...], ...] | None
+    classes: Sequence[str | int] | str | int,
+    num_classes: int,
+    words: tuple[tuple[str, ...], ...] | None,
 ) -> list[int]:
-    """Class numbers from numbers and names; ["all"] is every class.
+    """Class numbers from numbers and names; "all" is every class.
 
     A class's name comes before another class's other words; upper case does not matter, and an
     underscore is a space. A number that is also a name is the name.
 
+    Args:
+        classes: numbers and names, one alone, or a text with commas between them.
+        num_classes: of the model.
+        words: see `class_words`.
+
     Raises:
-        SamplingError: a number out of range, or a name that is unknown or stands for several
-            classes; the message gives the nearest names.
+        SamplingError: no class at all, a number out of range, or a name that is unknown or stands
+            for several classes; the message gives the nearest names.
     """
-    if [text.strip() for text in texts] == ["all"]:
+    texts = class_texts(classes)
+    if not any(texts):
+        raise SamplingError("classes is empty; expected names and numbers of classes, or all")
+    if texts == ["all"]:
         return list(range(num_classes))
     names, others = {}, {}
     for number, (name, *rest) in enumerate(words or ()):
@@ -73,8 +84,17 @@ def parse_classes(
         elif len(others.get(word, ())) == 1:
             numbers.append(others[word][0])
         else:
-            raise SamplingError(_unknown_class(text.strip(), word, num_classes, words, others))
+            raise SamplingError(_unknown_class(text, word, num_classes, words, others))
     return numbers
+
+
+def class_texts(classes: Sequence[str | int] | str | int) -> list[str]:
+    """Names and numbers as texts, whatever the form in which `parse_classes` takes them."""
+    if isinstance(classes, str):
+        classes = classes.split(",")
+    elif not isinstance(classes, Iterable):
+        classes = [classes]
+    return [str(each).strip() for each in classes]
 
 
 def _folded(name: str) -> str:
@@ -124,9 +144,14 @@ def make_labels(
     Raises:
         SamplingError: an unknown order.
     """
-    if order not in LABEL_ORDERS:
-        raise SamplingError(f"labels is {order!r}; expected one of {', '.join(LABEL_ORDERS)}")
+    check_order(order)
     if order == "balanced":
         return labels_in_turn(classes, num_images, num_classes)
     chosen = labels_in_turn(classes, len(classes) or num_classes, num_classes)
     return np.random.default_rng(seed).choice(chosen, num_images)
+
+
+def check_order(order: str) -> None:
+    """Raises SamplingError unless it is one of LABEL_ORDERS."""
+    if order not in LABEL_ORDERS:
+        raise SamplingError(f"labels is {order!r}; expected one of {', '.join(LABEL_ORDERS)}")

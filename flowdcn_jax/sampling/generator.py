@@ -58,15 +58,21 @@ def load_model(workdir: str | Path, step: int | None = None) -> tuple[nnx.Module
     return nnx.merge(graphdef, weights.params), weights.config
 
 
+def stream_keys(seed: int) -> tuple[jax.Array, jax.Array]:
+    """(initial noise's key, the steps' noise's key): image i's keys are folds of these by i."""
+    initial, steps = jax.random.split(jax.random.key(seed))
+    return initial, steps
+
+
 def initial_noise(seed: int, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Noise [n,*shape]: image i's depends on the seed and on i alone."""
-    key = jax.random.key(seed)
+    key, _ = stream_keys(seed)
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
 
 
 def step_noise_keys(seed: int, indices: jax.Array) -> jax.Array:
     """Keys [n] of the SDE samplers' noise: image i's depends on the seed and on i alone."""
-    key, _ = jax.random.split(jax.random.key(seed))  # another stream than initial_noise's
+    _, key = stream_keys(seed)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
 
 
@@ -126,10 +132,16 @@ def make_generator(
         )
         return x, decode_images(autoencoder, decoder_params, x, mesh=mesh)
 
+    compiled = jax.jit(generate, out_shardings=replicated(mesh))
+    return functools.partial(compiled, guide_params, copy_to_devices(autoencoder.params, mesh))
+
+
+def copy_to_devices(params: dict, mesh: Mesh) -> dict:
+    """`params` whole on every device; as they are if they lie there."""
     copied = replicated(mesh)
-    decoder_params = jax.jit(lambda tree: tree, out_shardings=copied)(autoencoder.params)
-    compiled = jax.jit(generate, out_shardings=copied)
-    return functools.partial(compiled, guide_params, decoder_params)
+    if all(getattr(leaf, "sharding", None) == copied for leaf in jax.tree.leaves(params)):
+        return params
+    return jax.jit(lambda tree: tree, out_shardings=copied)(params)
 
 
 def check_guide(config: ConfigDict, guide: ConfigDict, settings: Settings) -> None:
@@ -175,6 +187,14 @@ def _network(config: ConfigDict, settings: Settings) -> Callable:
     return apply
 
 
+def device_batch_size(batch_size: int, num_images: int) -> int:
+    """Images that a device draws at a time: the same for any number of devices, as rounding is.
+
+    So a last round may draw copies, on devices that would have nothing to do.
+    """
+    return min(batch_size, num_images)
+
+
 def draw_batches(
     generator: Callable,
     params,
@@ -204,10 +224,14 @@ def draw_batches(
 def generate_images(
     generator: Callable, params, labels: np.ndarray, *, batch_size: int, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(x, images) for labels [n], image i having index i, in batches of one size."""
+    """(x, images) for labels [n], image i having index i, in batches of one size.
+
+    batch_size is that of all devices together. Process 0 alone shows progress.
+    """
     parts = []
     whole = [(0, len(labels))]
-    with tqdm(total=len(labels), unit="image", disable=not progress, dynamic_ncols=True) as bar:
+    hidden = not progress or jax.process_index() != 0
+    with tqdm(total=len(labels), unit="image", disable=hidden, dynamic_ncols=True) as bar:
         for start, stop, *arrays in draw_batches(
             generator, params, labels, ranges=whole, batch_size=batch_size
         ):

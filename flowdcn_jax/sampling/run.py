@@ -1,152 +1,47 @@
 """Drawing images with a training run: to a folder, as sample.py does, or to an array."""
 
+import contextlib
 import dataclasses
+import functools
 import json
-import logging
-import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowdcn_jax.autoencoders import (
-    Autoencoder,
-    check_fits,
-    decode_pixels,
-    load_autoencoder,
-    preview_latents,
-)
-from flowdcn_jax.images import grid_columns, make_grid, save_png
-from flowdcn_jax.sampling.classes import class_labels, class_words, make_labels, parse_classes
+from flowdcn_jax import __version__
+from flowdcn_jax.precision import compute_dtype
+from flowdcn_jax.sampling.classes import class_texts
 from flowdcn_jax.sampling.folder import SampleFolder
-from flowdcn_jax.sampling.generator import (
-    draw_batches,
-    generate_images,
-    load_weights,
-    make_generator,
-)
-from flowdcn_jax.sampling.settings import SamplingError, Settings, check_number
+from flowdcn_jax.sampling.generator import device_batch_size, draw_batches, generate_images
+from flowdcn_jax.sampling.pictures import write_pictures
+from flowdcn_jax.sampling.request import Request
+from flowdcn_jax.sampling.settings import SamplingError, Settings
+from flowdcn_jax.sampling.trained_model import TrainedModel, load_trained
 from flowdcn_jax.training import checkpoint
-from flowdcn_jax.training.sharding import make_mesh
-
-MAX_GRID_IMAGES = 100  # the grid shows the first ones
-
-
-class TrainedModel(NamedTuple):
-    """What a workdir holds for sampling, on the devices."""
-
-    mesh: Mesh
-    weights: checkpoint.Weights
-    guide: checkpoint.Weights | None  # the weaker model of autoguidance
-    autoencoder: Autoencoder
-    words: tuple[tuple[str, ...], ...] | None  # of each class
-
-    @property
-    def config(self) -> ConfigDict:
-        return self.weights.config
-
-    def labels(
-        self, classes: Sequence[str | int] | None, num_images: int, *, order: str, seed: int
-    ) -> np.ndarray:
-        """Labels [num_images] of the classes asked for; of the config's classes for None.
-
-        Raises:
-            SamplingError: an unknown class or order.
-        """
-        num_classes = self.config.model.num_classes
-        chosen = tuple(self.config.sampling.classes)
-        if classes is not None:
-            chosen = parse_classes([str(name) for name in classes], num_classes, self.words)
-        return make_labels(order, tuple(chosen), num_images, num_classes, seed=seed)
-
-
-def load_trained(
-    workdir: str | Path,
-    *,
-    step: int | None = None,
-    guide_workdir: str | Path | None = None,
-    guide_step: int | None = None,
-    autoencoder: str | None = None,
-    autoencoder_weights: str | Path | None = None,
-    mesh: Mesh | None = None,
-) -> TrainedModel:
-    """The EMA weights of a run, and of a guide if one is named, on every device of `mesh`.
-
-    Args:
-        workdir: the --workdir of the training run.
-        step: its checkpoint; None: the newest.
-        guide_workdir: the run of the guide; None: `workdir`, if guide_step is given.
-        guide_step: the guide's checkpoint; None: the newest, if guide_workdir is given.
-        autoencoder: what decodes; None: the run's.
-        autoencoder_weights: its file or folder; None: the run's, if the run names this autoencoder.
-        mesh: all devices of all processes by default.
-
-    Raises:
-        flowdcn_jax.errors.UserError: the autoencoder's weights are not there, or do not fit.
-        flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
-    """
-    mesh = make_mesh() if mesh is None else mesh
-    weights = load_weights(str(workdir), step, mesh)
-    config = _with_autoencoder(weights.config, autoencoder, autoencoder_weights)
-    weights = weights._replace(config=config)
-    decoder = load_autoencoder(config.autoencoder)
-    check_fits(decoder, config)
-    guide = None
-    if guide_workdir is not None or guide_step is not None:
-        guide = load_weights(str(guide_workdir or workdir), guide_step, mesh)
-    words = class_words(config.model.num_classes, weights.class_names)
-    return TrainedModel(mesh, weights, guide, decoder, words)
-
-
-def _with_autoencoder(config: ConfigDict, name: str | None, weights) -> ConfigDict:
-    """A copy of a run's config that decodes with another autoencoder, or with weights elsewhere.
-
-    Another `name` has its own weights: those of the config are then left out.
-    """
-    config = config.copy_and_resolve_references()
-    if name not in (None, config.autoencoder.name):
-        config.autoencoder.update(name=name, weights=None)
-    if weights is not None:
-        config.autoencoder.weights = str(weights)
-    return config
 
 
 def sample_to_folder(
-    workdir: str | Path,
+    model: TrainedModel,
     settings: Settings,
+    request: Request,
     *,
-    step: int | None = None,
-    guide_workdir: str | Path | None = None,
-    guide_step: int | None = None,
-    classes: Sequence[str | int] | None = None,
-    labels: str = "balanced",
-    num_images: int = 64,
-    batch_size: int = 64,
     out: str | Path | None = None,
     save_images: bool = False,
-    autoencoder: str | None = None,
-    autoencoder_weights: str | Path | None = None,
-    mesh: Mesh | None = None,
 ) -> Path:
     """Draws images to a folder, going on where an earlier call stopped; what sample.py does.
 
     Every process of a distributed job calls it; the first one writes.
 
     Args:
-        workdir: the --workdir of the training run.
+        model: of `load_trained`.
         settings: how to sample.
-        step, guide_workdir, guide_step, autoencoder, autoencoder_weights, mesh: see `load_trained`.
-        classes: names and numbers; ["all"]; None: the config's sampling.classes.
-        labels: "balanced", the classes in turn, or "random".
-        num_images: in all.
-        batch_size: the largest number of images that a device draws at a time.
+        request: which images.
         out: the folder; None: one in WORKDIR/samples for these settings.
         save_images: write each image as a PNG too.
 
@@ -155,75 +50,67 @@ def sample_to_folder(
 
     Raises:
         SamplingError: a value that cannot be used, or a folder with another run's images.
+        flowdcn_jax.errors.UserError: the autoencoder's weights are not there, or do not fit.
         flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
-    check_number("num_images", num_images, minimum=1)
-    check_number("batch_size", batch_size, minimum=1)
-    model = load_trained(
-        workdir,
-        step=step,
-        guide_workdir=guide_workdir,
-        guide_step=guide_step,
-        autoencoder=autoencoder,
-        autoencoder_weights=autoencoder_weights,
-        mesh=mesh,
-    )
-    settings = settings.for_model(model.config)
-    generator = make_generator(
-        model.config, model.mesh, settings, guide=model.guide, autoencoder=model.autoencoder
-    )
-    all_labels = model.labels(classes, num_images, order=labels, seed=settings.seed)
-    record = describe(model, settings, all_labels)
-    folder = SampleFolder(Path(out) if out else default_path(workdir, record), num_images)
+    settings = model.fill_settings(settings)
+    labels = model.labels(request, seed=settings.seed)
+    generator = model.generator(settings)
+    record = describe(model, settings, labels)
+    path = Path(out) if out else default_path(model.source.workdir, record)
+    folder = SampleFolder(path, len(labels), _stored_rows(model, settings))
 
-    missing = _open_everywhere(folder, record)
-    print_cost(settings)
-    per_device = min(batch_size, math.ceil(num_images / model.mesh.size))
-    _draw_missing(folder, missing, generator, model, all_labels, per_device * model.mesh.size)
-    grid = folder.path / "grid.png"
-    if jax.process_index() == 0:
-        folder.join()
-        _write_pictures(folder, grid, model, record, all_labels, save_images=save_images)
-    return grid
+    with contextlib.closing(folder):
+        missing = _open_everywhere(folder, record)
+        print_cost(settings)
+        batch_size = device_batch_size(request.batch_size, len(labels)) * model.mesh.size
+        _draw_missing(folder, missing, generator, model, labels, batch_size)
+        in_first_process(folder.join)
+        pictures = (folder, labels, model.words, png_metadata(model, record, request))
+        in_first_process(lambda: write_pictures(*pictures, save_images=save_images))
+    return folder.grid
 
 
 def generate(
-    workdir: str | Path,
+    model: TrainedModel | str | Path,
     *,
     step: int | None = None,
     guide_workdir: str | Path | None = None,
     guide_step: int | None = None,
-    classes: Sequence[str | int] | None = None,
+    classes: Sequence[str | int] | str | int | None = None,
     labels: str = "balanced",
-    num_images: int = 64,
-    batch_size: int = 64,
+    num_images: int | None = None,
+    batch_size: int = Request.batch_size,
     progress: bool = True,
     autoencoder: str | None = None,
     autoencoder_weights: str | Path | None = None,
-    image_size: tuple[int, int] | None = None,
-    sampler: str = "euler",
-    num_steps: int = 50,
+    image_size: tuple[int, int] | str | None = None,
+    sampler: str | None = None,
+    num_steps: int | None = None,
     last_step: float | None = None,
     time_shift: float = 1.0,
     diffusion: str | None = None,
-    guidance: float = 1.375,
+    guidance: float | None = None,
     guidance_channels: str = "all",
     guidance_interval: tuple[float, float] | None = None,
     guidance_schedule: str = "constant",
-    resolution_adjustment: str = "none",
-    seed: int = 0,
+    resolution_adjustment: str | None = None,
+    seed: int | None = None,
 ) -> np.ndarray:
     """Images of a trained model, uint8 [num_images,H,W,C]: those that sample.py writes.
 
-    The arguments are sample.py's flags, see `sample_to_folder` and `Settings`. Latents without a
-    decoder give previews.
+    Args:
+        model: the workdir of a training run; or `load_trained`'s model, which keeps weights and
+            compiled programs, so that the next call starts at once.
+        progress: show a bar, and how often the model is evaluated.
+        The others are sample.py's flags: `load_trained`, `Settings` and `Request` describe them.
+            Latents without a decoder give previews.
 
     Raises:
         SamplingError: a value that cannot be used.
         flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
-    check_number("num_images", num_images, minimum=1)
-    check_number("batch_size", batch_size, minimum=1)
+    request = Request(classes=classes, labels=labels, num_images=num_images, batch_size=batch_size)
     settings = Settings(
         image_size=image_size,
         sampler=sampler,
@@ -238,15 +125,24 @@ def generate(
         resolution_adjustment=resolution_adjustment,
         seed=seed,
     )
-    model = load_trained(
-        workdir,
+    which = dict(
         step=step,
         guide_workdir=guide_workdir,
         guide_step=guide_step,
         autoencoder=autoencoder,
         autoencoder_weights=autoencoder_weights,
     )
-    all_labels = model.labels(classes, num_images, order=labels, seed=seed)
+    if not isinstance(model, TrainedModel):
+        model = load_trained(model, **which)
+    elif given := [name for name, value in which.items() if value is not None]:
+        raise SamplingError(
+            f"{given[0]} is {which[given[0]]!r}; expected none beside a model that is loaded: it "
+            "is an option of load_trained"
+        )
+    settings = model.fill_settings(settings)
+    all_labels = model.labels(request, seed=settings.seed)
+    if progress:
+        print_cost(settings)
     return draw_images(model, settings, all_labels, batch_size=batch_size, progress=progress)
 
 
@@ -255,18 +151,13 @@ def draw_images(
 ) -> np.ndarray:
     """Images of `labels` [n], uint8 [n,H,W,C], batch_size or fewer at a time on each device.
 
-    Raises:
-        SamplingError: settings that do not fit the model.
+    `settings` are filled: see `TrainedModel.fill_settings`.
     """
-    generator = make_generator(
-        model.config, model.mesh, settings, guide=model.guide, autoencoder=model.autoencoder
-    )
-    per_device = min(batch_size, math.ceil(len(labels) / model.mesh.size))
     _, images = generate_images(
-        generator,
+        model.generator(settings),
         model.weights.params,
         labels,
-        batch_size=per_device * model.mesh.size,
+        batch_size=device_batch_size(batch_size, len(labels)) * model.mesh.size,
         progress=progress,
     )
     return images
@@ -275,18 +166,43 @@ def draw_images(
 def describe(model: TrainedModel, settings: Settings, labels: np.ndarray) -> dict:
     """What the images depend on, as JSON takes it: two runs with the same record give the same."""
 
-    def weights_of(weights: checkpoint.Weights) -> dict:
-        return {"step": weights.step, "checksum": _digest(checkpoint.checksum(weights.params))}
+    def network(weights: checkpoint.Weights) -> dict:
+        return {
+            "step": weights.step,
+            "checksum": _digest(checkpoint.checksum(weights.params)),
+            "config": _resolved(weights.config.model),
+            "image_size": weights.config.data.image_size,  # resolution adjustments start from it
+        }
 
+    decoder = _resolved(model.config.autoencoder)
+    decoder.pop("weights", None)  # where they lie; their digest says which they are
     return {
         "num_images": len(labels),
         "labels": _digest(labels.tolist()),
-        "model": weights_of(model.weights),
-        "guide": None if model.guide is None else weights_of(model.guide),
-        "autoencoder": json.loads(model.config.autoencoder.to_json())
-        | {"weights_sha256": model.autoencoder.weights_sha256},
+        "model": network(model.weights),
+        "guide": None if model.guide is None else network(model.guide),
+        "autoencoder": decoder
+        | {
+            "weights_sha256": model.autoencoder.weights_sha256,
+            "scale": model.autoencoder.scale,
+            "shift": model.autoencoder.shift,
+        },
         "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
     }
+
+
+def _resolved(section: ConfigDict) -> dict:
+    """A section of a config with the dtype that "auto" stands for on these devices."""
+    dtype = np.dtype(compute_dtype(section.dtype)).name
+    return json.loads(section.to_json()) | {"dtype": dtype}
+
+
+def png_metadata(model: TrainedModel, record: dict, request: Request) -> dict:
+    """What PNGs say of themselves: their record, the classes asked for, and who made them."""
+    asked = request.classes
+    classes = list(model.config.sampling.classes) if asked is None else class_texts(asked)
+    request_record = {"classes": classes, "labels": request.labels}
+    return record | {"request": request_record, "flowdcn_jax": __version__}
 
 
 def default_path(workdir: str | Path, record: dict) -> Path:
@@ -309,35 +225,58 @@ def _digest(tree) -> str:
     return f"{zlib.crc32(json.dumps(tree, sort_keys=True).encode()):08x}"
 
 
+def in_first_process(action: Callable[[], object]) -> None:
+    """Calls `action` in process 0, and raises its SamplingError in every process.
+
+    All processes call it at the same place; the others wait.
+    """
+    error = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except SamplingError as e:
+            error = e
+    failed = error is not None
+    if jax.process_count() > 1:
+        failed = bool(multihost_utils.broadcast_one_to_all(np.asarray(failed)))
+    if failed:
+        raise error or SamplingError("process 0 had to stop; its own message says why")
+
+
 def _open_everywhere(folder: SampleFolder, record: dict) -> list[tuple[int, int]]:
     """Opens the folder in process 0 and tells all of them which images are missing.
 
     Raises:
         SamplingError: in every process, if the folder cannot be used.
     """
+    in_first_process(lambda: folder.open(record))
     if jax.process_count() == 1:
-        folder.open(record)
         return folder.missing()
-    missing, error = np.zeros(folder.num_images + 1, bool), None
+    missing = np.zeros(folder.num_images, bool)
     if jax.process_index() == 0:
-        try:
-            folder.open(record)
-            for start, stop in folder.missing():
-                missing[start:stop] = True
-        except SamplingError as e:
-            missing[-1], error = True, e
+        for start, stop in folder.missing():
+            missing[start:stop] = True
     missing = np.asarray(multihost_utils.broadcast_one_to_all(missing))
-    if missing[-1]:
-        raise error or SamplingError(f"process 0 cannot use {folder.path}")
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], missing[:-1], [False]])))
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], missing, [False]])))
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+
+
+def _stored_rows(model: TrainedModel, settings: Settings) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the files hold of each image: latents where there is no decoder."""
+    config = model.config
+    sides = (side // config.autoencoder.downsampling for side in settings.image_size)
+    x = jax.ShapeDtypeStruct((1, *sides, config.model.in_channels), np.float32)
+    label = jax.ShapeDtypeStruct((), np.int32)
+    if config.autoencoder.name == "none":
+        return {"latents": jax.ShapeDtypeStruct(x.shape[1:], x.dtype), "labels": label}
+    image = jax.eval_shape(model.autoencoder.decode, model.autoencoder.params, x)
+    return {"arr_0": jax.ShapeDtypeStruct(image.shape[1:], np.uint8), "arr_1": label}
 
 
 def _draw_missing(folder, missing, generator, model, labels, batch_size) -> None:
     """Draws what is missing; process 0 writes a shard a batch and shows the time left."""
     count = sum(stop - start for start, stop in missing)
     main = jax.process_index() == 0
-    latents = model.config.autoencoder.name == "none"
     with tqdm(
         total=len(labels),
         initial=len(labels) - count,
@@ -348,29 +287,8 @@ def _draw_missing(folder, missing, generator, model, labels, batch_size) -> None
         for start, stop, x, images in draw_batches(
             generator, model.weights.params, labels, ranges=missing, batch_size=batch_size
         ):
-            if not main:
-                continue
-            rows = np.asarray(x if latents else images)[: stop - start]
-            names = ("latents", "labels") if latents else ("arr_0", "arr_1")
-            folder.write(start, dict(zip(names, (rows, labels[start:stop]), strict=True)))
+            rows = x if "latents" in folder.rows else images
+            if main:
+                rows = np.asarray(rows)[: stop - start]
+            in_first_process(functools.partial(folder.write, start, rows, labels[start:stop]))
             bar.update(stop - start)
-
-
-def _write_pictures(folder, grid: Path, model, record: dict, labels, *, save_images: bool) -> None:
-    """The grid of the first images, and each image as a PNG if asked for."""
-    latents = model.config.autoencoder.name == "none"
-    if latents:
-        logging.warning("latents, and no decoder: the pictures show three latent channels")
-    captions = class_labels(labels, model.words)
-    shown = []
-    for index, (row, _) in enumerate(folder.images()):
-        if index >= MAX_GRID_IMAGES and not save_images:
-            break
-        image = np.asarray(decode_pixels(preview_latents(row[None])[0])) if latents else row
-        if index < MAX_GRID_IMAGES:
-            shown.append(image)
-        if save_images:
-            metadata = record | {"index": index, "class": captions[index]}
-            save_png(folder.path / "images" / f"{index:05d}.png", image, metadata)
-    columns = grid_columns(len(shown), len(np.unique(labels)))
-    save_png(grid, make_grid(shown, columns=columns, captions=captions[: len(shown)]), record)

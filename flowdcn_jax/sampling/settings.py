@@ -1,8 +1,9 @@
 """What the images of a sampling run depend on, and the checks made before any work."""
 
 import dataclasses
-import math
+import numbers
 import re
+from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
@@ -21,66 +22,84 @@ class SamplingError(UserError, ValueError):
 class Settings:
     """What image i depends on, besides the weights, its class and i. sample.py's flags, by name.
 
+    None is a value that `for_model` fills in, from the run's config or with what is named here.
+
     Attributes:
-        image_size: (height, width) in image pixels; None: that of training.
-        sampler: one of samplers.SAMPLERS.
-        num_steps: steps of the time grid.
+        image_size: (height, width) in image pixels, or "HxW"; None: that of training.
+        sampler: one of samplers.SAMPLERS; None: "euler".
+        num_steps: steps of the time grid; None: config.sampling.num_steps.
         last_step: length of the last step; None: as long as the others.
         time_shift: above 1 it moves the times towards the noise.
         diffusion: of the SDE samplers; None: "sigma".
-        guidance: weight w; 1: none.
+        guidance: weight w; 1: none; None: config.sampling.guidance.
         guidance_channels: "all" or "three".
         guidance_interval: (low, high) in t; None: everywhere.
         guidance_schedule: "constant", "linear" or "cosine".
-        resolution_adjustment: "none", "paper" or "released".
-        seed: of the noise.
+        resolution_adjustment: "none", "paper" or "released"; None: "none".
+        seed: of the noise, below 2**32; None: config.sampling.seed.
 
     Raises:
-        SamplingError: a value that is out of range, whatever the model.
+        SamplingError: a value of another type, or out of range whatever the model.
     """
 
-    image_size: tuple[int, int] | None = None
-    sampler: str = "euler"
-    num_steps: int = 50
+    image_size: tuple[int, int] | str | None = None
+    sampler: str | None = None
+    num_steps: int | None = None
     last_step: float | None = None
     time_shift: float = 1.0
     diffusion: str | None = None
-    guidance: float = 1.375
+    guidance: float | None = None
     guidance_channels: str = "all"
     guidance_interval: tuple[float, float] | None = None
     guidance_schedule: str = "constant"
-    resolution_adjustment: str = "none"
-    seed: int = 0
+    resolution_adjustment: str | None = None
+    seed: int | None = None
 
     def __post_init__(self):
-        check_number("seed", self.seed, minimum=0)
-        if self.seed >= 2**32:
-            raise SamplingError(f"seed is {self.seed}; expected a number below 2**32")
+        _check_choice("sampler", self.sampler, samplers.SAMPLERS)
+        _check_choice("diffusion", self.diffusion, samplers.DIFFUSIONS)
+        _check_choice("resolution_adjustment", self.resolution_adjustment, RESOLUTION_ADJUSTMENTS)
+        for name in ("last_step", "time_shift"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, numbers.Real):
+                raise SamplingError(f"{name} is {value!r}; expected a number")
+        if self.seed is not None:
+            check_integer("seed", self.seed, minimum=0)
+            if self.seed >= 2**32:
+                raise SamplingError(f"seed is {self.seed}; expected a number below 2**32")
         try:
-            self.evaluation_times()
-            samplers.check_diffusion(self.sampler, self.diffusion)
+            if self.num_steps is not None:
+                self.evaluation_times()
+            if self.sampler is not None:
+                samplers.check_diffusion(self.sampler, self.diffusion)
             check_guidance(
-                scale=self.guidance,
+                scale=1 if self.guidance is None else self.guidance,
                 channels=self.guidance_channels,
                 interval=self.guidance_interval,
                 schedule=self.guidance_schedule,
             )
         except ValueError as error:
             raise SamplingError(str(error)) from error
-        if self.resolution_adjustment not in RESOLUTION_ADJUSTMENTS:
-            raise SamplingError(
-                f"resolution_adjustment is {self.resolution_adjustment!r}; expected one of "
-                f"{', '.join(RESOLUTION_ADJUSTMENTS)}"
-            )
+        self._put_in_one_form()
 
     def for_model(self, config: ConfigDict) -> "Settings":
-        """These settings with the image size filled in, once they are known to fit the model.
+        """These settings with what is None filled in, once they are known to fit the model.
 
         Raises:
-            SamplingError: a size that the model cannot make, or an adjustment that it cannot use.
+            SamplingError: a size that the model cannot make, an adjustment that it cannot use, or
+                values that do not go together.
         """
-        side = config.data.image_size
-        height, width = self.image_size or (side, side)
+        defaults = dict(
+            image_size=(config.data.image_size,) * 2,
+            sampler="euler",
+            num_steps=config.sampling.num_steps,
+            guidance=config.sampling.guidance,
+            resolution_adjustment="none",
+            seed=config.sampling.seed,
+        )
+        unset = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        settings = dataclasses.replace(self, **unset)
+        height, width = settings.image_size
         stride = config.autoencoder.downsampling * config.model.patch_size
         if min(height, width) < 1 or height % stride or width % stride:
             raise SamplingError(
@@ -88,17 +107,21 @@ class Settings:
                 f"(autoencoder.downsampling={config.autoencoder.downsampling} times "
                 f"model.patch_size={config.model.patch_size})"
             )
-        if self.resolution_adjustment != "none" and not takes_max_scale_factor(config.model):
+        adjustment = settings.resolution_adjustment
+        if adjustment != "none" and not takes_max_scale_factor(config.model):
             raise SamplingError(
-                f"resolution_adjustment is {self.resolution_adjustment!r}; expected none, since "
-                f"the model {config.model.name!r} has no deformable blocks"
+                f"resolution_adjustment is {adjustment!r}; expected none, since the model "
+                f"{config.model.name!r} has no deformable blocks"
             )
-        return dataclasses.replace(self, image_size=(height, width))
+        return settings
 
     def evaluation_times(self):
         """The t of each evaluation of the velocity; see samplers.evaluation_times."""
         return samplers.evaluation_times(
-            self.sampler, self.num_steps, last_step=self.last_step, time_shift=self.time_shift
+            self.sampler or "euler",
+            self.num_steps,
+            last_step=self.last_step,
+            time_shift=self.time_shift,
         )
 
     def num_evaluations(self) -> tuple[int, int]:
@@ -107,25 +130,54 @@ class Settings:
         options = dict(scale=self.guidance, interval=self.guidance_interval)
         return len(times), sum(1 + guided_at(t, **options) for t in times)
 
+    def _put_in_one_form(self) -> None:
+        """Plain ints, floats and tuples, so that equal settings are written to files alike."""
+        forms = dict(
+            image_size=parse_size,
+            num_steps=int,
+            last_step=float,
+            time_shift=float,
+            guidance=float,
+            guidance_interval=lambda interval: tuple(map(float, interval)),
+            seed=int,
+        )
+        for name, form in forms.items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, form(value))
 
-def check_number(name: str, value: float, *, minimum: float) -> None:
-    """Raises SamplingError for a number below `minimum`, infinite or NaN."""
-    if not (value >= minimum and math.isfinite(value)):
+
+def check_integer(name: str, value: int, *, minimum: int) -> None:
+    """Raises SamplingError unless `value` is a whole number of at least `minimum`."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise SamplingError(f"{name} is {value!r}; expected a whole number")
+    if value < minimum:
         raise SamplingError(f"{name} is {value}; expected at least {minimum}")
 
 
-def parse_size(image_size: str | None) -> tuple[int, int] | None:
-    """(height, width) in pixels of "HxW"; None for None.
+def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
+    if value is not None and value not in choices:
+        raise SamplingError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+
+
+def parse_size(image_size: str | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in pixels of "HxW", or of two whole numbers.
 
     Raises:
         SamplingError: not of that form.
     """
-    if image_size is None:
-        return None
-    match = re.fullmatch(r"(\d+)x(\d+)", image_size)
-    if not match:
-        raise SamplingError(f"image_size is {image_size!r}; expected HxW in pixels, as in 256x384")
-    return int(match[1]), int(match[2])
+    if isinstance(image_size, str):
+        match = re.fullmatch(r"(\d+)x(\d+)", image_size)
+        sides = map(int, match.groups()) if match else ()
+    else:
+        sides = image_size if isinstance(image_size, Iterable) else ()
+    sides = tuple(sides)
+    if len(sides) != 2 or not all(isinstance(side, numbers.Integral) for side in sides):
+        raise SamplingError(
+            f"image_size is {image_size!r}; expected HxW in pixels, as in 256x384, or two whole "
+            "numbers"
+        )
+    return int(sides[0]), int(sides[1])
 
 
 def parse_interval(texts: list[str] | None) -> tuple[float, float] | None:

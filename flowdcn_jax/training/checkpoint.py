@@ -145,6 +145,19 @@ def saved_run(workdir: str) -> SavedRun | None:
     return None
 
 
+def read_run(workdir: str, step: int | None) -> SavedRun:
+    """What a checkpoint tells about its run, without reading its arrays.
+
+    Args:
+        workdir: a training run's folder.
+        step: the checkpoint; None: the newest with a readable config.
+
+    Raises:
+        CheckpointError: no checkpoint, not that step, or it is damaged.
+    """
+    return _read_newest(workdir, step, _restore_run)
+
+
 def save_weights(workdir: str | Path, params: dict, config) -> None:
     """Writes weights alone to an empty workdir, as its checkpoint 0.
 
@@ -194,6 +207,23 @@ def restore_params(workdir: str, step: int | None, abstract_params: Callable) ->
 def _restore_weights(
     workdir: str, step: int | None, abstract_params: Callable, *, averaged: bool
 ) -> Weights:
+    def read(manager: ocp.CheckpointManager, candidate: int) -> Weights:
+        run = _restore_run(manager, candidate)
+        config = ConfigDict(run.config)
+        params = abstract_params(config)
+        if averaged or run.weights_only:
+            params = _restore_items(manager, candidate, {"ema": params})["ema"]
+        else:
+            wanted = {"state": {"params": params}}
+            items = _restore_items(manager, candidate, wanted, partial=True)
+            params = items["state"]["params"]
+        return Weights(candidate, config, run.class_names, params)
+
+    return _read_newest(workdir, step, read)
+
+
+def _read_newest(workdir: str, step: int | None, read: Callable):
+    """read(manager, step) of that step, or of the newest one that is whole."""
     folder = Path(workdir).absolute() / FOLDER
     if not folder.is_dir():
         raise CheckpointError(
@@ -208,16 +238,7 @@ def _restore_weights(
         damaged: dict[int, str] = {}
         for candidate in steps if step is None else [step]:
             try:
-                run = _restore_run(manager, candidate)
-                config = ConfigDict(run.config)
-                params = abstract_params(config)
-                if averaged or run.weights_only:
-                    params = _restore_items(manager, candidate, {"ema": params})["ema"]
-                else:
-                    wanted = {"state": {"params": params}}
-                    items = _restore_items(manager, candidate, wanted, partial=True)
-                    params = items["state"]["params"]
-                return Weights(candidate, config, run.class_names, params)
+                return read(manager, candidate)
             except Exception as e:
                 damaged[candidate] = _first_line(e)
                 logging.warning(

@@ -9,8 +9,8 @@ from flowdcn_jax.sampling.classes import class_labels, class_words, imagenet_wor
 ANIMALS = (("cat", "feline"), ("dog", "pet"), ("7",), ("cow", "pet"))
 
 
-def parse(*texts, words=ANIMALS):
-    return parse_classes(list(texts), len(words) if words else 3, words)
+def parse(*classes, words=ANIMALS):
+    return parse_classes(list(classes), len(words) if words else 3, words)
 
 
 def test_names_other_words_and_numbers():
@@ -21,6 +21,24 @@ def test_names_other_words_and_numbers():
     assert parse("Great_Dane", "great dane", "great_tit", words=folders) == [0, 0, 1]
 
 
+@pytest.mark.parametrize("classes", ["3,7", [3, 7], ("3", 7), np.array([3, 7]), "3, 7"])
+def test_classes_are_a_text_or_a_sequence(classes):
+    assert parse_classes(classes, 10, None) == [3, 7]
+
+
+def test_one_class_alone_may_be_given_as_it_is():
+    assert parse_classes(3, 40, None) == parse_classes("3", 40, None) == [3]
+    assert parse_classes("37", 40, None) == [37]
+    assert parse_classes("cat", 4, ANIMALS) == [0]
+    assert parse_classes("all", 3, None) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("nothing", [[], "", [""], ()])
+def test_no_class_is_not_every_class(nothing):
+    with pytest.raises(SamplingError, match="classes is empty; expected names and numbers"):
+        parse_classes(nothing, 10, None)
+
+
 @pytest.mark.parametrize(
     "texts, words, message",
     [
@@ -29,7 +47,8 @@ def test_names_other_words_and_numbers():
         (["4"], ANIMALS, "'4'; expected numbers from 0 to 3"),
         (["cow"], None, "'cow'; expected numbers from 0 to 2$"),
         (["-1"], None, "'-1'; expected numbers from 0 to 2$"),
-        ([""], ANIMALS, "''; expected"),
+        (["cat", ""], ANIMALS, "''; expected"),
+        ([True], ANIMALS, "'True'; expected numbers"),
     ],
 )
 def test_what_is_not_a_class(texts, words, message):

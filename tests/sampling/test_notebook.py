@@ -6,7 +6,7 @@ import jax
 import pytest
 
 import flowdcn_jax
-from flowdcn_jax.sampling import run
+from flowdcn_jax.sampling import trained_model
 from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
 
@@ -22,10 +22,12 @@ def cells():
 def test_the_cells_run(cells, workdir, monkeypatch, capsys):
     monkeypatch.chdir(tiny.REPOSITORY / "docs")
     one_device = make_mesh(devices=jax.devices()[:1])  # compiles faster than eight
-    monkeypatch.setattr(run, "make_mesh", lambda: one_device)
+    monkeypatch.setattr(trained_model, "make_mesh", lambda: one_device)
     space = {}
     for cell in cells:
         exec(compile(cell.replace('"../runs/digits"', repr(str(workdir))), "cell", "exec"), space)
     assert "as solve does: True" in capsys.readouterr().out
-    assert space["images"].shape == (16, 8, 8, 1) and space["wide"][1].shape == (4, 16, 24, 1)
+    assert space["images"].shape == (16, 8, 8, 1)
+    shapes = {size: images.shape for (size, _), images in space["larger"].items()}
+    assert shapes == {"16x24": (4, 16, 24, 1), "24x24": (4, 24, 24, 1)}
     assert space["flowdcn_jax"] is flowdcn_jax
