@@ -23,6 +23,7 @@ from flowdcn_jax.autoencoders import (
     load_autoencoder,
     preview_latents,
 )
+from flowdcn_jax.data.manifest import Encoder, find_encoder
 from flowdcn_jax.images import grid_columns, make_grid, save_png
 from flowdcn_jax.sampling.classes import class_labels, class_words, make_labels, parse_classes
 from flowdcn_jax.sampling.folder import SampleFolder
@@ -97,12 +98,18 @@ def load_trained(
     config = _with_autoencoder(weights.config, autoencoder, autoencoder_weights)
     weights = weights._replace(config=config)
     decoder = load_autoencoder(config.autoencoder)
-    check_fits(decoder, config)
+    check_fits(decoder, config, origin=_encoder(weights))
     guide = None
     if guide_workdir is not None or guide_step is not None:
         guide = load_weights(str(guide_workdir or workdir), guide_step, mesh)
     words = class_words(config.model.num_classes, weights.class_names)
     return TrainedModel(mesh, weights, guide, decoder, words)
+
+
+def _encoder(weights: checkpoint.Weights) -> Encoder | None:
+    """What encoded the latents that a run was trained on; None: not known, or pixels."""
+    identity = weights.data_identity
+    return find_encoder(identity) if identity and "settings" in identity else None
 
 
 def _with_autoencoder(config: ConfigDict, name: str | None, weights) -> ConfigDict:

@@ -26,7 +26,7 @@ from flowdcn_jax.training.state import (
     state_from_weights,
 )
 from flowdcn_jax.training.step import make_train_step
-from flowdcn_jax.validation import check_resumable, validate
+from flowdcn_jax.validation import check_resumable, check_same_data, validate
 
 DEVICE_PREFETCH = 2  # batches on the devices ahead of the step
 SAMPLES_FOLDER = "samples"
@@ -52,12 +52,13 @@ def train(config, workdir: str) -> None:
     validate(config, jax.device_count(), jax.process_count())
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     autoencoder = load_autoencoder(config.autoencoder)
-    check_fits(autoencoder, config)
-    source = data.make_source(config.data)
+    source = data.make_source(config.data, channels=config.model.in_channels)
+    check_fits(autoencoder, config, origin=source.encoder)
     check_source(config, source)
     saved = checkpoint.saved_run(workdir)
     if saved is not None:
         check_resumable(saved.config, config, weights_only=saved.weights_only)
+        check_same_data(saved, source)
     try:
         Path(workdir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -155,7 +156,9 @@ class _Run:
                 if _due(config.checkpoint.every_steps, step, num_steps) or stop:
                     self._fetch_metrics()
                     with stopwatch.pause():
-                        self.checkpointer.save(state, config, self.source.class_names)
+                        self.checkpointer.save(
+                            state, config, self.source.class_names, self.source.identity
+                        )
                 if stop or step == num_steps:
                     break
                 with stopwatch.data_wait():

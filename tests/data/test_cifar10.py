@@ -256,6 +256,7 @@ SLOW_PREPARATION = """
 import sys, time
 import numpy as np
 from flowdcn_jax.data.builders import write_latents
+from tests import tiny
 def examples():
     moment = np.zeros((2, 2, 1))
     for index in range(1000):
@@ -265,7 +266,7 @@ def examples():
             print("half way", flush=True)
             time.sleep(60)
 write_latents(examples(), num_examples=1000, data_dir=sys.argv[1], latent_shape=(2, 2, 1),
-              num_classes=1)
+              num_classes=1, metadata=tiny.manifest())
 """
 
 
