@@ -21,13 +21,12 @@ class ReaderRate(NamedTuple):
     cpu_us_per_example: float
 
 
-def write_random_latents(folder: Path, *, side: int, megabytes: int) -> None:
-    """Writes latents side x side x 4 and their mirror images, `megabytes` of them."""
-    shape = (side, side, 4)
+def write_random_latents(folder: Path, *, shape: tuple[int, int, int], megabytes: int) -> None:
+    """Writes latents of a shape (h, w, c) and their mirror images, `megabytes` of them."""
     count = max(1, megabytes * 2**20 // (len(_MOMENTS) * 2 * int(np.prod(shape))))
 
     def examples() -> Iterator[dict[str, Any]]:
-        generator = np.random.default_rng(side)
+        generator = np.random.default_rng(0)
         for index in range(count):
             moments = np.abs(generator.standard_normal((len(_MOMENTS), *shape), np.float32))
             yield dict(zip(_MOMENTS, moments, strict=True)) | {"label": index % 1000}

@@ -44,7 +44,8 @@ def main(argv: Sequence[str]) -> None:
     sizes = [int(size) for size in _SIZES.value]
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
-            write_random_latents(Path(folder), side=size // 8, megabytes=_MEGABYTES.value)
+            shape = (size // 8, size // 8, 4)
+            write_random_latents(Path(folder), shape=shape, megabytes=_MEGABYTES.value)
         cases = itertools.product(sizes, map(int, _THREADS.value), map(int, _BATCHES.value))
         print("| latents | threads | batch | examples/s | CPU us/example |")
         print("| --- | --- | --- | --- | --- |")

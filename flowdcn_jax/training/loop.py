@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from flowdcn_jax import data, sampling
 from flowdcn_jax.autoencoders import Autoencoder, check_fits, load_autoencoder
@@ -106,6 +107,18 @@ def check_source(config, source) -> None:
         )
 
 
+def on_devices(local_batches: Iterator[data.Batch], mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
+    """Global batches on the devices, DEVICE_PREFETCH of them ahead, from each process's rows."""
+    sharding = batch_sharding(mesh)
+    ahead = collections.deque()
+    for arrays in local_batches:
+        ahead.append(
+            {k: jax.make_array_from_process_local_data(sharding, v) for k, v in arrays.items()}
+        )
+        if len(ahead) > DEVICE_PREFETCH:
+            yield ahead.popleft()
+
+
 class _Run:
     """One process's run of the loop: what it reads from and reports to."""
 
@@ -198,7 +211,7 @@ class _Run:
         return compiled
 
     def _batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
-        """Global batches on the devices, DEVICE_PREFETCH of them ahead."""
+        """The stream of global batches, on the devices."""
         local_batches = data.make_batches(
             self.source,
             batch_size=self.config.train.batch_size,
@@ -209,14 +222,7 @@ class _Run:
             num_threads=self.config.data.num_threads,
             prefetch_batches=self.config.data.prefetch_batches,
         )
-        sharding = batch_sharding(self.mesh)
-        ahead = collections.deque()
-        for arrays in local_batches:
-            ahead.append(
-                {k: jax.make_array_from_process_local_data(sharding, v) for k, v in arrays.items()}
-            )
-            if len(ahead) > DEVICE_PREFETCH:
-                yield ahead.popleft()
+        return on_devices(local_batches, self.mesh)
 
     def _fetch_metrics(self) -> None:
         """Waits for the steps so far; a checkpoint or log entry never gets past a non-finite one.
