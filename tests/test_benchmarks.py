@@ -4,9 +4,12 @@ import json
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.random_autoencoder import random_kl
+from flowdcn_jax.autoencoders import kl
 from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
 
@@ -68,6 +71,17 @@ def test_training_is_not_timed_without_a_gpu():
     code, output = tiny.run([sys.executable, "-m", "benchmarks.data_wait"])
     assert code == 1 and "needs a GPU, and there is none; with --step_ms=300 a sleep" in output
     assert "Traceback" not in output
+
+
+def test_the_random_autoencoder_that_is_timed_tells_images_apart():
+    sizes = kl.KLSizes(
+        image_channels=3, latent_channels=4, widths=(8, 8), layers_per_block=1, norm_groups=4
+    )
+    autoencoder = random_kl(sizes, dtype=jnp.float32)
+    images = np.random.default_rng(0).uniform(-1, 1, (3, 8, 8, 3)).astype(np.float32)
+    mean, std = jax.jit(autoencoder.encode)(autoencoder.params, images)
+    assert mean.std(0).min() > 0.01 and mean.std((1, 2)).min() > 0.01  # images, and places in each
+    assert np.isfinite(std).all() and std.std() > 0.01
 
 
 def test_kernels_are_not_timed_without_a_gpu():
