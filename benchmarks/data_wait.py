@@ -5,8 +5,9 @@
 
 Runs the training step of --config (XL/2) on one GPU.  For each step the reader draws the batches of
 --gpus GPUs, as the one process of such a machine does; one GPU's rows are trained on, the others
-are dropped.  Each step is waited for before the next batch is asked for, so that all waiting shows;
-training overlaps the two.  If the batch does not fit the GPU, give a smaller --batch_size.
+are dropped.  As in training, the next batch is fetched and put on the GPU while the step runs; the
+wait is the time from a step's end until that is done, and the share is its share of all time.  If
+the batch does not fit the GPU, give a smaller --batch_size.
 
 The latents are random and stay in the page cache: the disk is not measured.  Copying to the other
 GPUs is not, either.
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     report = {
         "machine": describe_machine(),
         "config": flags.FLAGS["config"].config_filename,
-        "simulated_step": simulated,
+        "simulated_step_ms": _STEP_MS.value,  # None: the step was training's
         "gpus": _GPUS.value,
         "batch_size_a_gpu": _BATCH_SIZE.value,
         "latents": "x".join(map(str, shape)),
@@ -134,19 +136,28 @@ def _measure(config: ConfigDict, source: data.Source, run_step: Step, mesh: Mesh
     )
     stream = data.make_batches(source, **options)
     batches = on_devices(_rows_of_one_gpu(stream), mesh)
-    batch, stopwatch, steps = next(batches), Stopwatch(), []
-    for _ in trange(_WARM_UP.value + _STEPS.value, desc="steps", unit="step", dynamic_ncols=True):
-        run_step(batch)
-        with stopwatch.data_wait():
-            batch = next(batches)
-        steps.append(stopwatch.restart())
+
+    def fetch() -> tuple[dict[str, jax.Array], float]:
+        start_s = time.perf_counter()
+        return next(batches), time.perf_counter() - start_s
+
+    (batch, _), stopwatch, steps = fetch(), Stopwatch(), []
+    progress = trange(_WARM_UP.value + _STEPS.value, desc="steps", unit="step", dynamic_ncols=True)
+    with ThreadPoolExecutor(1) as pool:
+        for _ in progress:
+            fetched = pool.submit(fetch)
+            run_step(batch)
+            with stopwatch.data_wait():
+                batch, fetch_s = fetched.result()
+            steps.append((*stopwatch.restart(), fetch_s))
     stream.close()
-    elapsed_s, shares = np.array(steps[_WARM_UP.value :]).T
+    elapsed_s, shares, fetch_s = np.array(steps[_WARM_UP.value :]).T
     elapsed_ms = 1e3 * elapsed_s
     waits_ms = elapsed_ms * shares
     reader = reader_rate(source, seconds=_SECONDS.value, **options)
     return {
         "step_ms": float(np.mean(elapsed_ms - waits_ms)),
+        "fetch_ms": 1e3 * float(np.mean(fetch_s)),
         "wait_ms": float(np.mean(waits_ms)),
         "longest_wait_ms": float(np.max(waits_ms)),
         "data_wait": float(np.sum(waits_ms) / np.sum(elapsed_ms)),  # as in metrics.jsonl
@@ -163,13 +174,18 @@ def _rows_of_one_gpu(batches: Iterator[data.Batch]) -> Iterator[data.Batch]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    print("| step ms | wait ms | longest wait ms | wait | demand examples/s | reader examples/s |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    print(
-        f"| {result['step_ms']:.1f} | {result['wait_ms']:.3f} | {result['longest_wait_ms']:.3f} | "
-        f"{result['data_wait']:.3%} | {result['demand_examples_per_s']:.0f} | "
-        f"{result['reader_examples_per_s']:.0f} |"
-    )
+    cells = {
+        "step ms": f"{result['step_ms']:.1f}",
+        "fetch ms": f"{result['fetch_ms']:.1f}",
+        "wait ms": f"{result['wait_ms']:.3f}",
+        "longest wait ms": f"{result['longest_wait_ms']:.3f}",
+        "share": f"{result['data_wait']:.3%}",
+        "demand, examples/s": f"{result['demand_examples_per_s']:.0f}",
+        "reader alone, examples/s": f"{result['reader_examples_per_s']:.0f}",
+    }
+    print(f"| {' | '.join(cells)} |")
+    print("| --- " * len(cells) + "|")
+    print(f"| {' | '.join(cells.values())} |")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

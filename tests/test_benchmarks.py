@@ -41,7 +41,7 @@ def wait_for_data(out, *options):
 def test_the_wait_for_data_is_measured_beside_a_simulated_step(tmp_path):
     output, report = wait_for_data(tmp_path / "out", "--step_ms=100")
     assert "The step is simulated: a sleep of 100 ms stands in for training" in output
-    assert report["simulated_step"] and report["config"] == "configs/xl2.py"
+    assert report["simulated_step_ms"] == 100 and report["config"] == "configs/xl2.py"
     assert {"cpu", "devices", "versions", "date"} <= report["machine"].keys()
     result = report["result"]
     assert result["steps"] == 5 and result["step_ms"] >= 100

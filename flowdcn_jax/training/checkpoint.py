@@ -2,10 +2,9 @@
 
 A workdir holds checkpoints/<step>/ with four items, committed together: `state` (step, parameters,
 optimizer), `ema`, `run` (the config, the names of the classes, and what tells the data set from
-others), and `checksums`. A checksum is
-a position-weighted sum of an array's bits, taken on the devices before saving and again after
-restoring, so a flipped bit anywhere on the way is noticed, whatever the number of devices on
-either side.
+others), and `checksums`. A checksum is a position-weighted sum of an array's bits, taken on the
+devices before saving and again after restoring, so a flipped bit anywhere on the way is noticed,
+whatever the number of devices on either side.
 
 A workdir of converted weights has a checkpoint 0 without `state`: training starts from its `ema`.
 """
@@ -282,8 +281,11 @@ def _save_args(
     items: dict, config, class_names: tuple[str, ...] | None, data_identity: dict | None
 ) -> ocp.args.Composite:
     """What goes into a checkpoint: `items` (name -> tree of arrays), the run, and checksums."""
-    run = {"config": json.loads(config.to_json()), "class_names": class_names}
-    run |= {"data_identity": data_identity}
+    run = {
+        "config": json.loads(config.to_json()),
+        "class_names": class_names,
+        "data_identity": data_identity,
+    }
     checksums = {name: checksum(item) for name, item in items.items()}
     checksums["run"] = _text_checksum(run)
     return ocp.args.Composite(
