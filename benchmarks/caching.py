@@ -16,10 +16,10 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import app, flags, logging
-from flax import nnx
 from PIL import Image
 
 from benchmarks.machine import describe_machine
+from benchmarks.random_autoencoder import random_kl
 from flowdcn_jax.autoencoders import Autoencoder, kl
 from flowdcn_jax.caching import Job, cache_latents
 from flowdcn_jax.caching.encoding import LatentEncoder
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder) / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         _write_photos(Path(folder) / "photos")
-        autoencoder = _random_sd_vae()
+        autoencoder = random_kl(_SD_VAE, dtype=compute_dtype(_DTYPE.value))
         encoder_rate = _encoder_rate(autoencoder)
         print(f"encoder alone: {encoder_rate:.1f} images/s", flush=True)
         caching_rate = _caching_rate(autoencoder, Path(folder), machine["cores"])
@@ -72,22 +72,6 @@ def main(argv: Sequence[str]) -> None:
     if _OUT.value:
         with atomic_write(Path(_OUT.value)) as file:
             file.write((json.dumps(report, indent=1) + "\n").encode())
-
-
-def _random_sd_vae() -> Autoencoder:
-    network = kl.AutoencoderKL(_SD_VAE, dtype=compute_dtype(_DTYPE.value), rngs=nnx.Rngs(0))
-    graphdef, state = nnx.split(network)
-    return Autoencoder(
-        name="sd_vae",
-        downsampling=_SD_VAE.downsampling,
-        channels=_SD_VAE.latent_channels,
-        scale=0.18215,
-        shift=0.0,
-        params=jax.device_get(nnx.to_pure_dict(state)),
-        weights_sha256=None,
-        encode=lambda params, images: nnx.merge(graphdef, params).encode(images),
-        decode=lambda params, x: nnx.merge(graphdef, params).decode(x),
-    )
 
 
 def _write_photos(folder: Path) -> None:
@@ -108,8 +92,10 @@ def _encoder_rate(autoencoder: Autoencoder) -> float:
     encoder = LatentEncoder(autoencoder, mirrored=True, batch_size=_BATCH_SIZE.value)
     size = (_IMAGE_SIZE.value, _IMAGE_SIZE.value)
     rows = encoder.rows(*size)
-    batch = encoder.to_devices(np.zeros((rows, *size, 3), np.uint8))
-    jax.block_until_ready(encoder.encode(batch))
+    images = np.random.default_rng(0).integers(0, 256, (rows, *size, 3), np.uint8)
+    batch = encoder.to_devices(images)
+    means = np.asarray(encoder.encode(batch)["mean"], np.float32)
+    assert np.isfinite(means).all() and means.std() > 0.01, "the encoder's output does not vary"
     start_s = time.perf_counter()
     results = [encoder.encode(batch) for _ in range(_ENCODER_RUNS)]
     jax.block_until_ready(results)

@@ -12,17 +12,16 @@ import itertools
 import json
 import os
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import app, flags, logging
 
 from benchmarks.machine import describe_machine
+from benchmarks.random_latents import reader_rate, write_random_latents
 from configs import default
-from flowdcn_jax.data import make_batches, make_source, write_latents
+from flowdcn_jax.data import make_source
 from flowdcn_jax.files import atomic_write
 
 _SIZES = flags.DEFINE_list("image_sizes", ["256", "512"], "Of latents an eighth of it, 4 channels.")
@@ -32,8 +31,6 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Runs of each, of which the best c
 _SECONDS = flags.DEFINE_float("seconds", 2.0, "Length of a run.", 0)
 _MEGABYTES = flags.DEFINE_integer("megabytes", 200, "Latents of each size.", 1)
 _OUT = flags.DEFINE_string("out", None, "JSON file to write.")
-
-_PREFETCH_BATCHES = 8  # config.data.prefetch_batches
 
 
 def main(argv: Sequence[str]) -> None:
@@ -47,7 +44,8 @@ def main(argv: Sequence[str]) -> None:
     sizes = [int(size) for size in _SIZES.value]
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
-            _write(size, Path(folder))
+            shape = (size // 8, size // 8, 4)
+            write_random_latents(Path(folder), shape=shape, megabytes=_MEGABYTES.value)
         cases = itertools.product(sizes, map(int, _THREADS.value), map(int, _BATCHES.value))
         print("| latents | threads | batch | examples/s | CPU us/example |")
         print("| --- | --- | --- | --- | --- |")
@@ -65,57 +63,30 @@ def main(argv: Sequence[str]) -> None:
             file.write((json.dumps(report, indent=1) + "\n").encode())
 
 
-def _write(size: int, folder: Path) -> None:
-    """Random latents of images of this size."""
-    shape = (size // 8, size // 8, 4)
-    count = _MEGABYTES.value * 2**20 // (4 * 2 * int(np.prod(shape)))
-
-    def examples() -> Iterator[dict[str, Any]]:
-        generator = np.random.default_rng(size)
-        names = ("mean", "std", "mean_flipped", "std_flipped")
-        for index in range(count):
-            moments = np.abs(generator.standard_normal((4, *shape), np.float32))
-            yield dict(zip(names, moments, strict=True)) | {"label": index % 1000}
-
-    write_latents(
-        examples(), data_dir=folder, latent_shape=shape, num_classes=1000, num_examples=count
-    )
-
-
 def _measure(size: int, threads: int, batch_size: int, folder: Path) -> dict[str, Any]:
     """The best of the runs."""
     section = default.get_config().data
     section.update(data_dir=str(folder), image_size=size, random_flip=True)
     source = make_source(section)
-    runs = [_run(source, threads, batch_size, seed) for seed in range(_REPEATS.value)]
+    runs = [
+        reader_rate(
+            source,
+            batch_size=batch_size,
+            num_threads=threads,
+            prefetch_batches=section.prefetch_batches,
+            seconds=_SECONDS.value,
+            seed=seed,
+        )
+        for seed in range(_REPEATS.value)
+    ]
     return {
         "latents": "x".join(map(str, source.image_shape)),
         "threads": threads,
         "batch_size": batch_size,
-        "examples_per_s": max(rate for rate, _ in runs),
-        "cpu_us_per_example": min(cpu for _, cpu in runs),
-        "runs_examples_per_s": [rate for rate, _ in runs],
+        "examples_per_s": max(run.examples_per_s for run in runs),
+        "cpu_us_per_example": min(run.cpu_us_per_example for run in runs),
+        "runs_examples_per_s": [run.examples_per_s for run in runs],
     }
-
-
-def _run(source: Any, threads: int, batch_size: int, seed: int) -> tuple[float, float]:
-    """(examples a second, microseconds of CPU time an example) of one run."""
-    batches = make_batches(
-        source,
-        batch_size=batch_size,
-        seed=seed,
-        num_threads=threads,
-        prefetch_batches=_PREFETCH_BATCHES,
-    )
-    for _ in range(2 * _PREFETCH_BATCHES):  # the first are read ahead while nobody waits
-        next(batches)
-    count, start_s, start_cpu_s = 0, time.perf_counter(), time.process_time()
-    while time.perf_counter() - start_s < _SECONDS.value:
-        next(batches)
-        count += batch_size
-    elapsed_s, cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
-    batches.close()
-    return count / elapsed_s, 1e6 * cpu_s / count
 
 
 if __name__ == "__main__":

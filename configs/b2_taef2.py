@@ -17,7 +17,6 @@ from configs import b2
 def get_config():
     config = b2.get_config()
     config.model.in_channels = 32
-    config.data.latent_scale = 1.0
     config.autoencoder.name = "taef2"
     config.train.num_steps = 20_000
     config.checkpoint.every_steps = 2_000

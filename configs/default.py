@@ -25,7 +25,6 @@ def get_config() -> config_dict.ConfigDict:
             side_multiple=16,  # sides are rounded down to it, pixels
         ),
         random_flip=True,  # mirror half of the visits
-        latent_scale=0.18215,  # of the cached latents: sd_vae 0.18215; taesd, taef1, taef2 1
         num_threads=4,  # reader threads a process
         prefetch_batches=8,  # batches read ahead a process, in host memory
     )

@@ -3,11 +3,12 @@
 import json
 
 from flowdcn_jax.autoencoders import AUTOENCODERS
-from flowdcn_jax.data import SOURCES, DataError, aspect_buckets
+from flowdcn_jax.data import SOURCES, BucketedSource, DataError, Source, aspect_buckets
 from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.flow.path import TIME_DISTRIBUTIONS
 from flowdcn_jax.models import MODELS, layers, model_options
 from flowdcn_jax.models.flowdcn import SCALE_PRIORS
+from flowdcn_jax.training.checkpoint import SavedRun
 
 # A run may go on with other values of these; everything else under model and data is fixed.
 CHANGEABLE = {
@@ -19,6 +20,12 @@ CHANGEABLE = {
 }
 FIXED = ("seed", "model", "data", "train.batch_size")
 FIXED_BY_WEIGHTS = ("model",)  # of converted weights, that no training has gone on from yet
+
+# Keys that config.data got after runs had been saved, with the values that mean what those did.
+# (`model_options` has those of config.model; the other fixed keys were always there.)
+ADDED_TO_DATA = {"aspect_buckets": {"count": 0}}
+# Keys that config.data has no more; `check_same_data` looks at this one.
+REMOVED_FROM_DATA = ("latent_scale",)
 
 CHOICES = {
     "model.boundary": ("zeros", "truncate"),
@@ -62,7 +69,7 @@ NOT_NEGATIVE = (
     "log.sample_every_steps",
     "sampling.guidance",
 )
-POSITIVE = ("model.max_scale", "data.latent_scale", "optimizer.learning_rate", "optimizer.epsilon")
+POSITIVE = ("model.max_scale", "optimizer.learning_rate", "optimizer.epsilon")
 POSITIVE_OR_NONE = ("optimizer.clip_norm", "checkpoint.keep_every_steps")
 FRACTIONS = ("flow.label_dropout", "optimizer.b1", "optimizer.b2", "ema.decay")
 
@@ -113,20 +120,45 @@ def check_resumable(saved: dict, config, *, weights_only: bool = False) -> None:
     Raises:
         ConfigError: it names every key that differs, with both values.
     """
-    current = json.loads(config.to_json())
-    saved = saved | {"model": _with_defaults(saved["model"])}
-    current = current | {"model": _with_defaults(current["model"])}
+    saved, current = _in_todays_keys(saved), _in_todays_keys(json.loads(config.to_json()))
     differences = []
     for key in FIXED_BY_WEIGHTS if weights_only else FIXED:
-        before, now = _flatten(key, _get(saved, key)), _flatten(key, _get(current, key))
-        for name in sorted(before.keys() | now.keys()):
-            if name not in CHANGEABLE and before.get(name) != now.get(name):
-                differences.append(f"config.{name}: {before.get(name)} -> {now.get(name)}")
+        differences += _differences(f"config.{key}", _get(saved, key), _get(current, key))
     if differences:
         raise ConfigError(
             "the workdir holds a run whose config differs in what cannot change: "
             + "; ".join(differences)
             + ". Use the old values, or another --workdir"
+        )
+
+
+def check_same_data(saved: SavedRun, source: Source | BucketedSource) -> None:
+    """Refuses to go on with a run on other data, whatever the names of folders.
+
+    A run that was saved before data sets had identities may go on with any data; but its latents
+    were multiplied by its own config.data.latent_scale, which must be their encoder's scale.
+
+    Args:
+        saved: what the run's checkpoint tells.
+        source: the data asked for.
+
+    Raises:
+        ConfigError: it names what differs.
+    """
+    if saved.weights_only:
+        return
+    differences = []
+    if saved.data_identity is not None:
+        differences = _differences("data", saved.data_identity, source.identity)
+    elif source.encoder is not None and "latent_scale" in saved.config["data"]:
+        before = {"scale": saved.config["data"]["latent_scale"], "shift": 0}
+        now = {"scale": source.encoder.scale, "shift": source.encoder.shift}
+        differences = _differences("latents", before, now)
+    if differences:
+        raise ConfigError(
+            "the workdir holds a run on other data than config.data.data_dir gives: "
+            + "; ".join(differences)
+            + ". Use the old data, or another --workdir"
         )
 
 
@@ -205,10 +237,25 @@ def _fail(config, key: str, expected: str) -> None:
     raise ConfigError(f"config.{key} is {lookup(config, key)!r}; expected {expected}")
 
 
-def _with_defaults(model: dict) -> dict:
-    """config.model with the options that were added after it was saved."""
-    defaults = model_options(model["name"])
-    return {key: value for key, value in defaults.items() if value is not None} | model
+def _in_todays_keys(saved: dict) -> dict:
+    """A config with the options that were added after it was saved, without those removed since."""
+    defaults = model_options(saved["model"]["name"])
+    model = {key: value for key, value in defaults.items() if value is not None} | saved["model"]
+    data = ADDED_TO_DATA | saved["data"]
+    data = {key: value for key, value in data.items() if key not in REMOVED_FROM_DATA}
+    if not data["aspect_buckets"]["count"]:  # the rest of the section means nothing then
+        data["aspect_buckets"] = {"count": 0}
+    return saved | {"model": model, "data": data}
+
+
+def _differences(prefix: str, before, now) -> list[str]:
+    """What differs between two nested dicts: "prefix.key: old -> new" each."""
+    before, now = _flatten(prefix, before), _flatten(prefix, now)
+    return [
+        f"{name}: {before.get(name)} -> {now.get(name)}"
+        for name in sorted(before.keys() | now.keys())
+        if name.removeprefix("config.") not in CHANGEABLE and before.get(name) != now.get(name)
+    ]
 
 
 def _get(tree: dict, key: str):

@@ -3,8 +3,14 @@
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from benchmarks.random_autoencoder import random_kl
+from flowdcn_jax.autoencoders import kl
+from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
 
 WEIGHTS = 26_608  # of a SiT with a block of 16 channels and 1000 classes
@@ -21,6 +27,61 @@ def test_the_reader_benchmark_writes_its_table(tmp_path):
     assert all(row["latents"] == "4x4x4" for row in report["results"])
     for row in report["results"]:
         assert f"| {row['examples_per_s']:.0f} |" in output
+
+
+def wait_for_data(out, *options):
+    """(what the benchmark prints, what it writes) of a few small steps."""
+    command = [sys.executable, "-m", "benchmarks.data_wait", "--gpus=3", "--batch_size=2"]
+    command += ["--config.data.image_size=32", "--steps=5", "--warm_up=1", "--megabytes=1"]
+    code, output = tiny.run([*command, "--seconds=0.05", f"--out={out}", *options])
+    assert code == 0, output
+    return output, json.loads(out.read_text())
+
+
+def test_the_wait_for_data_is_measured_beside_a_simulated_step(tmp_path):
+    output, report = wait_for_data(tmp_path / "out", "--step_ms=100")
+    assert "The step is simulated: a sleep of 100 ms stands in for training" in output
+    assert report["simulated_step_ms"] == 100 and report["config"] == "configs/xl2.py"
+    assert {"cpu", "devices", "versions", "date"} <= report["machine"].keys()
+    result = report["result"]
+    assert result["steps"] == 5 and result["step_ms"] >= 100
+    total_ms = result["step_ms"] + result["wait_ms"]
+    assert result["data_wait"] == pytest.approx(result["wait_ms"] / total_ms)
+    assert result["demand_examples_per_s"] == pytest.approx(3 * 2 / total_ms * 1e3)
+    assert f"| {result['data_wait']:.3%} | {result['demand_examples_per_s']:.0f} |" in output
+
+
+def test_a_step_that_takes_no_time_waits_for_data(tmp_path):
+    _, report = wait_for_data(tmp_path / "out", "--step_ms=0", "--batch_size=256")
+    assert report["result"]["data_wait"] > 0.5
+
+
+def test_the_step_that_waits_for_data_is_that_of_training(quick_compilation):
+    from benchmarks.data_wait import training_step
+
+    config = tiny.config(model=tiny.SIT, train__batch_size=2)
+    run_step = training_step(config, make_mesh(devices=jax.devices()[:1]))
+    batch = {"image": np.full((2, 8, 8, 1), 9, np.uint8), "label": np.zeros(2, np.int32)}
+    first, second = run_step(batch), run_step(batch)
+    assert first["learning_rate"] == 0 < second["learning_rate"]  # the warm-up goes on
+    assert np.isfinite(second["loss"])
+
+
+def test_training_is_not_timed_without_a_gpu():
+    code, output = tiny.run([sys.executable, "-m", "benchmarks.data_wait"])
+    assert code == 1 and "needs a GPU, and there is none; with --step_ms=300 a sleep" in output
+    assert "Traceback" not in output
+
+
+def test_the_random_autoencoder_that_is_timed_tells_images_apart():
+    sizes = kl.KLSizes(
+        image_channels=3, latent_channels=4, widths=(8, 8), layers_per_block=1, norm_groups=4
+    )
+    autoencoder = random_kl(sizes, dtype=jnp.float32)
+    images = np.random.default_rng(0).uniform(-1, 1, (3, 8, 8, 3)).astype(np.float32)
+    mean, std = jax.jit(autoencoder.encode)(autoencoder.params, images)
+    assert mean.std(0).min() > 0.01 and mean.std((1, 2)).min() > 0.01  # images, and places in each
+    assert np.isfinite(std).all() and std.std() > 0.01
 
 
 def test_kernels_are_not_timed_without_a_gpu():

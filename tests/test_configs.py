@@ -11,7 +11,12 @@ import pytest
 
 from flowdcn_jax import models
 from flowdcn_jax.errors import ConfigError
-from flowdcn_jax.validation import check_resumable, validate
+from flowdcn_jax.validation import (
+    ADDED_TO_DATA,
+    REMOVED_FROM_DATA,
+    check_resumable,
+    validate,
+)
 from tests.tiny import REPOSITORY
 
 NAMES = sorted(
@@ -69,3 +74,33 @@ def test_a_config_saved_before_an_option_was_there_means_the_published_model():
     config.model.norm = "layer_norm"
     with pytest.raises(ConfigError, match="config.model.norm: rms_norm -> layer_norm"):
         check_resumable(saved, config)
+
+
+# Every key that config.data had at first.
+FIRST_DATA_KEYS = {
+    "name", "data_dir", "split", "image_size", "random_flip", "num_threads", "prefetch_batches",
+}  # fmt: skip
+
+
+def test_a_run_saved_before_a_data_key_was_there_can_be_resumed():
+    """A key that is added needs the value that means the old behaviour, in `ADDED_TO_DATA`."""
+    config = importlib.import_module("configs.s2").get_config()
+    saved = json.loads(config.to_json())
+    assert set(saved["data"]) - FIRST_DATA_KEYS == set(ADDED_TO_DATA)
+    for key in ADDED_TO_DATA:
+        old = saved | {"data": {k: v for k, v in saved["data"].items() if k != key}}
+        check_resumable(old, config)
+    config.data.aspect_buckets.min_aspect = 0.6  # without buckets it means nothing
+    check_resumable(old, config)
+    config.data.aspect_buckets.count = 10
+    with pytest.raises(ConfigError, match="config.data.aspect_buckets.count: 0 -> 10; .*min_aspec"):
+        check_resumable(old, config)
+
+
+def test_a_run_saved_with_a_key_that_is_gone_can_be_resumed():
+    config = importlib.import_module("configs.s2").get_config()
+    saved = json.loads(config.to_json())
+    for key in REMOVED_FROM_DATA:
+        saved["data"][key] = 0.18215
+        assert key not in config.data
+    check_resumable(saved, config)

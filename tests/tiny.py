@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from configs import default, digits
+from flowdcn_jax.training import checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -44,6 +45,12 @@ def config(**overrides):
             node = node[section]
         node[name] = value
     return result
+
+
+def manifest(name="sd_vae", *, scale=0.18215, shift=0.0, weights_sha256=None, **settings):
+    """What metadata.json must say of latents."""
+    encoder = dict(name=name, weights_sha256=weights_sha256, scale=scale, shift=shift)
+    return {"settings": {"autoencoder": encoder, **settings}}
 
 
 def train_command(workdir, *extra: str, **overrides) -> list[str]:
@@ -93,6 +100,19 @@ def steps(workdir) -> list[int]:
     """The finished checkpoints of a run."""
     folder = Path(workdir) / "checkpoints"
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def rewrite_run(workdir, step: int, change) -> None:
+    """Makes a checkpoint one that was saved with another record of its run.
+
+    `change` alters the record {"config": ..., ...} in place.
+    """
+    folder = Path(workdir) / "checkpoints" / str(step)
+    record = json.loads((folder / "run" / "metadata").read_text())
+    change(record)
+    (folder / "run" / "metadata").write_text(json.dumps(record))
+    sums = checksums(workdir, step) | {"run": checkpoint._text_checksum(record)}
+    (folder / "checksums" / "metadata").write_text(json.dumps(sums))
 
 
 def checksums(workdir, step: int) -> dict:

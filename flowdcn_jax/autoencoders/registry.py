@@ -1,7 +1,8 @@
 """From the `autoencoder` section of a config to an autoencoder."""
 
+import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
 from flax import nnx
@@ -41,6 +42,15 @@ class Published(NamedTuple):
     scale: float  # x = (latents - shift) * scale, where no config.json says otherwise
     shift: float
     space: str  # autoencoders of one space decode what the others encode
+
+
+class LatentOrigin(Protocol):
+    """What encoded latents: an `Autoencoder`, or what a data set keeps of one."""
+
+    name: str
+    weights_sha256: str | None
+    scale: float
+    shift: float
 
 
 KL = Family(kl.AutoencoderKL, kl.find_sizes, kl.naming)
@@ -114,11 +124,20 @@ def load_autoencoder(config) -> Autoencoder:
     return autoencoder
 
 
-def check_fits(autoencoder: Autoencoder, config) -> None:
-    """Checks that the model and the cached latents of `config` are in the autoencoder's space.
+def check_fits(autoencoder: Autoencoder, config, *, origin: LatentOrigin | None = None) -> None:
+    """Checks that the autoencoder decodes what the model of `config` draws.
+
+    An autoencoder decodes its own latents, and those of another one in the same space; both have
+    the published scale and shift then.  Of its own, other weights are warned of: the decoders of
+    sd-vae-ft-ema and sd-vae-ft-mse share an encoder.
+
+    Args:
+        autoencoder: identity and none fit all.
+        config: its `model.in_channels` is read.
+        origin: what encoded the latents that the model is trained on; None: not known, or pixels.
 
     Raises:
-        flowdcn_jax.errors.ConfigError: the number of channels or the scale differs.
+        flowdcn_jax.errors.ConfigError: the number of channels, or the space of the latents differs.
     """
     if autoencoder.name not in PUBLISHED:
         return
@@ -128,15 +147,42 @@ def check_fits(autoencoder: Autoencoder, config) -> None:
             f"{autoencoder.channels}, the latent channels of "
             f"config.autoencoder.name={autoencoder.name!r}"
         )
-    space = PUBLISHED[autoencoder.name].space
-    scales = {known.scale for known in PUBLISHED.values() if known.space == space}
-    scales = sorted(scales | {autoencoder.scale})
-    if config.data.name == "imagenet_latents" and config.data.latent_scale not in scales:
+    if origin is None:
+        return
+    if origin.name != autoencoder.name:
+        _check_space(autoencoder, origin)
+    elif (origin.scale, origin.shift) != (autoencoder.scale, autoencoder.shift):
         raise ConfigError(
-            f"config.data.latent_scale is {config.data.latent_scale}; expected "
-            f"{' or '.join(map(str, scales))} for latents that "
-            f"config.autoencoder.name={autoencoder.name!r} decodes"
+            f"config.autoencoder.weights are {_described(autoencoder)}; expected those of the "
+            f"training data's latents, {_described(origin)}"
         )
+    elif None not in (digests := (origin.weights_sha256, autoencoder.weights_sha256)):
+        if len(set(digests)) > 1:
+            logging.warning(
+                "the training data's latents were encoded by %s with weights of SHA-256 %s; "
+                "config.autoencoder.weights have %s",
+                autoencoder.name,
+                *digests,
+            )
+
+
+def _check_space(autoencoder: Autoencoder, origin: LatentOrigin) -> None:
+    """Raises ConfigError unless both are published autoencoders of one space, unchanged."""
+    spaces = set()
+    for either in (autoencoder, origin):
+        known = PUBLISHED.get(either.name)
+        published = known and (known.scale, known.shift) == (either.scale, either.shift)
+        spaces.add(known.space if published else either.name)
+    if len(spaces) > 1:
+        raise ConfigError(
+            f"config.autoencoder.name is {autoencoder.name!r}; expected what decodes the training "
+            f"data's latents, which {_described(origin)} encoded. config.autoencoder.weights are "
+            f"{_described(autoencoder)}; 'none' draws without a decoder"
+        )
+
+
+def _described(origin: LatentOrigin) -> str:
+    return f"{origin.name} with scale {origin.scale:g} and shift {origin.shift:g}"
 
 
 def _load_identity(config) -> Autoencoder:
@@ -174,7 +220,7 @@ def _load_published(config) -> Autoencoder:
     known = PUBLISHED[config.name]
     how_to_get = (
         f"Fetch {known.how_to_get} and set config.autoencoder.weights to the folder "
-        "(sample.py: --autoencoder_weights)"
+        "(sample.py, cache_latents: --autoencoder_weights)"
     )
     files = find_files(config.weights, known.files, how_to_get)
     source = " and ".join(map(str, files.values()))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from flowdcn_jax.data import cifar10_files
 from flowdcn_jax.data.errors import DataError, DataExistsError
+from flowdcn_jax.data.manifest import find_encoder
 from flowdcn_jax.data.prepared import newest_version, resolve_data_dir
 from flowdcn_jax.data.sources import moment_names
 
@@ -242,7 +243,7 @@ def write_latents(
     stochastic: bool = True,
     mirrored: bool = True,
     config_name: str | None = None,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any],
 ) -> Path:
     """Writes cached latents as the data set `imagenet_latents`, one configuration a shape.
 
@@ -258,7 +259,8 @@ def write_latents(
         stochastic: whether there are `std` and `std_flipped`; False: visits are the mean.
         mirrored: whether there are `mean_flipped` and `std_flipped`; False: no flips in training.
         config_name: the configuration, None for the shape ("32x32x4").
-        metadata: kept in the data set's metadata.json.
+        metadata: kept in the data set's metadata.json; must name the encoder, as
+            `manifest.find_encoder` reads it.
 
     Returns:
         The folder written.
@@ -266,11 +268,13 @@ def write_latents(
     Raises:
         DataExistsError: this configuration is there already.
         DataError: an example has another shape, a value that float16 cannot hold, a negative
-            std or a label out of range; or there are not `num_examples`.  Nothing was prepared.
+            std or a label out of range; there are not `num_examples`; or `metadata` names no
+            encoder.  Nothing was prepared.
     """
     latent_shape = tuple(int(size) for size in latent_shape)
     if len(latent_shape) != 3 or min(latent_shape) < 1:
         raise DataError(f"latent_shape must be (h, w, c), got {latent_shape}")
+    find_encoder(metadata, where="metadata")
     if class_names is not None and len(class_names) != num_classes:
         raise DataError(f"there are {len(class_names)} class_names; num_classes is {num_classes}")
     if num_examples is None:

@@ -1,6 +1,7 @@
 """From the `data` section of a config to a source."""
 
 import dataclasses
+import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from flowdcn_jax.data import cifar10_files
 from flowdcn_jax.data.aspect_buckets import AspectBuckets
 from flowdcn_jax.data.builders import Cifar10Local, ImagenetLatents
 from flowdcn_jax.data.errors import DataError, DataNotFoundError
+from flowdcn_jax.data.manifest import find_encoder, latents_manifest
 from flowdcn_jax.data.prepared import (
     find_prepared,
     known_class_names,
     open_prepared,
     parse_record,
-    read_manifest,
     resolve_data_dir,
 )
 from flowdcn_jax.data.sources import BucketedSource, LatentSource, PixelSource, Source
@@ -45,7 +46,9 @@ _HOW_TO_PREPARE = {
 }
 
 
-def make_source(data_config: ml_collections.ConfigDict) -> Source | BucketedSource:
+def make_source(
+    data_config: ml_collections.ConfigDict, *, channels: int | None = None
+) -> Source | BucketedSource:
     """Opens the data set that a config names.
 
     Args:
@@ -57,9 +60,10 @@ def make_source(data_config: ml_collections.ConfigDict) -> Source | BucketedSour
                 of 8 .. 256, None for 16; latents: 8 times their side, None if only one shape is
                 prepared);
             `random_flip`: show the mirror image in half of the visits;
-            `latent_scale`: factor on latents (SD-VAE: 0.18215), unused for pixels;
             `aspect_buckets`: with a `count` of 1 or more, latents that were cached in these buckets
                 around `image_size` (imagenet_latents only); see `aspect_buckets.AspectBuckets`.
+        channels: chooses among latents of several autoencoders in one folder; None: there are
+            those of one.  Unused for pixels.
 
     Returns:
         The source, for `make_batches`.  CIFAR-10 is decoded into memory (154 MB), latents stay
@@ -77,7 +81,7 @@ def make_source(data_config: ml_collections.ConfigDict) -> Source | BucketedSour
         raise DataError(f"image_size must be a positive integer or None, got {size!r}")
     if data_config.aspect_buckets.count and name != "imagenet_latents":
         raise DataError(f"aspect_buckets are for imagenet_latents, not {name}: count=0")
-    return SOURCES[name](data_config)
+    return SOURCES[name](data_config, channels)
 
 
 def aspect_buckets(data_config: ml_collections.ConfigDict) -> AspectBuckets | None:
@@ -91,7 +95,7 @@ def aspect_buckets(data_config: ml_collections.ConfigDict) -> AspectBuckets | No
     return AspectBuckets(image_size=data_config.image_size, **data_config.aspect_buckets)
 
 
-def _make_digits(data_config: ml_collections.ConfigDict) -> PixelSource:
+def _make_digits(data_config: ml_collections.ConfigDict, channels: int | None) -> PixelSource:
     if data_config.random_flip:
         raise DataError("digits are never flipped (a mirrored digit is none): random_flip=False")
     if data_config.split != "train":
@@ -108,6 +112,7 @@ def _make_digits(data_config: ml_collections.ConfigDict) -> PixelSource:
         num_classes=10,
         class_names=tuple(str(name) for name in digits.target_names),
         flips=False,
+        identity=_pixels_identity(digits.images, digits.target),  # whatever Pillow makes of them
     )
 
 
@@ -118,7 +123,7 @@ def _resize_digit(ink: np.ndarray, size: int) -> np.ndarray:
     return np.clip(np.rint(resized), 0, 255).astype(np.uint8)[..., None]  # bicubic overshoots
 
 
-def _make_cifar10(data_config: ml_collections.ConfigDict) -> PixelSource:
+def _make_cifar10(data_config: ml_collections.ConfigDict, channels: int | None) -> PixelSource:
     side = cifar10_files.IMAGE_SHAPE[0]
     if data_config.image_size not in (None, side):
         raise DataError(f"image_size of cifar10 is {side} pixels, got {data_config.image_size}")
@@ -131,7 +136,14 @@ def _make_cifar10(data_config: ml_collections.ConfigDict) -> PixelSource:
         num_classes=cifar10_files.NUM_CLASSES,
         class_names=known_class_names(info.features["label"]),
         flips=data_config.random_flip,
+        identity=_pixels_identity(images, labels),
     )
+
+
+def _pixels_identity(images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    digest = hashlib.sha256(np.ascontiguousarray(images))
+    digest.update(np.ascontiguousarray(labels, np.int32))
+    return {"num_examples": len(labels), "sha256": digest.hexdigest()}
 
 
 def _decode_images(records: Any, features: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -153,66 +165,95 @@ def _decode_images(records: Any, features: Any) -> tuple[np.ndarray, np.ndarray]
     return images, labels
 
 
-def _make_imagenet_latents(data_config: ml_collections.ConfigDict) -> Source | BucketedSource:
+def _make_imagenet_latents(
+    data_config: ml_collections.ConfigDict, channels: int | None
+) -> Source | BucketedSource:
     folders = _prepared_folders("imagenet_latents", _LATENTS_NAMES, data_config)
     buckets = aspect_buckets(data_config)
     if buckets is None:
-        return _open_latents(_latents_of_size(folders, data_config.image_size), data_config)
-    chosen = _latents_of_buckets(folders, buckets)
-    return BucketedSource([_open_latents(folder, data_config) for folder in chosen])
-
-
-def _open_latents(folder: Path, data_config: ml_collections.ConfigDict) -> LatentSource:
-    records, info = open_prepared(folder, names=_LATENTS_NAMES, split=data_config.split)
-    return LatentSource(
-        records,
-        info.features,
-        class_names=known_class_names(info.features["label"]),
-        flips=data_config.random_flip,
-        latent_scale=data_config.latent_scale,
+        folder = _latents_of_size(folders, data_config.image_size, channels)
+        return _open_latents([folder], data_config)[0]
+    return BucketedSource(
+        _open_latents(_latents_of_buckets(folders, buckets, channels), data_config)
     )
 
 
-def _latents_of_size(folders: list[Path], image_size: int | None) -> Path:
+def _open_latents(folders: list[Path], data_config: ml_collections.ConfigDict) -> list[Source]:
+    """The latents in folders that were filled together."""
+    opened = [
+        open_prepared(folder, names=_LATENTS_NAMES, split=data_config.split) for folder in folders
+    ]
+    manifest = latents_manifest(folders[0])
+    counts = {
+        folder.parent.name: len(records)
+        for folder, (records, _) in zip(folders, opened, strict=True)
+    }
+    return [
+        LatentSource(
+            records,
+            info.features,
+            class_names=known_class_names(info.features["label"]),
+            flips=data_config.random_flip,
+            encoder=find_encoder(manifest),
+            identity={"settings": manifest["settings"], "num_examples": counts},
+        )
+        for records, info in opened
+    ]
+
+
+def _latents_of_size(folders: list[Path], image_size: int | None, channels: int | None) -> Path:
     """The one folder, named `<h>x<w>x<c>/<version>`, with latents of images of this size."""
-    if image_size is None:
-        fitting = folders
-    else:
-        side = image_size / _LATENT_DOWNSAMPLING
-        fitting = [folder for folder in folders if folder.parent.name.startswith(f"{side:g}x")]
+    start = "" if image_size is None else f"{image_size / _LATENT_DOWNSAMPLING:g}x"
+    fitting = [folder for folder in folders if _is_named(folder, start, channels)]
     if len(fitting) != 1:
+        of_channels = "" if channels is None else f" with {channels} channels (model.in_channels)"
         raise DataError(
             f"{len(fitting)} of the latents prepared are of image_size={image_size} (pixels, "
-            f"{_LATENT_DOWNSAMPLING} times their side): change it, or let data_dir be one of "
-            f"{[str(folder) for folder in folders]}"
+            f"{_LATENT_DOWNSAMPLING} times their side){of_channels}: change it, or let data_dir be "
+            f"one of {[str(folder) for folder in folders]}"
         )
     return fitting[0]
 
 
-def _latents_of_buckets(folders: list[Path], buckets: AspectBuckets) -> list[Path]:
+def _latents_of_buckets(
+    folders: list[Path], buckets: AspectBuckets, channels: int | None
+) -> list[Path]:
     """The folders of latents of these buckets that hold images, in the order of their sizes."""
-    by_name = {folder.parent.name: folder for folder in folders}
     starts = [
         f"bucket_{height // _LATENT_DOWNSAMPLING}x{width // _LATENT_DOWNSAMPLING}x"
         for height, width in buckets.sizes
     ]
-    names = [name for start in starts for name in by_name if name.startswith(start)]
+    chosen = [f for start in starts for f in folders if _is_named(f, start, channels)]
     wanted = dataclasses.asdict(buckets)
-    if not names:
+    if not chosen:
+        of_channels = "" if channels is None else f" with {channels} channels (model.in_channels)"
         raise DataNotFoundError(
-            f"no latents are cached in the buckets {wanted}; cache them with --aspect_buckets. "
-            f"There are {sorted(by_name)}"
+            f"no latents{of_channels} are cached in the buckets {wanted}; cache them with "
+            f"--aspect_buckets. There are {sorted(folder.parent.name for folder in folders)}"
         )
-    manifest = read_manifest(by_name[names[0]]) or {"settings": {"aspect_buckets": None}}
-    if manifest["settings"]["aspect_buckets"] != wanted:
-        raise DataError(
-            f"{by_name[names[0]]} was cached in the buckets "
-            f"{manifest['settings']['aspect_buckets']}; the config asks for {wanted}"
-        )
-    missing = sorted(manifest["num_examples"].keys() - set(names))
+    manifests = [latents_manifest(folder) for folder in chosen]
+    for folder, manifest in zip(chosen, manifests, strict=True):
+        cached = manifest["settings"].get("aspect_buckets")
+        if cached != wanted:
+            raise DataError(
+                f"{folder} was cached in the buckets {cached}; the config asks for {wanted}"
+            )
+        if manifest["settings"] != manifests[0]["settings"]:
+            raise DataError(
+                f"{folder} and {chosen[0]} were cached with different settings, as their "
+                "metadata.json say; let data_dir hold those of one"
+            )
+    found = {folder.parent.name for folder in chosen}
+    missing = sorted(manifests[0].get("num_examples", {}).keys() - found)
     if missing:
         raise DataError(f"the latents of the buckets are not all there, {missing} are missing")
-    return [by_name[name] for name in names]
+    return chosen
+
+
+def _is_named(folder: Path, start: str, channels: int | None) -> bool:
+    """Whether the folder `<h>x<w>x<c>/<version>`, or `bucket_...`, has this start and channels."""
+    name = folder.parent.name
+    return name.startswith(start) and (channels is None or name.endswith(f"x{channels}"))
 
 
 def _prepared_folders(

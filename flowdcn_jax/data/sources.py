@@ -8,6 +8,7 @@ import numpy as np
 
 from flowdcn_jax.data import randomness
 from flowdcn_jax.data.errors import DataError
+from flowdcn_jax.data.manifest import Encoder
 from flowdcn_jax.data.prepared import parse_record
 
 Batch = dict[str, np.ndarray]  # {"image": [n, H, W, C], "label": int32 [n]}
@@ -28,6 +29,8 @@ class Source(Protocol):
         num_classes: number of classes; labels are 0 .. num_classes - 1.
         class_names: their names in that order, or None where the data set holds none.
         flips: whether half of the visits show the mirror image.
+        encoder: what made the latents; None for pixels.
+        identity: what tells the data set from others, in the types of JSON.
     """
 
     image_shape: tuple[int, int, int]
@@ -35,6 +38,8 @@ class Source(Protocol):
     num_classes: int
     class_names: tuple[str, ...] | None
     flips: bool
+    encoder: Encoder | None
+    identity: dict[str, Any]
 
     def __len__(self) -> int:
         """Number of examples in one epoch."""
@@ -50,7 +55,8 @@ class Source(Protocol):
             seed: integer in 0 .. 2**63 - 1.
 
         Returns:
-            {"image": uint8 pixels 0 .. 255 or float32 scaled latents, [n, H, W, C];
+            {"image": uint8 pixels 0 .. 255 or float32 latents, shifted and
+             scaled, [n, H, W, C];
              "label": int32 [n]}.
         """
         ...
@@ -61,9 +67,11 @@ class BucketedSource:
 
     Attributes:
         buckets: the data sets.
-        num_classes: see `Source`; the same in all buckets, like the next two.
+        num_classes: see `Source`; the same in all buckets, like the others.
         class_names: see `Source`.
         flips: see `Source`.
+        encoder: see `Source`.
+        identity: see `Source`; of all buckets together.
     """
 
     def __init__(self, buckets: Sequence[Source]):
@@ -72,6 +80,8 @@ class BucketedSource:
         self.num_classes = buckets[0].num_classes
         self.class_names = buckets[0].class_names
         self.flips = buckets[0].flips
+        self.encoder = buckets[0].encoder
+        self.identity = buckets[0].identity
 
     def __len__(self) -> int:
         """Number of examples in one epoch, of all buckets."""
@@ -87,6 +97,7 @@ class PixelSource:
     """8-bit images held in memory."""
 
     image_dtype = np.dtype(np.uint8)
+    encoder = None
 
     def __init__(
         self,
@@ -96,6 +107,7 @@ class PixelSource:
         num_classes: int,
         class_names: tuple[str, ...] | None,
         flips: bool,
+        identity: dict[str, Any],
     ):
         """Holds (does not copy) `images`, uint8 [N, H, W, C], and `labels`, int [N]."""
         self._images = images
@@ -104,6 +116,7 @@ class PixelSource:
         self.num_classes = num_classes
         self.class_names = class_names
         self.flips = flips
+        self.identity = identity
 
     def __len__(self) -> int:
         return len(self._images)
@@ -120,9 +133,9 @@ class PixelSource:
 class LatentSource:
     """Cached moments of an autoencoder's posterior, sampled anew at each visit.
 
-    A visit draws latents = latent_scale * (mean + std * noise), noise ~ N(0, 1) in float32; with
-    `flips` half of the visits use the moments of the mirror image.  Latents of a deterministic
-    autoencoder have no std, and a visit is latent_scale * mean.
+    A visit draws x = (mean + std * noise - shift) * scale, noise ~ N(0, 1) in float32, with the
+    encoder's shift and scale; with `flips` half of the visits use the moments of the mirror image.
+    Latents of a deterministic autoencoder have no std, and a visit is (mean - shift) * scale.
     """
 
     image_dtype = np.dtype(np.float32)
@@ -134,7 +147,8 @@ class LatentSource:
         *,
         class_names: tuple[str, ...] | None,
         flips: bool,
-        latent_scale: float,
+        encoder: Encoder,
+        identity: dict[str, Any],
     ):
         """Reads from records that TFDS wrote.
 
@@ -143,7 +157,8 @@ class LatentSource:
             features: the `tfds.features.FeaturesDict` they were written with.
             class_names: names of the classes, or None.
             flips: whether half of the visits use the mirror image.
-            latent_scale: factor that brings latents near unit variance (SD-VAE: 0.18215).
+            encoder: what made them; see `manifest.find_encoder`.
+            identity: see `Source`.
 
         Raises:
             DataError: the features are not those of `builders.ImagenetLatents`, or have no mirror
@@ -158,7 +173,8 @@ class LatentSource:
         half = len(names) // 2 if mirrored else len(names)
         self._moments, self._mirrored_moments = names[:half], names[half:]
         self._records = records
-        self._latent_scale = np.float32(latent_scale)
+        self.encoder = encoder
+        self.identity = identity
         self.num_classes = int(features["label"].num_classes)
         self.class_names = class_names
         self.flips = flips
@@ -189,7 +205,8 @@ class LatentSource:
             latents += mean
         else:
             latents = mean.astype(np.float32)
-        latents *= self._latent_scale
+        latents -= np.float32(self.encoder.shift)
+        latents *= np.float32(self.encoder.scale)
         return {"image": latents, "label": labels}
 
 

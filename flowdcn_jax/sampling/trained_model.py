@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flowdcn_jax.autoencoders import Autoencoder, check_fits, load_autoencoder
+from flowdcn_jax.data.manifest import Encoder, find_encoder
 from flowdcn_jax.sampling.classes import class_words, make_labels, parse_classes
 from flowdcn_jax.sampling.generator import (
     check_guide,
@@ -31,6 +32,7 @@ class Source(NamedTuple):
     step: int | None  # None: the newest that is whole
     config: ConfigDict  # of the training run
     class_names: tuple[str, ...] | None
+    encoder: Encoder | None  # of the latents it was trained on; None: not known, or pixels
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,7 +53,7 @@ class TrainedModel:
     def autoencoder(self) -> Autoencoder:
         """What decodes, on every device."""
         autoencoder = load_autoencoder(self.config.autoencoder)
-        check_fits(autoencoder, self.config)
+        check_fits(autoencoder, self.config, origin=self.source.encoder)
         copied = copy_to_devices(autoencoder.params, self.mesh)
         return dataclasses.replace(autoencoder, params=copied)
 
@@ -141,7 +143,9 @@ def load_trained(
 
 def _read_source(workdir: str | Path, step: int | None) -> Source:
     run = checkpoint.read_run(str(workdir), step)
-    return Source(str(workdir), step, ConfigDict(run.config), run.class_names)
+    identity = run.data_identity
+    encoder = find_encoder(identity) if identity and "settings" in identity else None
+    return Source(str(workdir), step, ConfigDict(run.config), run.class_names, encoder)
 
 
 def _with_autoencoder(config: ConfigDict, name: str | None, weights) -> ConfigDict:

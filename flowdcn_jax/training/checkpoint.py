@@ -1,10 +1,10 @@
 """Checkpoints: Orbax, asynchronous, whole or not there, and checked when they are read.
 
 A workdir holds checkpoints/<step>/ with four items, committed together: `state` (step, parameters,
-optimizer), `ema`, `run` (the config, and the names of the classes), and `checksums`. A checksum is
-a position-weighted sum of an array's bits, taken on the devices before saving and again after
-restoring, so a flipped bit anywhere on the way is noticed, whatever the number of devices on
-either side.
+optimizer), `ema`, `run` (the config, the names of the classes, and what tells the data set from
+others), and `checksums`. A checksum is a position-weighted sum of an array's bits, taken on the
+devices before saving and again after restoring, so a flipped bit anywhere on the way is noticed,
+whatever the number of devices on either side.
 
 A workdir of converted weights has a checkpoint 0 without `state`: training starts from its `ema`.
 """
@@ -50,13 +50,24 @@ class Checkpointer:
             ),
         )
 
-    def save(self, state: TrainState, config, class_names: tuple[str, ...] | None) -> None:
-        """Starts saving; returns once the state is copied, so that it may be donated."""
+    def save(
+        self,
+        state: TrainState,
+        config,
+        class_names: tuple[str, ...] | None,
+        data_identity: dict | None = None,
+    ) -> None:
+        """Starts saving; returns once the state is copied, so that it may be donated.
+
+        `data_identity` is that of the training data (`data.Source`); None: nothing to compare.
+        """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         items = {"state": _resumable(state), "ema": state.ema}
-        self._manager.save(step, args=_save_args(items, config, class_names), force=True)
+        self._manager.save(
+            step, args=_save_args(items, config, class_names, data_identity), force=True
+        )
 
     def restore_newest(self, abstract: TrainState) -> TrainState | None:
         """The newest state that restores and matches its checksums, in `abstract`'s shardings.
@@ -121,6 +132,7 @@ class SavedRun(NamedTuple):
 
     config: dict  # nested
     class_names: tuple[str, ...] | None
+    data_identity: dict | None  # of `data.Source`; None: saved before there was one
     weights_only: bool  # converted weights: no training yet
 
 
@@ -171,7 +183,7 @@ def save_weights(workdir: str | Path, params: dict, config) -> None:
     registry.add("checksums", ocp.args.JsonSave)
     folder = Path(workdir).absolute() / FOLDER
     with ocp.CheckpointManager(folder, handler_registry=registry) as manager:
-        manager.save(0, args=_save_args({"ema": params}, config, None))
+        manager.save(0, args=_save_args({"ema": params}, config, None, None))
 
 
 class Weights(NamedTuple):
@@ -181,6 +193,7 @@ class Weights(NamedTuple):
     config: ConfigDict  # of the training run
     class_names: tuple[str, ...] | None
     params: dict
+    data_identity: dict | None = None  # as in SavedRun
 
 
 def restore_ema(workdir: str, step: int | None, abstract_params: Callable) -> Weights:
@@ -217,7 +230,7 @@ def _restore_weights(
             wanted = {"state": {"params": params}}
             items = _restore_items(manager, candidate, wanted, partial=True)
             params = items["state"]["params"]
-        return Weights(candidate, config, run.class_names, params)
+        return Weights(candidate, config, run.class_names, params, run.data_identity)
 
     return _read_newest(workdir, step, read)
 
@@ -285,9 +298,15 @@ def _reader(folder: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False))
 
 
-def _save_args(items: dict, config, class_names: tuple[str, ...] | None) -> ocp.args.Composite:
+def _save_args(
+    items: dict, config, class_names: tuple[str, ...] | None, data_identity: dict | None
+) -> ocp.args.Composite:
     """What goes into a checkpoint: `items` (name -> tree of arrays), the run, and checksums."""
-    run = {"config": json.loads(config.to_json()), "class_names": class_names}
+    run = {
+        "config": json.loads(config.to_json()),
+        "class_names": class_names,
+        "data_identity": data_identity,
+    }
     checksums = {name: checksum(item) for name, item in items.items()}
     checksums["run"] = _text_checksum(run)
     return ocp.args.Composite(
@@ -306,6 +325,7 @@ def _restore_run(manager: ocp.CheckpointManager, step: int) -> SavedRun:
     return SavedRun(
         config=restored.run["config"],
         class_names=tuple(names) if names else None,
+        data_identity=restored.run.get("data_identity"),
         weights_only="state" not in restored.checksums,
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from flowdcn_jax import data, sampling
 from flowdcn_jax.autoencoders import Autoencoder, check_fits, load_autoencoder
@@ -26,7 +27,7 @@ from flowdcn_jax.training.state import (
     state_from_weights,
 )
 from flowdcn_jax.training.step import make_train_step
-from flowdcn_jax.validation import check_resumable, validate
+from flowdcn_jax.validation import check_resumable, check_same_data, validate
 
 DEVICE_PREFETCH = 2  # batches on the devices ahead of the step
 SAMPLES_FOLDER = "samples"
@@ -52,12 +53,13 @@ def train(config, workdir: str) -> None:
     validate(config, jax.device_count(), jax.process_count())
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     autoencoder = load_autoencoder(config.autoencoder)
-    check_fits(autoencoder, config)
-    source = data.make_source(config.data)
+    source = data.make_source(config.data, channels=config.model.in_channels)
+    check_fits(autoencoder, config, origin=source.encoder)
     check_source(config, source)
     saved = checkpoint.saved_run(workdir)
     if saved is not None:
         check_resumable(saved.config, config, weights_only=saved.weights_only)
+        check_same_data(saved, source)
     try:
         Path(workdir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -103,6 +105,18 @@ def check_source(config, source) -> None:
             f"config.model.num_classes is {config.model.num_classes}; expected "
             f"{source.num_classes}, as in the data set {config.data.name!r}"
         )
+
+
+def on_devices(local_batches: Iterator[data.Batch], mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
+    """Global batches on the devices, DEVICE_PREFETCH of them ahead, from each process's rows."""
+    sharding = batch_sharding(mesh)
+    ahead = collections.deque()
+    for arrays in local_batches:
+        ahead.append(
+            {k: jax.make_array_from_process_local_data(sharding, v) for k, v in arrays.items()}
+        )
+        if len(ahead) > DEVICE_PREFETCH:
+            yield ahead.popleft()
 
 
 class _Run:
@@ -155,7 +169,9 @@ class _Run:
                 if _due(config.checkpoint.every_steps, step, num_steps) or stop:
                     self._fetch_metrics()
                     with stopwatch.pause():
-                        self.checkpointer.save(state, config, self.source.class_names)
+                        self.checkpointer.save(
+                            state, config, self.source.class_names, self.source.identity
+                        )
                 if stop or step == num_steps:
                     break
                 with stopwatch.data_wait():
@@ -195,7 +211,7 @@ class _Run:
         return compiled
 
     def _batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
-        """Global batches on the devices, DEVICE_PREFETCH of them ahead."""
+        """The stream of global batches, on the devices."""
         local_batches = data.make_batches(
             self.source,
             batch_size=self.config.train.batch_size,
@@ -206,14 +222,7 @@ class _Run:
             num_threads=self.config.data.num_threads,
             prefetch_batches=self.config.data.prefetch_batches,
         )
-        sharding = batch_sharding(self.mesh)
-        ahead = collections.deque()
-        for arrays in local_batches:
-            ahead.append(
-                {k: jax.make_array_from_process_local_data(sharding, v) for k, v in arrays.items()}
-            )
-            if len(ahead) > DEVICE_PREFETCH:
-                yield ahead.popleft()
+        return on_devices(local_batches, self.mesh)
 
     def _fetch_metrics(self) -> None:
         """Waits for the steps so far; a checkpoint or log entry never gets past a non-finite one.

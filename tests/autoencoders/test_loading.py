@@ -1,6 +1,7 @@
 """load_autoencoder: what it offers, and what it refuses."""
 
 import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from flowdcn_jax.autoencoders import (
     check_fits,
     load_autoencoder,
 )
+from flowdcn_jax.data.manifest import Encoder
 from flowdcn_jax.errors import ConfigError
 from tests.autoencoders.conftest import SD_VAE, decode, encode, random_tensors, write_pair
 
@@ -72,7 +74,12 @@ def test_missing_weights_say_what_to_fetch_and_which_key_to_set(load, tmp_path, 
     ):
         with pytest.raises(WeightsNotFoundError) as caught:
             load(name, weights)
-        for part in (problem, *sources, "set config.autoencoder.weights", "--autoencoder_weights"):
+        for part in (
+            problem,
+            *sources,
+            "set config.autoencoder.weights",
+            "cache_latents: --autoencoder_weights",
+        ):
             assert part in str(caught.value)
 
 
@@ -179,18 +186,60 @@ def test_image_sides_must_be_divisible(load, taesd_folder, size):
         autoencoder.encode(autoencoder.params, np.zeros((1, *size, 3), np.float32))
 
 
-def test_model_and_latents_must_fit(load, taesd_folder):
-    config = default.get_config()
-    taesd, sd_vae = load("taesd", str(taesd_folder)), load("sd_vae", str(SD_VAE))
-    for autoencoder in (taesd, sd_vae):  # either decodes what the other encoded
-        for config.data.latent_scale in (0.18215, 1.0):
-            check_fits(autoencoder, config)
-    config.data.latent_scale = 0.13
-    with pytest.raises(ConfigError, match="latent_scale is 0.13; expected 0.18215 or 1.0 for"):
-        check_fits(sd_vae, config)
-    config.data.name = "cifar10"  # pixels: the key is not used
+def test_the_model_must_have_the_channels_of_the_latents(load):
+    config, sd_vae = default.get_config(), load("sd_vae", str(SD_VAE))
     check_fits(sd_vae, config)
     config.model.in_channels = 32
     with pytest.raises(ConfigError, match="in_channels is 32; expected 4, the latent channels of"):
         check_fits(sd_vae, config)
     check_fits(load("none"), config)
+
+
+@pytest.fixture(scope="module")
+def rescaled(load, tmp_path_factory):
+    """The SD-VAE fixture with the scale of SDXL's autoencoder, and a shift."""
+    folder = tmp_path_factory.mktemp("rescaled")
+    (folder / FILE).write_bytes((SD_VAE / FILE).read_bytes())
+    sizes = json.loads((SD_VAE / "config.json").read_text())
+    sizes |= dict(scaling_factor=0.13025, shift_factor=0.06)
+    (folder / "config.json").write_text(json.dumps(sizes))
+    return load("sd_vae", str(folder))
+
+
+def test_an_autoencoder_decodes_its_own_latents_and_those_of_its_space(
+    load, taesd_folder, rescaled
+):
+    config = default.get_config()
+    taesd, sd_vae = load("taesd", str(taesd_folder)), load("sd_vae", str(SD_VAE))
+    for one in (taesd, sd_vae):
+        for other in (taesd, sd_vae):
+            check_fits(one, config, origin=other)
+    check_fits(rescaled, config, origin=rescaled)
+    check_fits(load("none"), config, origin=rescaled)
+    for one, other in ((rescaled, sd_vae), (sd_vae, rescaled)):
+        with pytest.raises(
+            ConfigError,
+            match=f"weights are sd_vae with scale {one.scale} and shift {one.shift:g}; expected "
+            f".*sd_vae with scale {other.scale} and shift {other.shift:g}",
+        ):
+            check_fits(one, config, origin=other)
+    for one, other in ((rescaled, taesd), (taesd, rescaled)):
+        with pytest.raises(ConfigError, match=f"{one.name!r}; .* which {other.name} with scale"):
+            check_fits(one, config, origin=other)
+
+
+def test_latents_of_an_unknown_autoencoder_are_not_decoded(load, taesd_folder):
+    origin = Encoder("mine", None, 1.0, 0.0)
+    with pytest.raises(ConfigError, match="which mine with scale 1 and shift 0 encoded.*'none'"):
+        check_fits(load("taesd", str(taesd_folder)), default.get_config(), origin=origin)
+
+
+def test_other_weights_of_one_name_are_warned_of(load, taesd_folder, caplog):
+    """The decoder of sd-vae-ft-mse is right for the latents of sd-vae-ft-ema."""
+    taesd = load("taesd", str(taesd_folder))
+    for digest in (taesd.weights_sha256, None):
+        origin = Encoder("taesd", digest, 1.0, 0.0)
+        check_fits(taesd, default.get_config(), origin=origin)
+        assert not caplog.text
+    check_fits(taesd, default.get_config(), origin=origin._replace(weights_sha256="12ab"))
+    assert "SHA-256 12ab; config.autoencoder.weights have " + taesd.weights_sha256 in caplog.text

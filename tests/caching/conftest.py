@@ -42,7 +42,7 @@ def autoencoder():
         downsampling=STRIDE,
         channels=4,
         scale=0.5,
-        shift=0.0,
+        shift=0.25,
         params={"gain": np.float32(1), "spread": np.float32(1)},
         weights_sha256="0123",
         encode=_encode,

@@ -20,19 +20,18 @@ COUNTS = {"train": 30, "test": 10}
 def open_source():
     """make_source with every key at a default."""
 
-    def open_source(name, **overrides):
+    def open_source(name, *, channels=None, **overrides):
         config = {
             "name": name,
             "data_dir": None,
             "split": "train",
             "image_size": None,
             "random_flip": False,
-            "latent_scale": 0.18215,
             "aspect_buckets": {"count": 0},
             "num_threads": 2,
             "prefetch_batches": 4,
         }
-        return make_source(ml_collections.ConfigDict(config | overrides))
+        return make_source(ml_collections.ConfigDict(config | overrides), channels=channels)
 
     return open_source
 

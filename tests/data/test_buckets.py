@@ -16,10 +16,12 @@ class Bucket:
     num_classes = 1000
     class_names = None
     flips = False
+    encoder = None
 
     def __init__(self, size, width):
         self._size = size
         self.image_shape = (1, width, 1)
+        self.identity = {"size": size}
 
     def __len__(self):
         return self._size

@@ -88,6 +88,21 @@ def test_a_slice_of_a_split(prepared_dir, open_source):
     assert len(open_source("cifar10", data_dir=str(prepared_dir), split="train[:7]")) == 7
 
 
+def test_the_identity_is_that_of_the_images_whatever_folder_they_lie_in(
+    prepared_dir, open_source, tmp_path
+):
+    shutil.copytree(prepared_dir, tmp_path / "copy")
+    source, copy = (
+        open_source("cifar10", data_dir=str(d)) for d in (prepared_dir, tmp_path / "copy")
+    )
+    assert source.identity == copy.identity and source.identity["num_examples"] == COUNTS["train"]
+    fewer = open_source("cifar10", data_dir=str(prepared_dir), split="train[:7]").identity
+    other = open_source("cifar10", data_dir=str(prepared_dir), split="train[1:8]").identity
+    assert fewer["num_examples"] == other["num_examples"] and fewer["sha256"] != other["sha256"]
+    digits = [open_source("digits", image_size=size).identity for size in (8, 16)]
+    assert digits[0] == digits[1]  # it does not depend on how Pillow enlarges them
+
+
 def test_default_folder_is_the_one_of_tfds(prepared_dir, open_source, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(prepared_dir))
     assert len(open_source("cifar10")) == COUNTS["train"]
@@ -256,6 +271,7 @@ SLOW_PREPARATION = """
 import sys, time
 import numpy as np
 from flowdcn_jax.data.builders import write_latents
+from tests import tiny
 def examples():
     moment = np.zeros((2, 2, 1))
     for index in range(1000):
@@ -265,7 +281,7 @@ def examples():
             print("half way", flush=True)
             time.sleep(60)
 write_latents(examples(), num_examples=1000, data_dir=sys.argv[1], latent_shape=(2, 2, 1),
-              num_classes=1)
+              num_classes=1, metadata=tiny.manifest())
 """
 
 

@@ -1,5 +1,6 @@
 """Cached latents: what is written, and what a visit draws."""
 
+import json
 import sys
 
 import numpy as np
@@ -12,8 +13,10 @@ from flowdcn_jax.data import (
     DataNotFoundError,
     builders,
     make_batches,
+    randomness,
     write_latents,
 )
+from tests import tiny
 
 SHAPE = (4, 6, 3)
 COUNT = 40
@@ -33,7 +36,7 @@ def example(index, shape=SHAPE):
 
 
 def write(data_dir, examples=None, **overrides):
-    options = {"latent_shape": SHAPE, "num_classes": 7} | overrides
+    options = {"latent_shape": SHAPE, "num_classes": 7, "metadata": tiny.manifest()} | overrides
     if examples is None:
         examples = [example(index) for index in range(COUNT)]
     return write_latents(examples, data_dir=data_dir, **options)
@@ -64,7 +67,7 @@ def test_source_describes_the_latents(data_dir, open_source):
 
 
 def test_a_visit_draws_mean_plus_std_times_noise_times_scale(data_dir, open_source):
-    source = open_source("imagenet_latents", data_dir=data_dir, latent_scale=SCALE)
+    source = open_source("imagenet_latents", data_dir=data_dir)
     positions = np.arange(2000)
     indices = positions % COUNT
     batch = source.read(indices, positions, 1)
@@ -75,6 +78,43 @@ def test_a_visit_draws_mean_plus_std_times_noise_times_scale(data_dir, open_sour
     assert abs((noise**4).mean() - 3) < 5 * np.sqrt(96 / noise.size)
     revisits = noise[indices == 5].reshape(-1, np.prod(SHAPE))
     assert len(np.unique(revisits, axis=0)) == len(revisits)  # a visit never repeats its noise
+
+
+def test_scale_and_shift_are_those_of_the_encoder(tmp_path, open_source):
+    """As `decode` undoes them: x / scale + shift is the latent."""
+    manifest = tiny.manifest(scale=0.13025, shift=0.06)
+    write(tmp_path, [example(3) | {"std": np.zeros(SHAPE)}], metadata=manifest)
+    source = open_source("imagenet_latents", data_dir=str(tmp_path))
+    assert source.encoder == ("sd_vae", None, 0.13025, 0.06)
+    x = source.read(np.array([0]), np.array([0]), 0)["image"]
+    np.testing.assert_allclose(x, (3 - 0.06) * 0.13025, rtol=1e-6)
+
+
+def test_a_shift_of_zero_changes_no_bit(data_dir, open_source):
+    """The published models' latents: (mean + std * noise) * 0.18215 in float32."""
+    source = open_source("imagenet_latents", data_dir=data_dir)
+    noise = np.empty((COUNT, *SHAPE), np.float32)
+    randomness.fill_standard_normal(noise, np.arange(COUNT), seed=2)
+    drawn = np.float16(0.5) * noise + np.arange(COUNT, dtype=np.float16)[:, None, None, None]
+    x = source.read(np.arange(COUNT), np.arange(COUNT), 2)["image"]
+    assert drawn.dtype == x.dtype == np.float32
+    np.testing.assert_array_equal(x, drawn * np.float32(0.18215))
+
+
+NO_SHIFT = tiny.manifest()
+del NO_SHIFT["settings"]["autoencoder"]["shift"]
+
+
+@pytest.mark.parametrize("manifest", [{"note": 1}, NO_SHIFT, tiny.manifest(scale=0), None])
+def test_latents_without_scale_and_shift_are_refused(manifest, tmp_path, open_source):
+    message = "does not say which autoencoder encoded the latents.*cache them again .*shift"
+    with pytest.raises(DataError, match=f"metadata {message}"):
+        write(tmp_path, metadata=manifest)
+    assert not list(tmp_path.iterdir())
+    path = write(tmp_path) / "metadata.json"
+    path.write_text(json.dumps(manifest)) if manifest else path.unlink()
+    with pytest.raises(DataError, match=f"{path} {message}"):
+        open_source("imagenet_latents", data_dir=str(tmp_path))
 
 
 def test_half_of_the_visits_use_the_moments_of_the_mirror_image(data_dir, open_source):
@@ -120,17 +160,19 @@ def test_batches_are_the_same_for_any_threads_and_processes(data_dir, open_sourc
 def test_moments_are_stored_in_half_precision(tmp_path, open_source):
     rng = np.random.default_rng(0)
     mean = rng.normal(size=SHAPE)
-    write(tmp_path, [example(0) | {"mean": mean, "std": np.full(SHAPE, 1e-6)}])
-    source = open_source("imagenet_latents", data_dir=str(tmp_path), latent_scale=1.0)
+    examples = [example(0) | {"mean": mean, "std": np.full(SHAPE, 1e-6)}]
+    write(tmp_path, examples, metadata=tiny.manifest(scale=1.0))
+    source = open_source("imagenet_latents", data_dir=str(tmp_path))
     latents = source.read(np.array([0]), np.array([0]), 0)["image"][0]
     np.testing.assert_allclose(latents, mean.astype(np.float16), atol=1e-5)
 
 
 def test_many_shards_hold_each_example_once(tmp_path, open_source, monkeypatch):
     monkeypatch.setattr(builders, "_SHARD_BYTES", 6 * 4 * 2 * int(np.prod(SHAPE)))
-    folder = write(tmp_path, (example(index) for index in range(COUNT)), num_examples=COUNT)
+    examples = (example(index) for index in range(COUNT))
+    folder = write(tmp_path, examples, num_examples=COUNT, metadata=tiny.manifest(scale=1.0))
     assert len(list(folder.glob("*.array_record*"))) == 7
-    source = open_source("imagenet_latents", data_dir=str(tmp_path), latent_scale=1.0)
+    source = open_source("imagenet_latents", data_dir=str(tmp_path))
     latents = source.read(np.arange(COUNT), np.arange(COUNT), 0)["image"]
     np.testing.assert_allclose(latents.mean(axis=(1, 2, 3)), np.arange(COUNT), atol=0.5)
 
@@ -145,6 +187,15 @@ def test_image_size_chooses_among_prepared_shapes(tmp_path, open_source):
     for size in (None, 4, 40):
         with pytest.raises(DataError, match=f"of image_size={size} .*4x4x2.*8x8x2"):
             open_source("imagenet_latents", data_dir=str(tmp_path), image_size=size)
+    for channels in (2, 5):
+        write(tmp_path, [example(0, (9, 9, channels))], latent_shape=(9, 9, channels))
+    for channels in (2, 5):
+        source = open_source(
+            "imagenet_latents", data_dir=str(tmp_path), image_size=72, channels=channels
+        )
+        assert source.image_shape == (9, 9, channels)
+    with pytest.raises(DataError, match=r"0 of .*image_size=72 .* with 4 channels .*9x9x2.*9x9x5"):
+        open_source("imagenet_latents", data_dir=str(tmp_path), image_size=72, channels=4)
     folder = tmp_path / "imagenet_latents" / "4x4x2" / "1.0.0"
     assert open_source("imagenet_latents", data_dir=str(folder)).image_shape == (4, 4, 2)
 
@@ -163,14 +214,20 @@ def test_other_features_are_refused(tmp_path, open_source):
             features = dict.fromkeys(names, moment)
             features["label"] = tfds.features.ClassLabel(num_classes=7)
             return tfds.core.DatasetInfo(
-                builder=self, features=tfds.features.FeaturesDict(features)
+                builder=self,
+                features=tfds.features.FeaturesDict(features),
+                metadata=tfds.core.MetadataDict(self._manifest),
             )
 
         def _checked_examples(self):
             yield 0, example(0)
 
     builder = ImagenetLatents(
-        examples=[example(0)], num_examples=1, latent_shape=SHAPE, data_dir=tmp_path
+        examples=[example(0)],
+        num_examples=1,
+        latent_shape=SHAPE,
+        data_dir=tmp_path,
+        metadata=tiny.manifest(),
     )
     builder.download_and_prepare()
     with pytest.raises(DataError, match="must be float16"):

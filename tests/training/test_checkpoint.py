@@ -18,6 +18,7 @@ from tests import tiny
 
 CONFIG = tiny.config(model__width=64)
 NAMES = tuple("0123456789")
+IDENTITY = {"settings": {"autoencoder": {"scale": 0.18215}}, "num_examples": {"1x1x1": 3}}
 
 
 def mesh_of(num_devices):
@@ -42,7 +43,7 @@ def open_checkpointer(workdir, keep=3, keep_every_steps=None):
 def save(workdir, *states, **options):
     checkpointer = open_checkpointer(workdir, **options)
     for state in states:
-        checkpointer.save(state, CONFIG, NAMES)
+        checkpointer.save(state, CONFIG, NAMES, IDENTITY)
     checkpointer.close()
 
 
@@ -207,3 +208,4 @@ def test_the_saved_config_is_the_runs(workdir):
     run = checkpoint.saved_run(workdir)
     assert run.config == json.loads(CONFIG.to_json())
     assert run.class_names == NAMES and not run.weights_only
+    assert run.data_identity == IDENTITY

@@ -1,6 +1,8 @@
 """Training on aspect buckets: every shape compiled at the start, exact resumption, square grids."""
 
 import dataclasses
+import json
+import shutil
 import threading
 from types import SimpleNamespace
 
@@ -16,15 +18,16 @@ from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
 
 BUCKETS = AspectBuckets(image_size=32, count=3, min_aspect=0.5, max_aspect=2.0, side_multiple=16)
-COUNTS = {"bucket_4x2x4": 30, "bucket_2x4x4": 12}  # none of aspect 1.25: 16x32, as of aspect 2
+COUNTS = {"4x2": 30, "2x4": 12}  # none of aspect 1.25: 16x32, as of aspect 2
 
 
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory):
-    """A folder of random latents in two buckets."""
-    folder, generator = tmp_path_factory.mktemp("latents"), np.random.default_rng(0)
-    manifest = {"settings": {"aspect_buckets": dataclasses.asdict(BUCKETS)}, "num_examples": COUNTS}
-    for name, count in COUNTS.items():
+def write(folder, channels=4):
+    """Random latents in two buckets."""
+    generator = np.random.default_rng(channels)
+    counts = {f"bucket_{size}x{channels}": count for size, count in COUNTS.items()}
+    manifest = tiny.manifest(aspect_buckets=dataclasses.asdict(BUCKETS))
+    manifest["num_examples"] = counts
+    for name, count in counts.items():
         shape = tuple(map(int, name.removeprefix("bucket_").split("x")))
         data.write_latents(
             [{"mean": generator.normal(size=shape), "label": i % 10} for i in range(count)],
@@ -36,6 +39,12 @@ def latents(tmp_path_factory):
             config_name=name,
             metadata=manifest,
         )
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    write(folder)
     return folder
 
 
@@ -115,7 +124,7 @@ def test_a_run_resumes_exactly_and_draws_square_grids(latents, tmp_path, capsys,
         (dict(count=-1), "aspect_buckets.count is -1; expected at least 0"),
         (dict(max_aspect=0.1), "config.data.aspect_buckets: aspects go from 0.5 to 0.1"),
         (dict(count=2), "was cached in the buckets .*'count': 3.*the config asks for .*'count': 2"),
-        (dict(min_aspect=1.0, max_aspect=1.0), "no latents are cached in the buckets"),
+        (dict(min_aspect=1.0, max_aspect=1.0), "no latents with 4 channels .* in the buckets"),
     ],
 )
 def test_buckets_that_cannot_be_or_are_not_cached_are_refused(latents, tmp_path, change, message):
@@ -131,7 +140,10 @@ def test_buckets_that_cannot_be_or_are_not_cached_are_refused(latents, tmp_path,
     [
         (dict(data__random_flip=True), "cached without mirror images: random_flip=False"),
         (dict(data__name="digits"), "aspect_buckets are for imagenet_latents, not digits"),
-        (dict(model__in_channels=3), r"shape \(4, 2, 4\); the model expects \(4, 2, 3\) or"),
+        (
+            dict(model__in_channels=3),
+            r"no latents with 3 channels \(model.in_channels\) are cached",
+        ),
     ],
 )
 def test_what_does_not_fit_buckets_is_refused(latents, tmp_path, overrides, message):
@@ -141,3 +153,31 @@ def test_what_does_not_fit_buckets_is_refused(latents, tmp_path, overrides, mess
         bad[section][name] = value
     with pytest.raises(UserError, match=message):
         loop.train(bad, str(tmp_path / "run"))
+
+
+def test_latents_of_two_autoencoders_lie_in_one_folder(tmp_path):
+    for channels in (4, 32):
+        write(tmp_path, channels)
+    section = config(tmp_path).data
+    for channels in (4, 32):
+        source = data.make_source(section, channels=channels)
+        shapes = [bucket.image_shape for bucket in source.buckets]
+        assert shapes == [(4, 2, channels), (2, 4, channels)]
+    with pytest.raises(UserError, match="no latents with 3 channels .*are cached in the buckets"):
+        data.make_source(section, channels=3)
+
+
+def test_buckets_that_were_not_cached_together_are_refused(latents, tmp_path):
+    shutil.copytree(latents, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "imagenet_latents" / "bucket_2x4x4" / "1.0.0" / "metadata.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | tiny.manifest(aspect_buckets=None)))
+    with pytest.raises(UserError, match=f"{path.parent} was cached in the buckets None; the conf"):
+        data.make_source(config(tmp_path).data)
+    manifest["settings"]["autoencoder"]["shift"] = 0.5
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="2x4x4.* and .*4x2x4.* with different settings"):
+        data.make_source(config(tmp_path).data)
+    path.write_text(json.dumps({"note": 1}))
+    with pytest.raises(UserError, match=f"{path} does not say which autoencoder"):
+        data.make_source(config(tmp_path).data)
