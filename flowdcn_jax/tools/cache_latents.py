@@ -135,17 +135,22 @@ def _job() -> Any:
     autoencoder = dict(
         name=_AUTOENCODER.value, weights=_WEIGHTS.value, downsampling=8, dtype=_DTYPE.value
     )
-    return Job(
-        dataset=_DATASET.value,
+    data_dir = resolve_data_dir(_DATA_DIR.value)
+    images = open_labelled_images(
+        _DATASET.value,
         split=_SPLIT.value,
-        images=open_labelled_images(
-            _DATASET.value, split=_SPLIT.value, data_dir=_SOURCE_DIR.value or _DATA_DIR.value
-        ),
+        data_dir=_SOURCE_DIR.value or _DATA_DIR.value,
+        output_dir=data_dir,
+    )
+    return Job(
+        dataset=images.source,
+        split=_SPLIT.value,
+        images=images,
         autoencoder=load_autoencoder(ConfigDict(autoencoder)),
         autoencoder_dtype=_DTYPE.value,
         image_size=_IMAGE_SIZE.value,
         buckets=buckets,
-        data_dir=resolve_data_dir(_DATA_DIR.value),
+        data_dir=data_dir,
     )
 
 
