@@ -242,9 +242,10 @@ class PreparedImages:
         folders = find_prepared(data_dir, [dataset])
         if not folders:
             raise DataNotFoundError(
-                f"the TFDS data set {dataset!r} is not prepared in {data_dir}: prepare it with "
-                "TFDS and file_format='array_record', name another folder, or use "
-                "--dataset=folder:PATH"
+                f"the TFDS data set {dataset!r} is not prepared in {data_dir}: use "
+                "--dataset=folder:PATH (for ImageNet folder:ILSVRC/Data/CLS-LOC/train), name "
+                "another folder, or prepare it with TFDS and file_format='array_record', which "
+                "takes TensorFlow above 1 GB (docs/data.md has the command)"
             )
         if len(folders) > 1:
             choices = [f"{dataset}/{folder.parent.name}" for folder in folders]

@@ -4,9 +4,9 @@
         --autoencoder=sd_vae --autoencoder_weights=~/sd-vae-ft-ema --data_dir=~/latents
 
 --dataset is `folder:PATH`, a folder with a subfolder a class, or a TFDS data set that is prepared
-in array_record files, such as `imagenet2012`.  Images are cropped as ADM does; with
---aspect_buckets each goes to the bucket that is nearest in aspect, for VAR training.  All local
-devices encode.  Stopped at any moment, the same command goes on.
+in array_record files, such as `imagenet2012` (see docs/data.md).  Images are cropped as ADM does;
+with --aspect_buckets each goes to the bucket that is nearest in aspect, for VAR training.  All
+local devices encode.  Stopped at any moment, the same command goes on.
 
 Several hosts share the work: the same command on each, with --num_shards=N --shard_index=I and one
 --data_dir on a file system that they share.  The last one joins the shares.
@@ -31,7 +31,9 @@ _ENCODERS = ("sd_vae", "taesd", "taef1", "taef2")
 _DATASET = flags.DEFINE_string(
     "dataset", None, "folder:PATH, or the name of a TFDS data set.", required=True
 )
-_SPLIT = flags.DEFINE_string("split", "train", "Split of the TFDS data set; name of what is made.")
+_SPLIT = flags.DEFINE_string(
+    "split", "train", "Split of the TFDS data set, or a slice of it; name of what is made."
+)
 _SOURCE_DIR = flags.DEFINE_string(
     "source_dir", None, "Where the TFDS data set is prepared.  Default: --data_dir."
 )

@@ -343,7 +343,9 @@ def test_a_prepared_tfds_data_set(tmp_path):
 
 
 def test_a_tfds_data_set_that_is_not_prepared_or_has_no_labels(tmp_path):
-    with pytest.raises(DataNotFoundError, match="'imagenet2012' is not prepared in .*folder:PATH"):
+    with pytest.raises(
+        DataNotFoundError, match="'imagenet2012' is not prepared in .*CLS-LOC/train.*TensorFlow"
+    ):
         open_labelled_images("imagenet2012", split="train", data_dir=tmp_path)
 
     class Unlabelled(TinyPhotos, skip_registration=True):
