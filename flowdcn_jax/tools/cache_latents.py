@@ -61,7 +61,7 @@ _SIDE_MULTIPLE = flags.DEFINE_integer(
 )
 _MAX_BAD = flags.DEFINE_integer("max_bad", 100, "Images that may be skipped.", 0)
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Images a device and batch.  Default: 32 of 256x256, 8 of 512x512.", 1
+    "batch_size", None, "Images a device and batch.  Default: 16 of 256x256, 4 of 512x512.", 1
 )
 _NUM_THREADS = flags.DEFINE_integer(
     "num_threads", None, "Threads that decode images.  Default: one a CPU.", 1

@@ -4,13 +4,14 @@ import json
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from flowdcn_jax import caching
 from flowdcn_jax.autoencoders import load_autoencoder
-from flowdcn_jax.caching import joining
+from flowdcn_jax.caching import encoding, joining
 from flowdcn_jax.caching.statistics import LatentStatistics
 from flowdcn_jax.data import DataError, DataExistsError, make_batches, make_source
 from flowdcn_jax.data.aspect_buckets import AspectBuckets
@@ -55,6 +56,13 @@ def test_latents_are_those_of_each_image_and_of_its_mirror_image(make_job, cache
     assert not list(job.data_dir.glob("incomplete*"))
     source = make_source(config(job.data_dir))
     assert source.class_names == ("class 0", "class 1", "class 2") and source.flips
+
+
+def test_a_batch_has_as_many_pixels_as_the_default(autoencoder):
+    encoder = encoding.LatentEncoder(autoencoder, mirrored=True, batch_size=None)
+    devices = len(jax.local_devices())
+    rows = [encoder.rows(side, side) // devices for side in (256, 512, 4096)]
+    assert rows == [16, 4, 1]  # as --help says
 
 
 def test_statistics_are_those_of_the_drawn_latents(make_job, cache):
