@@ -1,6 +1,9 @@
 """FlowDCN-XL/2 on 512x512 ImageNet latents (64x64x4): 618.9 M parameters, 399.8 GMACs an image.
 
-    python train.py --config=configs/xl2_512.py --workdir=DIR
+    python -m flowdcn_jax.tools.cache_latents --image_size=512 \\
+        --dataset=folder:ILSVRC/Data/CLS-LOC/train \\
+        --autoencoder=sd_vae --autoencoder_weights=DIR --data_dir=DIR
+    python train.py --config=configs/xl2_512.py --workdir=DIR --config.data.data_dir=DIR
 
 100k steps of 256 images: 6.1e19 FLOPs. The paper starts from its 256x256 weights (README,
 "Published weights") and reports FID 2.44 with 250 SDE steps. Blocks are recomputed in the backward

@@ -10,6 +10,7 @@ from flowdcn_jax.data import DataError
 from flowdcn_jax.data.aspect_buckets import AspectBuckets
 from flowdcn_jax.data.builders import ImagenetLatents, latents_config_name
 from flowdcn_jax.data.labelled_images import LabelledImages
+from flowdcn_jax.data.prepared import split_name
 from flowdcn_jax.data.sources import moment_names
 
 Size = tuple[int, int]  # (height, width)
@@ -20,7 +21,7 @@ class Job:
     """One data set of images, in the latents of one autoencoder, at one size or set of buckets.
 
     Attributes:
-        dataset: the flag that names the images.
+        dataset: what the images are, the same however a user spells it.
         split: of the TFDS data set, perhaps a slice; its name is that of the split written.
         images: the list of images.
         autoencoder: it encodes them.
@@ -62,7 +63,7 @@ class Job:
     @property
     def written_split(self) -> str:
         """The name alone, without a slice."""
-        return self.split.partition("[")[0]
+        return split_name(self.split)
 
     @property
     def mirrored(self) -> bool:

@@ -3,17 +3,21 @@
 import contextlib
 import fcntl
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flowdcn_jax.caching.job import Job
-from flowdcn_jax.caching.parts import Parts, check_bad, difference
+from flowdcn_jax.caching.job import Job, Size
+from flowdcn_jax.caching.parts import Parts, check_bad, difference, remove_parts
 from flowdcn_jax.caching.statistics import LatentStatistics
 from flowdcn_jax.data import DataError, DataExistsError, write_latents
 from flowdcn_jax.data.builders import ImagenetLatents
 from flowdcn_jax.data.prepared import newest_version, read_manifest
 from flowdcn_jax.data.sources import moment_names
+
+# Without a change for so long, a join has ended; while it runs it begins a file every few seconds.
+_JOIN_ENDED_S = 3600
 
 
 def finished_manifest(job: Job) -> dict[str, Any] | None:
@@ -31,7 +35,8 @@ def finished_manifest(job: Job) -> dict[str, Any] | None:
         if manifest is None or manifest["settings"] != job.settings:
             how = difference(manifest["settings"], job.settings) if manifest else "no manifest"
             raise DataExistsError(
-                f"{folder} holds other latents ({how}): remove it, or name another --data_dir"
+                f"{folder} holds other latents ({how}): name another --data_dir, one for "
+                "each split and set of options"
             )
         found[job.config_name(size)] = manifest
     manifest = next(iter(found.values()), None)
@@ -39,11 +44,18 @@ def finished_manifest(job: Job) -> dict[str, Any] | None:
     return manifest if complete else None
 
 
-def join(job: Job, parts: Parts, *, max_bad: int) -> dict[str, Any] | None:
+def join(job: Job, parts: Parts, *, max_bad: int, alone: bool) -> dict[str, Any] | None:
     """Writes the job's data sets if all parts are there, and then removes the parts.
 
     Each data set takes its place as a whole, with the manifest.  Of several processes one joins,
-    the others wait for it.
+    the others wait for it.  On file systems whose locks do not reach other hosts several may join
+    at once: then the data set counts that is the first to be whole.
+
+    Args:
+        job: what is cached.
+        parts: its parts.
+        max_bad: images that may be skipped.
+        alone: no other host works on the job.
 
     Returns:
         The manifest, or None if parts are missing.
@@ -53,16 +65,24 @@ def join(job: Job, parts: Parts, *, max_bad: int) -> dict[str, Any] | None:
         TooManyBadError: more than `max_bad` images were skipped, over all parts.
     """
     with _lock(job.data_dir / ImagenetLatents.name):
-        manifest = finished_manifest(job)
-        if manifest is None:
+        while (manifest := finished_manifest(job)) is None:
             if parts.missing():
                 return None
-            manifest = _write(job, parts, max_bad=max_bad)
-        shutil.rmtree(parts.folder, ignore_errors=True)
+            before = _sizes_to_write(job)
+            try:
+                _write(job, parts, max_bad=max_bad, alone=alone)
+            except (DataError, OSError):  # if another host was faster, all that it has done
+                if _sizes_to_write(job) == before:
+                    raise
+        remove_parts(job.parts_folder, job.settings)
     return manifest
 
 
-def _write(job: Job, parts: Parts, *, max_bad: int) -> dict[str, Any]:
+def _sizes_to_write(job: Job) -> list[Size]:
+    return [size for size in job.latent_sizes if newest_version(job.folder(size)) is None]
+
+
+def _write(job: Job, parts: Parts, *, max_bad: int, alone: bool) -> None:
     statistics, counts, skipped = LatentStatistics(), dict.fromkeys(job.latent_sizes, 0), []
     for part in range(parts.count):
         summary = parts.summary(part)
@@ -82,31 +102,44 @@ def _write(job: Job, parts: Parts, *, max_bad: int) -> dict[str, Any]:
         "notes": list(job.images.notes),
     }
     names = moment_names(stochastic=statistics.stochastic, mirrored=job.mirrored)
-    for size, count in counts.items():
-        if newest_version(job.folder(size)):
+    for size in _sizes_to_write(job):
+        if size not in counts:
             continue
-        for remains in job.folder(size).glob("incomplete.*"):  # of a join that was killed
-            shutil.rmtree(remains)
+        _remove_remains(job.folder(size), unchanged_s=0 if alone else _JOIN_ENDED_S)
         write_latents(
             parts.examples(size, names),
             data_dir=job.data_dir,
             latent_shape=job.latent_shape(size),
             num_classes=job.images.num_classes,
             class_names=job.images.class_names,
-            num_examples=count,
+            num_examples=counts[size],
             split=job.written_split,
             stochastic=statistics.stochastic,
             mirrored=job.mirrored,
             config_name=job.config_name(size),
             metadata=manifest,
         )
-    return manifest
+        _remove_remains(job.folder(size), unchanged_s=0)
+
+
+def _remove_remains(folder: Path, *, unchanged_s: float) -> None:
+    """Removes what joins that were killed have left, if it has not changed for so many seconds."""
+    for remains in folder.glob("incomplete.*"):
+        with contextlib.suppress(FileNotFoundError):  # another process removes it too
+            changed_s = max(path.stat().st_mtime for path in (remains, *remains.iterdir()))
+            if time.time() - changed_s >= unchanged_s:
+                shutil.rmtree(remains)
 
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of it when the process ends, however it does."""
+    """One process at a time; the system lets go of it when the process ends, however it does.
+
+    Some network file systems have no locks, or locks that hold on one host alone: the callers only
+    save work by them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

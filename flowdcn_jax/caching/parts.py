@@ -8,6 +8,7 @@ with the parts that are missing.
 import contextlib
 import json
 import math
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,23 +66,33 @@ class Parts:
             image_bytes: of the latents of one image.
 
         Raises:
-            DataExistsError: `folder` holds parts that were made with other settings.
+            DataExistsError: `folder` holds parts that were made with other settings, or with
+                unknown ones.
         """
         self.folder = folder
-        images_per_part = max(_MIN_IMAGES, math.ceil(num_images / _MAX_PARTS))
-        self.images_per_part = max(1, min(images_per_part, _MAX_BYTES // image_bytes))
         self._num_images = num_images
-        self.count = math.ceil(num_images / self.images_per_part)
-        path = folder / _SETTINGS_FILE
-        if not path.exists():
-            with atomic_write(path) as file:
-                file.write(json.dumps(settings, indent=1).encode())
-        saved = json.loads(path.read_text())
-        if saved != settings:
+        saved = _saved_start(folder)
+        if saved is None:
+            if any(folder.glob("part-*")):
+                raise DataExistsError(
+                    f"{folder} holds parts without {_SETTINGS_FILE}, so that nobody knows of what: "
+                    "remove it, or name another --data_dir"
+                )
+            wanted = max(_MIN_IMAGES, math.ceil(num_images / _MAX_PARTS))
+            images_per_part = max(1, min(wanted, _MAX_BYTES // image_bytes))
+            saved = {"images_per_part": images_per_part, "settings": settings}
+            with atomic_write(folder / _SETTINGS_FILE) as file:
+                file.write(json.dumps(saved, indent=1).encode())
+            saved = _saved_start(folder)  # perhaps of another process, which began as well
+        if saved["settings"] != settings:
+            how = difference(saved["settings"], settings)
             raise DataExistsError(
-                f"{folder} holds the beginning of other latents ({difference(saved, settings)}): "
-                "remove it to start again, or name another --data_dir"
+                f"{folder} holds the beginning of other latents ({how}): name another --data_dir, "
+                "or remove it if it is not needed"
             )
+        # The stored one: the rule may have changed since, and would give parts other images.
+        self.images_per_part = saved["images_per_part"]
+        self.count = math.ceil(num_images / self.images_per_part)
 
     def images(self, part: int) -> range:
         """The images of a part, as places in the list."""
@@ -149,6 +160,29 @@ class Parts:
                 yield file
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise DataError(f"{path} is damaged: remove it and run again ({error})") from error
+
+
+def remove_parts(folder: Path, settings: dict[str, Any]) -> None:
+    """Removes the parts in `folder` if they were made with these settings.
+
+    The settings go last: parts without them would be taken for those of another job.
+    """
+    saved = _saved_start(folder)
+    if saved is None or saved["settings"] != settings:
+        return
+    with contextlib.suppress(OSError):  # what remains is in nobody's way, and removed next time
+        for path in folder.iterdir():
+            if path.name != _SETTINGS_FILE:
+                path.unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def _saved_start(folder: Path) -> dict[str, Any] | None:
+    """{"images_per_part": .., "settings": {..}} as a job began, or None if none has."""
+    try:
+        return json.loads((folder / _SETTINGS_FILE).read_text())
+    except FileNotFoundError:
+        return None
 
 
 def check_bad(skipped: list[Skipped], max_bad: int) -> None:

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from flowdcn_jax.caching.encoding import LatentEncoder, read_ahead
 from flowdcn_jax.caching.job import Job, Size
 from flowdcn_jax.caching.joining import finished_manifest, join
-from flowdcn_jax.caching.parts import Parts, Skipped, check_bad
+from flowdcn_jax.caching.parts import Parts, Skipped, check_bad, remove_parts
+from flowdcn_jax.caching.space import check_space
 from flowdcn_jax.caching.statistics import LatentStatistics
 from flowdcn_jax.data import DataError, randomness
 from flowdcn_jax.data.cropping import centre_crop, random_crop
@@ -60,10 +61,12 @@ def cache_latents(
         DataExistsError: other latents, or the beginning of some, are in the way.
         TooManyBadError: more than `max_bad` images cannot be used.
         DataError: no image can be used, a label is out of range, or the autoencoder gives values
-            that float16 cannot hold.
+            that float16 cannot hold; the disk is too small; a disk or a network fails, or the
+            memory does not suffice.
     """
     manifest = finished_manifest(job)
     if manifest is not None:
+        remove_parts(job.parts_folder, job.settings)  # of a join that was killed at its very end
         return manifest
     parts = Parts(
         job.parts_folder,
@@ -76,6 +79,7 @@ def cache_latents(
     written = [part for part in mine if part not in missing]
     skipped = [entry for part in written for entry in parts.summary(part).skipped]
     check_bad(skipped, max_bad)
+    check_space(job, parts)
     if missing:
         encoder = LatentEncoder(job.autoencoder, mirrored=job.mirrored, batch_size=batch_size)
         ahead = 2 * max(encoder.rows(*size) for size in job.image_sizes)
@@ -91,7 +95,9 @@ def cache_latents(
                 images = itertools.islice(stream, len(parts.images(part)))
                 content = _encode_part(images, encoder, skipped, max_bad, progress)
                 parts.write(part, *content)
-    return join(job, parts, max_bad=max_bad)
+                if part == missing[0]:
+                    check_space(job, parts)
+    return join(job, parts, max_bad=max_bad, alone=num_shards == 1)
 
 
 def _progress(parts: Parts, mine: Iterable[int], written: Iterable[int]) -> tqdm:
@@ -112,6 +118,12 @@ def _read(job: Job, index: int) -> Cropped | Skipped:
             pixels = random_crop(image, height, width, place=float(place[0]))
     except BadImageError as error:
         return Skipped(name, str(error))
+    except (MemoryError, OSError) as error:
+        reason = str(error) or "out of memory"
+        raise DataError(
+            f"{name} could not be read now ({reason}): once that is mended, the same command "
+            "goes on"
+        ) from error
     if not 0 <= label < job.images.num_classes:
         raise DataError(f"{name} has the label {label}; expected 0 .. {job.images.num_classes - 1}")
     return Cropped(name, pixels, label)

@@ -4,6 +4,7 @@ Neither writing nor reading needs TensorFlow.  TFDS writes into a folder `incomp
 renames it when all is there, so an interrupted preparation leaves nothing that looks prepared.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -22,8 +23,9 @@ from tqdm import tqdm
 from flowdcn_jax.data import cifar10_files
 from flowdcn_jax.data.errors import DataError, DataExistsError
 from flowdcn_jax.data.manifest import find_encoder
-from flowdcn_jax.data.prepared import newest_version, resolve_data_dir
+from flowdcn_jax.data.prepared import newest_version, resolve_data_dir, split_name
 from flowdcn_jax.data.sources import moment_names
+from flowdcn_jax.files import flush
 
 Example = Mapping[str, Any]
 
@@ -195,12 +197,19 @@ class _UncompressedWriter:
     """
 
     def write(self, path: os.PathLike, examples: Iterable[tuple[int, bytes]]) -> None:
-        writer = array_record_module.ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed")
+        """Raises DataError if the disk does not take them."""
         try:
-            for _, record in examples:
-                writer.write(record)
-        finally:
-            writer.close()
+            writer = array_record_module.ArrayRecordWriter(
+                os.fspath(path), "group_size:1,uncompressed"
+            )
+            try:
+                for _, record in examples:
+                    writer.write(record)
+            finally:
+                writer.close()
+        except RuntimeError as error:  # of array_record, such as a full disk
+            raise DataError(f"{path} cannot be written: {error}") from error
+        flush(path)
 
 
 def latents_config_name(latent_shape: tuple[int, int, int], *, bucket: bool = False) -> str:
@@ -255,7 +264,7 @@ def write_latents(
         num_classes: labels are 0 .. num_classes - 1.
         class_names: their names, or None.
         num_examples: how many there are; None for `len(examples)`.
-        split: name of the split.
+        split: name of the split: letters, digits and _.
         stochastic: whether there are `std` and `std_flipped`; False: visits are the mean.
         mirrored: whether there are `mean_flipped` and `std_flipped`; False: no flips in training.
         config_name: the configuration, None for the shape ("32x32x4").
@@ -268,9 +277,11 @@ def write_latents(
     Raises:
         DataExistsError: this configuration is there already.
         DataError: an example has another shape, a value that float16 cannot hold, a negative
-            std or a label out of range; there are not `num_examples`; or `metadata` names no
-            encoder.  Nothing was prepared.
+            std or a label out of range; there are not `num_examples`; `metadata` names no encoder;
+            or the disk is full. Nothing was prepared.
     """
+    if split_name(split) != split:
+        raise DataError(f"the split is {split!r}; expected a name, not a slice")
     latent_shape = tuple(int(size) for size in latent_shape)
     if len(latent_shape) != 3 or min(latent_shape) < 1:
         raise DataError(f"latent_shape must be (h, w, c), got {latent_shape}")
@@ -313,4 +324,10 @@ def _prepare(builder: tfds.core.DatasetBuilder) -> Path:
     builder._log_download_bytes = builder._log_download_done = lambda: None
     with tempfile.TemporaryDirectory() as downloads:  # else TFDS leaves an empty folder
         builder.download_and_prepare(download_dir=downloads)
-    return Path(builder.data_dir)
+    folder = Path(builder.data_dir)
+    for path in folder.iterdir():
+        flush(path)
+    with contextlib.suppress(OSError):  # some network file systems cannot do this with folders
+        flush(folder)
+        flush(folder.parent)
+    return folder

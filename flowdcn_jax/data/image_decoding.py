@@ -39,6 +39,7 @@ def decode_rgb(encoded: bytes) -> Image.Image:
         BadImageError: empty, no image, damaged, cut short, of floating-point or 32-bit values
             (whose range is not known), or of more pixels than Pillow takes for a decompression
             bomb (twice `PIL.Image.MAX_IMAGE_PIXELS`, 179 million).
+        MemoryError, OSError: the machine's fault, not the file's.
     """
     if not encoded:
         raise BadImageError("the file is empty")
@@ -68,7 +69,15 @@ def _from_pillow(call: Callable[[], Image.Image]) -> Image.Image:
     except UnidentifiedImageError as error:  # its own message holds an address in memory
         raise BadImageError("not an image that Pillow can read") from error
     except Exception as error:
+        if _of_machine(error):
+            raise
         raise BadImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _of_machine(error: Exception) -> bool:
+    """Whether the machine has failed, not the file; Pillow gives its own OSErrors no number."""
+    numbered = isinstance(error, OSError) and error.errno is not None
+    return numbered or isinstance(error, MemoryError)
 
 
 def _load(encoded: bytes) -> Image.Image:
@@ -77,7 +86,9 @@ def _load(encoded: bytes) -> Image.Image:
     image.load()
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF is common, and no reason to lose a sound image
+    except Exception as error:  # damaged EXIF is common, and no reason to lose a sound image
+        if _of_machine(error):
+            raise
         orientation = None
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 

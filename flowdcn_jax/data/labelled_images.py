@@ -1,7 +1,9 @@
 """Images with labels as they lie on disk: a folder with a subfolder a class, or a TFDS data set."""
 
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -18,9 +20,26 @@ from flowdcn_jax.data.prepared import (
     open_prepared,
     parse_record,
     resolve_data_dir,
+    split_name,
 )
 
 FOLDER_PREFIX = "folder:"
+
+# An image file as large as 8-bit RGB of the most pixels that Pillow takes.
+_MAX_FILE_BYTES = 2**29
+
+# What is wrong with a path itself.  Any other error may be gone at the next attempt: a disk or a
+# network that fails, too many open files.
+_BAD_PATH = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+}
+
+_Identity = tuple[int, int]  # of a folder, by whatever path: device and inode
 
 
 class LabelledImage(NamedTuple):
@@ -34,13 +53,15 @@ class LabelledImages(Protocol):
     """Images in a fixed order, some of which may turn out bad when they are read.
 
     Attributes:
+        source: where they are, the same however a user spells it.
         num_classes: labels are 0 .. num_classes - 1.
         class_names: their names in that order, or None.
-        fingerprint: changes when the images, their order or their labels do, as far as that can be
-            told without reading them.
+        fingerprint: changes when the images, their order, their labels or the classes do, as far
+            as that can be told without reading the images.
         notes: what a user should know, a line each.
     """
 
+    source: str
     num_classes: int
     class_names: tuple[str, ...] | None
     fingerprint: str
@@ -56,29 +77,44 @@ class LabelledImages(Protocol):
         """Image `index`; thread-safe.
 
         Raises:
-            BadImageError: it cannot be read or decoded.
+            BadImageError: it cannot be read or decoded, at another time neither.
+            MemoryError, OSError: the machine's fault, not the image's.
         """
         ...
 
 
 def open_labelled_images(
-    dataset: str, *, split: str, data_dir: str | os.PathLike | None
+    dataset: str,
+    *,
+    split: str,
+    data_dir: str | os.PathLike | None,
+    output_dir: Path | None = None,
 ) -> LabelledImages:
     """Opens what the flag --dataset names.
 
     Args:
         dataset: "folder:PATH" for a folder with a subfolder a class, or the name of a TFDS data
             set that is prepared in `data_dir` ("imagenet2012", "imagenet2012_subset/1pct").
-        split: of the TFDS data set; a folder has none and ignores it.
+        split: of the TFDS data set, a name or a slice; a folder has none, and no slices.
         data_dir: of the TFDS data set; None for the convention of TFDS.
+        output_dir: where something is to be made of the images; must not be among them.
 
     Raises:
         DataNotFoundError: no such folder or data set.
-        DataError: it does not hold images with labels.
+        DataError: it does not hold images with labels, or the split or `output_dir` will not do.
     """
-    if dataset.startswith(FOLDER_PREFIX):
-        return FolderImages(Path(dataset.removeprefix(FOLDER_PREFIX)).expanduser())
-    return PreparedImages(dataset, split=split, data_dir=data_dir)
+    name = split_name(split)
+    if not dataset.startswith(FOLDER_PREFIX):
+        return PreparedImages(dataset, split=split, data_dir=data_dir)
+    path = dataset.removeprefix(FOLDER_PREFIX)
+    if not path:
+        raise DataError(f"{dataset!r} names no folder; expected folder:PATH")
+    if split != name:
+        raise DataError(f"the split is {split!r}; expected a name: a folder has no slices")
+    root = Path(os.path.expanduser(path))
+    if output_dir is not None:
+        _check_outside(output_dir, root)
+    return FolderImages(root)
 
 
 class FolderImages:
@@ -87,7 +123,7 @@ class FolderImages:
     Classes are the subfolders of `root`, also those without images: a label is the place of its
     class in the order of all names.  Files and folders whose name begins with a dot are left out,
     and files without the extension of an image format.  Symbolic links are followed, but no folder
-    is visited twice for a class.
+    is visited twice for a class, nor one that is a class of its own, nor `root` or what it is in.
     """
 
     def __init__(self, root: Path):
@@ -101,27 +137,31 @@ class FolderImages:
         if not root.is_dir():
             raise DataNotFoundError(f"no folder {root}; expected one with a subfolder a class")
         self._root = root
+        self.source = f"{FOLDER_PREFIX}{os.path.realpath(root)}"
         self._extensions = frozenset(open_formats())
-        self._num_ignored, self._repeated = 0, []
-        classes = [entry.name for entry in _listing(root) if _is_folder(entry)]
-        if not classes:
-            raise DataError(f"{root} has no subfolders; expected one a class, with its images")
+        self._num_ignored = 0
+        self._left_out: list[str] = []  # folders that are visited elsewhere, or for ever
+        classes = self._find_classes()
+        own = set(classes.values())
+        self._not_below_classes = own | _containing(root)
         self._paths: list[str] = []  # below root
         self._labels: list[int] = []
+        digest = hashlib.sha256(repr(list(classes)).encode())
         empty = []
         for label, name in enumerate(tqdm(classes, desc="listing", unit="class", delay=2)):
-            _check_class_name(name, root)
-            paths = sorted(self._walk(name, visited=set()))
-            self._paths += paths
-            self._labels += [label] * len(paths)
-            if not paths:
+            files = sorted(self._walk(name, visited=set()))
+            self._paths += [path for path, _ in files]
+            self._labels += [label] * len(files)
+            for path, size in files:
+                digest.update(b"%s\0%d\0%d\0" % (os.fsencode(path), label, size))
+            if not files:
                 empty.append(name)
         if not self._paths:
             raise DataError(f"{root} has {len(classes)} classes and no image files in them")
         self.num_classes = len(classes)
         self.class_names = tuple(classes)
-        self.fingerprint = self._fingerprint()
-        self.notes = self._notes(empty)
+        self.fingerprint = digest.hexdigest()
+        self.notes = self._notes(empty, shared=len(own) < len(classes))
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -132,41 +172,62 @@ class FolderImages:
 
     def read(self, index: int) -> LabelledImage:
         """See `LabelledImages.read`."""
+        path = self._root / self._paths[index]
         try:
-            encoded = (self._root / self._paths[index]).read_bytes()
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for its other end
+                raise BadImageError("not a regular file")
+            if status.st_size > _MAX_FILE_BYTES:
+                raise BadImageError(f"{status.st_size} bytes, more than {_MAX_FILE_BYTES}")
+            encoded = path.read_bytes()
         except OSError as error:
+            if error.errno not in _BAD_PATH:
+                raise
             raise BadImageError(f"cannot be read: {error.strerror}") from error
         return LabelledImage(decode_rgb(encoded), self._labels[index])
 
-    def _walk(self, folder: str, *, visited: set[tuple[int, int]]) -> Iterator[str]:
-        """Paths of the image files in root/folder and below it."""
-        status = (self._root / folder).stat()
-        identity = (status.st_dev, status.st_ino)
-        if identity in visited:
-            self._repeated.append(folder)
-            return
-        visited.add(identity)
+    def _find_classes(self) -> dict[str, _Identity]:
+        """The subfolders of the root, by name."""
+        names = [entry.name for entry in _listing(self._root) if _is_folder(entry)]
+        found = {name: _identity(self._root / name) for name in names}
+        containing = _containing(self._root)
+        self._left_out += [name for name in names if found[name] in containing]
+        classes = {name: found[name] for name in names if found[name] not in containing}
+        if not classes:
+            raise DataError(
+                f"{self._root} has no subfolders; expected one a class, with its images"
+            )
+        for name in classes:
+            _check_class_name(name, self._root)
+        return classes
+
+    def _walk(self, folder: str, *, visited: set[_Identity]) -> Iterator[tuple[str, int]]:
+        """Paths and sizes of the image files in root/folder and below it."""
         for entry in _listing(self._root / folder):
             path = f"{folder}/{entry.name}"
             if _is_folder(entry):
-                yield from self._walk(path, visited=visited)
+                identity = _identity(self._root / path)
+                if identity in visited or identity in self._not_below_classes:
+                    self._left_out.append(path)
+                else:
+                    visited.add(identity)
+                    yield from self._walk(path, visited=visited)
             elif os.path.splitext(entry.name)[1].lower() in self._extensions:
-                yield path
+                yield path, _file_size(entry)
             else:
                 self._num_ignored += 1
 
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for path, label in zip(self._paths, self._labels, strict=True):
-            digest.update(b"%s\0%d\0" % (os.fsencode(path), label))
-        return digest.hexdigest()
-
-    def _notes(self, empty: Sequence[str]) -> tuple[str, ...]:
+    def _notes(self, empty: Sequence[str], *, shared: bool) -> tuple[str, ...]:
         notes = []
         if empty:
             notes.append(f"classes without images, which keep their labels: {_few(empty)}")
-        if self._repeated:
-            notes.append(f"links to folders that were visited before: {_few(self._repeated)}")
+        if shared:
+            notes.append("some classes are links to one folder: its images are in each of them")
+        if self._left_out:
+            notes.append(
+                "folders left out, as they are visited elsewhere or contain the classes: "
+                f"{_few(self._left_out)}"
+            )
         if self._num_ignored:
             notes.append(f"{self._num_ignored} files without the extension of an image, ignored")
         return tuple(notes)
@@ -181,9 +242,10 @@ class PreparedImages:
         folders = find_prepared(data_dir, [dataset])
         if not folders:
             raise DataNotFoundError(
-                f"the TFDS data set {dataset!r} is not prepared in {data_dir}: prepare it with "
-                "TFDS and file_format='array_record', name another folder, or use "
-                "--dataset=folder:PATH"
+                f"the TFDS data set {dataset!r} is not prepared in {data_dir}: use "
+                "--dataset=folder:PATH (for ImageNet folder:ILSVRC/Data/CLS-LOC/train), name "
+                "another folder, or prepare it with TFDS and file_format='array_record', which "
+                "takes TensorFlow above 1 GB (docs/data.md has the command)"
             )
         if len(folders) > 1:
             choices = [f"{dataset}/{folder.parent.name}" for folder in folders]
@@ -197,6 +259,7 @@ class PreparedImages:
             raise DataError(f"{dataset!r} has no class `label`; it has {sorted(features)}")
         if not isinstance(features.get("image"), tfds.features.Image):
             raise DataError(f"{dataset!r} has no `image` of encoded files: {features}")
+        self.source = info.full_name
         self.num_classes = int(label.num_classes)
         self.class_names = known_class_names(label)
         self.fingerprint = f"{info.full_name} {split} {len(self._records)}"
@@ -229,8 +292,43 @@ def _listing(folder: Path) -> list[os.DirEntry]:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself: listed as a file that cannot be read
-        return False
+    except OSError as error:
+        if error.errno not in _BAD_PATH:
+            raise DataError(f"cannot list {entry.path}: {error.strerror}") from error
+        return False  # such as a link that leads to itself: a file that cannot be read
+
+
+def _file_size(entry: os.DirEntry) -> int:
+    """Bytes; -1 if that cannot be told."""
+    try:
+        return entry.stat().st_size
+    except OSError as error:
+        if error.errno not in _BAD_PATH:
+            raise DataError(f"cannot list {entry.path}: {error.strerror}") from error
+        return -1
+
+
+def _identity(folder: Path) -> _Identity:
+    try:
+        status = folder.stat()
+    except OSError as error:
+        raise DataError(f"cannot list the folder {folder}: {error.strerror}") from error
+    return status.st_dev, status.st_ino
+
+
+def _containing(folder: Path) -> set[_Identity]:
+    """Of `folder` and of all folders that it is in."""
+    real = Path(os.path.realpath(folder))
+    return {_identity(path) for path in (real, *real.parents)}
+
+
+def _check_outside(output_dir: Path, root: Path) -> None:
+    real, real_root = (Path(os.path.realpath(path)) for path in (output_dir, root))
+    if real.is_relative_to(real_root):
+        raise DataError(
+            f"{output_dir} is in {root}, the folder of the images, where it would become a class: "
+            "name a folder elsewhere"
+        )
 
 
 def _check_class_name(name: str, root: Path) -> None:

@@ -13,6 +13,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from flowdcn_jax.data.errors import DataError, DataNotFoundError
 
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
+_SPLIT = re.compile(r"(\w+)(\[[^\[\]]*\])?", re.ASCII)
 _INFO_FILE = "dataset_info.json"  # TFDS writes it last and renames the whole folder after that
 _METADATA_FILE = "metadata.json"
 
@@ -26,6 +27,21 @@ def resolve_data_dir(data_dir: str | os.PathLike | None) -> Path:
     if data_dir is None:
         data_dir = os.environ.get("TFDS_DATA_DIR") or Path("~") / "tensorflow_datasets"
     return Path(data_dir).expanduser()
+
+
+def split_name(split: str) -> str:
+    """The name in `split`, "train" or a slice of it such as "train[:1000]".
+
+    Raises:
+        DataError: neither; TFDS would take parts of it for folders, or find no name.
+    """
+    match = _SPLIT.fullmatch(split)
+    if match is None:
+        raise DataError(
+            f"the split is {split!r}; expected a name of letters, digits and _, such as 'train', "
+            "or a slice such as 'train[:1000]'"
+        )
+    return match[1]
 
 
 def newest_version(parent: Path) -> Path | None:
@@ -72,7 +88,8 @@ def open_prepared(folder: Path, *, names: Sequence[str], split: str) -> tuple[An
 
     Raises:
         DataNotFoundError: files of the split are missing.
-        DataError: another data set, not in ArrayRecord format, or without this split.
+        DataError: another data set, not in ArrayRecord format, or without this split; or no split
+            that can be.
     """
     builder = tfds.builder_from_directory(folder)
     info = builder.info
@@ -83,13 +100,13 @@ def open_prepared(folder: Path, *, names: Sequence[str], split: str) -> tuple[An
             f"{folder} is in the format {info.file_format.value}, which needs TensorFlow: prepare "
             "it with file_format='array_record'"
         )
-    split_name = split.partition("[")[0]
-    if split_name not in info.splits:
+    name = split_name(split)
+    if name not in info.splits:
         raise DataError(f"no split {split!r} in {folder}; it has {sorted(info.splits)}")
-    missing = [path for path in info.splits[split_name].filepaths if not Path(path).is_file()]
+    missing = [path for path in info.splits[name].filepaths if not Path(path).is_file()]
     if missing:
         raise DataNotFoundError(
-            f"{folder} lacks {len(missing)} of the files of {split_name!r}, among them "
+            f"{folder} lacks {len(missing)} of the files of {name!r}, among them "
             f"{Path(missing[0]).name}: remove the folder and prepare it again"
         )
     raw_bytes = tfds.decode.DeserializeMethod.RAW_BYTES

@@ -4,9 +4,9 @@
         --autoencoder=sd_vae --autoencoder_weights=~/sd-vae-ft-ema --data_dir=~/latents
 
 --dataset is `folder:PATH`, a folder with a subfolder a class, or a TFDS data set that is prepared
-in array_record files, such as `imagenet2012`.  Images are cropped as ADM does; with
---aspect_buckets each goes to the bucket that is nearest in aspect, for VAR training.  All local
-devices encode.  Stopped at any moment, the same command goes on.
+in array_record files, such as `imagenet2012` (see docs/data.md).  Images are cropped as ADM does;
+with --aspect_buckets each goes to the bucket that is nearest in aspect, for VAR training.  All
+local devices encode.  Stopped at any moment, the same command goes on.
 
 Several hosts share the work: the same command on each, with --num_shards=N --shard_index=I and one
 --data_dir on a file system that they share.  The last one joins the shares.
@@ -31,7 +31,9 @@ _ENCODERS = ("sd_vae", "taesd", "taef1", "taef2")
 _DATASET = flags.DEFINE_string(
     "dataset", None, "folder:PATH, or the name of a TFDS data set.", required=True
 )
-_SPLIT = flags.DEFINE_string("split", "train", "Split of the TFDS data set; name of what is made.")
+_SPLIT = flags.DEFINE_string(
+    "split", "train", "Split of the TFDS data set, or a slice of it; name of what is made."
+)
 _SOURCE_DIR = flags.DEFINE_string(
     "source_dir", None, "Where the TFDS data set is prepared.  Default: --data_dir."
 )
@@ -59,7 +61,7 @@ _SIDE_MULTIPLE = flags.DEFINE_integer(
 )
 _MAX_BAD = flags.DEFINE_integer("max_bad", 100, "Images that may be skipped.", 0)
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Images a device and batch.  Default: 32 of 256x256, 8 of 512x512.", 1
+    "batch_size", None, "Images a device and batch.  Default: 16 of 256x256, 4 of 512x512.", 1
 )
 _NUM_THREADS = flags.DEFINE_integer(
     "num_threads", None, "Threads that decode images.  Default: one a CPU.", 1
@@ -135,17 +137,22 @@ def _job() -> Any:
     autoencoder = dict(
         name=_AUTOENCODER.value, weights=_WEIGHTS.value, downsampling=8, dtype=_DTYPE.value
     )
-    return Job(
-        dataset=_DATASET.value,
+    data_dir = resolve_data_dir(_DATA_DIR.value)
+    images = open_labelled_images(
+        _DATASET.value,
         split=_SPLIT.value,
-        images=open_labelled_images(
-            _DATASET.value, split=_SPLIT.value, data_dir=_SOURCE_DIR.value or _DATA_DIR.value
-        ),
+        data_dir=_SOURCE_DIR.value or _DATA_DIR.value,
+        output_dir=data_dir,
+    )
+    return Job(
+        dataset=images.source,
+        split=_SPLIT.value,
+        images=images,
         autoencoder=load_autoencoder(ConfigDict(autoencoder)),
         autoencoder_dtype=_DTYPE.value,
         image_size=_IMAGE_SIZE.value,
         buckets=buckets,
-        data_dir=resolve_data_dir(_DATA_DIR.value),
+        data_dir=data_dir,
     )
 
 

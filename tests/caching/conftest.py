@@ -9,7 +9,7 @@ from PIL import Image
 
 from flowdcn_jax import caching
 from flowdcn_jax.autoencoders import Autoencoder
-from flowdcn_jax.caching import parts
+from flowdcn_jax.caching import encoding, parts
 from flowdcn_jax.data.aspect_buckets import AspectBuckets
 from flowdcn_jax.data.labelled_images import FolderImages
 from flowdcn_jax.data.prepared import find_prepared, open_prepared, parse_record
@@ -108,6 +108,28 @@ def cache():
         return caching.cache_latents(job, **options | overrides)
 
     return cache
+
+
+@pytest.fixture
+def expected(make_job, cache, tmp_path):
+    """What an uninterrupted call caches."""
+    folder = tmp_path / "expected"
+    cache(make_job(data_dir=folder))
+    return read_back(folder)
+
+
+def stop_after(monkeypatch, count):
+    """The encoder ends the process, in a manner of speaking, at its batch `count`."""
+    real, started = encoding.LatentEncoder.start, []
+
+    def start(self, images):
+        if len(started) == count:
+            raise KeyboardInterrupt
+        started.append(len(images))
+        return real(self, images)
+
+    monkeypatch.setattr(encoding.LatentEncoder, "start", start)
+    return started
 
 
 def read_back(data_dir):

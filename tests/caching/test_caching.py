@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,15 +23,8 @@ from tests.caching.conftest import (
     latent_moments,
     photo,
     read_back,
+    stop_after,
 )
-
-
-@pytest.fixture
-def expected(make_job, cache, tmp_path):
-    """What an uninterrupted call caches."""
-    folder = tmp_path / "expected"
-    cache(make_job(data_dir=folder))
-    return read_back(folder)
 
 
 def config(data_dir, **overrides):
@@ -64,6 +58,13 @@ def test_latents_are_those_of_each_image_and_of_its_mirror_image(make_job, cache
     assert source.class_names == ("class 0", "class 1", "class 2") and source.flips
 
 
+def test_a_batch_has_as_many_pixels_as_the_default(autoencoder):
+    encoder = encoding.LatentEncoder(autoencoder, mirrored=True, batch_size=None)
+    devices = len(jax.local_devices())
+    rows = [encoder.rows(side, side) // devices for side in (256, 512, 4096)]
+    assert rows == [16, 4, 1]  # as --help says
+
+
 def test_statistics_are_those_of_the_drawn_latents(make_job, cache):
     job = make_job()
     manifest = cache(job)
@@ -84,20 +85,6 @@ def test_statistics_keep_their_digits_over_many_images():
     saved = LatentStatistics.from_json(json.loads(json.dumps(statistics.to_json())))
     std = float(np.float16(0.001))
     np.testing.assert_allclose(saved.summary()["std"], [std], rtol=1e-3)
-
-
-def stop_after(monkeypatch, count):
-    """The encoder ends the process, in a manner of speaking, at its batch `count`."""
-    real, started = encoding.LatentEncoder.start, []
-
-    def start(self, images):
-        if len(started) == count:
-            raise KeyboardInterrupt
-        started.append(len(images))
-        return real(self, images)
-
-    monkeypatch.setattr(encoding.LatentEncoder, "start", start)
-    return started
 
 
 def test_a_stopped_job_goes_on_where_it_was(make_job, cache, expected, monkeypatch):
@@ -182,7 +169,8 @@ def test_other_latents_are_not_mixed_in(make_job, cache, change, message, monkey
     if "image_size" in change:
         assert cache(make_job(**change))["num_examples"] == {"3x3x4": 20}
     else:
-        with pytest.raises(DataExistsError, match=f"holds other latents .*{message}"):
+        other = f"holds other latents .*{message}.*: name another --data_dir, one for each split"
+        with pytest.raises(DataExistsError, match=other):
             cache(make_job(**change))
 
 

@@ -1,12 +1,13 @@
 """Images in every form: what they become, and how the bad ones are told."""
 
+import errno
 import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 from flowdcn_jax.data.image_decoding import BadImageError, decode_rgb, open_formats
 
@@ -168,3 +169,16 @@ def test_a_message_does_not_change_from_run_to_run():
             decode_rgb(b"text")
         messages.add(str(caught.value))
     assert len(messages) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(errno.EMFILE, "Too many open files")], ids=["memory", "files"]
+)
+@pytest.mark.parametrize("place", ["load", "convert", "getexif"])
+def test_a_machine_that_fails_does_not_make_an_image_bad(monkeypatch, place, error):
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, place, fails)
+    with pytest.raises(type(error)):
+        decode_rgb(encoded(Image.fromarray(colours())))

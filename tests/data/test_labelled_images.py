@@ -1,7 +1,9 @@
 """Lists of images: folders, also hostile ones, and TFDS data sets."""
 
+import errno
 import io
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from flowdcn_jax.data import DataError, DataNotFoundError
+from flowdcn_jax.data import DataError, DataNotFoundError, labelled_images
 from flowdcn_jax.data.image_decoding import BadImageError
 from flowdcn_jax.data.labelled_images import FolderImages, open_labelled_images
 
@@ -68,8 +70,54 @@ def test_links_are_followed_and_loops_end(tmp_path):
     (root / "a" / "round").symlink_to(root)
     (root / "a" / "self").symlink_to(root / "a" / "self")
     images = FolderImages(root)
-    assert names(images) == ["a/deep/2.png", "a/round/linked/1.png", "linked/1.png"]
-    assert any("a/deep/up" in note and "a/round/a" in note for note in images.notes)
+    assert names(images) == ["a/deep/2.png", "linked/1.png"] and labels(images) == [0, 1]
+    assert images.notes[0] == left_out("a/deep/up, a/round")
+
+
+def left_out(folders):
+    return f"folders left out, as they are visited elsewhere or contain the classes: {folders}"
+
+
+@pytest.mark.parametrize(
+    "link, target, missing",
+    [
+        ("a/up", "..", "a/up"),
+        ("a/up", "../..", "a/up"),
+        ("a/side", "../b", "a/side"),
+        ("loop", ".", "loop"),
+        ("loop", "..", "loop"),
+    ],
+)
+def test_links_to_the_root_or_to_other_classes_bring_no_image_into_a_wrong_class(
+    tmp_path, link, target, missing
+):
+    root = tmp_path / "root"
+    for name in ("a", "b"):
+        save(root / name / f"{name}.png")
+    (root / link).symlink_to(target)
+    images = FolderImages(root)
+    assert images.class_names == ("a", "b")
+    assert names(images) == ["a/a.png", "b/b.png"] and labels(images) == [0, 1]
+    assert images.notes == (left_out(missing),)
+
+
+def test_a_folder_is_visited_once_for_each_class_that_links_to_it(tmp_path):
+    save(tmp_path / "elsewhere" / "1.png")
+    root = tmp_path / "root"
+    for link in ("a/one", "a/two", "b/one"):
+        (root / link).parent.mkdir(parents=True, exist_ok=True)
+        (root / link).symlink_to(tmp_path / "elsewhere")
+    images = FolderImages(root)
+    assert names(images) == ["a/one/1.png", "b/one/1.png"] and labels(images) == [0, 1]
+    assert images.notes == (left_out("a/two"),)
+
+
+def test_two_classes_of_one_folder_are_noted(tmp_path):
+    save(tmp_path / "a" / "1.png")
+    (tmp_path / "b").symlink_to("a")
+    images = FolderImages(tmp_path)
+    assert names(images) == ["a/1.png", "b/1.png"]
+    assert images.notes == ("some classes are links to one folder: its images are in each of them",)
 
 
 def test_links_that_lead_nowhere_or_to_themselves_cannot_be_read(tmp_path):
@@ -93,6 +141,46 @@ def test_a_file_without_permission_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", denied)
     with pytest.raises(BadImageError, match="cannot be read: Permission denied"):
         images.read(0)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE])
+def test_a_disk_or_system_that_fails_does_not_make_an_image_bad(tmp_path, monkeypatch, code):
+    save(tmp_path / "a" / "1.png")
+    images = FolderImages(tmp_path)
+
+    def fails(path):
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(OSError, match=os.strerror(code)):
+        images.read(0)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    (tmp_path / "a").mkdir()
+    os.mkfifo(tmp_path / "a" / "pipe.jpg")
+    images = FolderImages(tmp_path)
+    reader = threading.Thread(target=lambda: outcome.append(failure(images)), daemon=True)
+    outcome = []
+    reader.start()
+    reader.join(10)
+    assert outcome == ["not a regular file"]
+
+
+def failure(images):
+    with pytest.raises(BadImageError) as caught:
+        images.read(0)
+    return str(caught.value)
+
+
+def test_a_huge_file_is_not_read(tmp_path, monkeypatch):
+    save(tmp_path / "a" / "1.png")
+    size = (tmp_path / "a" / "1.png").stat().st_size
+    monkeypatch.setattr(labelled_images, "_MAX_FILE_BYTES", size)
+    assert FolderImages(tmp_path).read(0).label == 0
+    os.truncate(tmp_path / "a" / "1.png", size + 1)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("it is read"))
+    assert failure(FolderImages(tmp_path)) == f"{size + 1} bytes, more than {size}"
 
 
 def test_a_folder_without_permission_stops_the_listing(tmp_path, monkeypatch):
@@ -141,7 +229,60 @@ def test_the_fingerprint_tells_lists_apart(tmp_path):
     save(tmp_path / "b" / "1.png")
     second = FolderImages(tmp_path).fingerprint
     (tmp_path / "b" / "1.png").rename(tmp_path / "b" / "2.png")
-    assert len({first, second, FolderImages(tmp_path).fingerprint}) == 3
+    third = FolderImages(tmp_path).fingerprint
+    save(tmp_path / "b" / "2.png", size=(99, 99))  # another image in its place
+    fourth = FolderImages(tmp_path).fingerprint
+    (tmp_path / "c").mkdir()  # without images, and after all others: no label changes
+    fifth = FolderImages(tmp_path).fingerprint
+    assert len({first, second, third, fourth, fifth}) == 5
+
+
+def test_the_source_is_one_however_it_is_spelled(tmp_path, monkeypatch):
+    save(tmp_path / "photos" / "a" / "1.png")
+    (tmp_path / "link").symlink_to("photos")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    spellings = ["photos", "photos/", "./photos", "~/photos", "link", f"{tmp_path}//photos"]
+    sources = {
+        open_labelled_images(f"folder:{spelling}", split="train", data_dir=None).source
+        for spelling in spellings
+    }
+    assert sources == {f"folder:{os.path.realpath(tmp_path / 'photos')}"}
+
+
+@pytest.mark.parametrize(
+    "split", ["", "a/../../x", "../x", "train+test", "train[", "train[:2][:1]", "a b", "train-2"]
+)
+@pytest.mark.parametrize("dataset", ["folder:no/such/folder", "imagenet2012"])
+def test_a_split_that_is_no_name_is_refused_before_anything_else(tmp_path, dataset, split):
+    with pytest.raises(DataError, match="the split is .*; expected a name of letters"):
+        open_labelled_images(dataset, split=split, data_dir=tmp_path)
+
+
+def test_a_folder_has_no_slices(tmp_path):
+    save(tmp_path / "a" / "1.png")
+    with pytest.raises(
+        DataError, match=r"'train\[:100\]'; expected a name: a folder has no slices"
+    ):
+        open_labelled_images(f"folder:{tmp_path}", split="train[:100]", data_dir=None)
+
+
+def test_a_folder_without_a_name_is_not_the_current_one(tmp_path, monkeypatch):
+    save(tmp_path / "a" / "1.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="'folder:' names no folder; expected folder:PATH"):
+        open_labelled_images("folder:", split="train", data_dir=None)
+
+
+@pytest.mark.parametrize("place", ["photos", "photos/latents", "photos/a/latents", "link/latents"])
+def test_nothing_is_made_among_the_images(tmp_path, place):
+    save(tmp_path / "photos" / "a" / "1.png")
+    (tmp_path / "link").symlink_to("photos")
+    options = dict(split="train", data_dir=None)
+    dataset = f"folder:{tmp_path}/photos"
+    with pytest.raises(DataError, match="where it would become a class"):
+        open_labelled_images(dataset, output_dir=tmp_path / place, **options)
+    assert len(open_labelled_images(dataset, output_dir=tmp_path / "photos2", **options)) == 1
 
 
 @pytest.mark.parametrize(
@@ -202,7 +343,9 @@ def test_a_prepared_tfds_data_set(tmp_path):
 
 
 def test_a_tfds_data_set_that_is_not_prepared_or_has_no_labels(tmp_path):
-    with pytest.raises(DataNotFoundError, match="'imagenet2012' is not prepared in .*folder:PATH"):
+    with pytest.raises(
+        DataNotFoundError, match="'imagenet2012' is not prepared in .*CLS-LOC/train.*TensorFlow"
+    ):
         open_labelled_images("imagenet2012", split="train", data_dir=tmp_path)
 
     class Unlabelled(TinyPhotos, skip_registration=True):

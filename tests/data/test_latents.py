@@ -1,6 +1,7 @@
 """Cached latents: what is written, and what a visit draws."""
 
 import json
+import resource
 import sys
 
 import numpy as np
@@ -279,3 +280,23 @@ def test_prepared_latents_are_not_overwritten(data_dir):
 
 def test_no_tensorflow():
     assert "tensorflow" not in sys.modules
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
+    """A file may not become larger than 100 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(DataError, match="cannot be written: .*File too large"):
+            write(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    write(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["", "a/../../x", "train[:3]"])
+def test_a_split_that_is_no_name_is_refused(tmp_path, split):
+    with pytest.raises(DataError, match="the split is .*; expected a name"):
+        write(tmp_path / "data", split=split)
+    assert not list(tmp_path.iterdir())

@@ -56,7 +56,7 @@ def test_a_killed_command_goes_on_with_the_parts_that_are_missing(photos, tmp_pa
     written = (parts / "part-00000.npz").stat().st_mtime_ns
     same_file = tmp_path / "part"
     same_file.hardlink_to(parts / "part-00000.npz")
-    code, output = tiny.run(command(photos, tmp_path / "killed"))
+    code, output = tiny.run(command(f"{photos.parent}/./{photos.name}/", tmp_path / "killed"))
     assert code == 0, output
     assert "600 images in" in output
     assert same_file.stat().st_mtime_ns == written and not parts.exists()
@@ -80,3 +80,9 @@ def test_bad_input_is_one_line_and_writes_nothing(extra, message, photos, tmp_pa
     assert code != 0 and message in output
     assert "Traceback" not in output
     assert not (tmp_path / "data").exists()
+
+
+def test_latents_are_not_made_among_the_photos(photos):
+    code, output = tiny.run(command(photos, photos / "latents"))
+    assert code == 2
+    assert "where it would become a class" in output and not (photos / "latents").exists()
