@@ -9,8 +9,8 @@ hardly depends on them.
 """
 
 import itertools
-import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks.machine import describe_machine
 from configs import default
+from flowdcn_jax.autoencoders import PUBLISHED_DOWNSAMPLING
+from flowdcn_jax.commands import file_to_write, numbers, write_json
 from flowdcn_jax.data import make_batches, make_source, write_latents
-from flowdcn_jax.files import atomic_write
+from flowdcn_jax.environment import describe_machine
+from flowdcn_jax.errors import UserError
 
 _SIZES = flags.DEFINE_list("image_sizes", ["256", "512"], "Of latents an eighth of it, 4 channels.")
 _THREADS = flags.DEFINE_list("threads", ["1", "2", "4"], "Reader threads.")
@@ -40,15 +42,16 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
-    report = {
-        "machine": describe_machine(),
-        "results": [],
-    }
-    sizes = [int(size) for size in _SIZES.value]
+    try:
+        out, sizes = file_to_write(_OUT), numbers(_SIZES)
+        all_threads, batches = numbers(_THREADS, at_least=0), numbers(_BATCHES)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    report = {"machine": describe_machine(), "results": []}
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
             _write(size, Path(folder))
-        cases = itertools.product(sizes, map(int, _THREADS.value), map(int, _BATCHES.value))
+        cases = itertools.product(sizes, all_threads, batches)
         print("| latents | threads | batch | examples/s | CPU us/example |")
         print("| --- | --- | --- | --- | --- |")
         for size, threads, batch in cases:
@@ -60,14 +63,13 @@ def main(argv: Sequence[str]) -> None:
                 flush=True,
             )
     report["load_average_after"] = os.getloadavg()[0]
-    if _OUT.value:
-        with atomic_write(Path(_OUT.value)) as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
+    write_json(out, report)
 
 
 def _write(size: int, folder: Path) -> None:
     """Random latents of images of this size."""
-    shape = (size // 8, size // 8, 4)
+    side = size // PUBLISHED_DOWNSAMPLING
+    shape = (side, side, 4)
     count = _MEGABYTES.value * 2**20 // (4 * 2 * int(np.prod(shape)))
 
     def examples() -> Iterator[dict[str, Any]]:

@@ -117,7 +117,7 @@ def _job() -> Any:
     """What the flags ask for."""
     from ml_collections import ConfigDict
 
-    from flowdcn_jax.autoencoders import load_autoencoder
+    from flowdcn_jax.autoencoders import PUBLISHED_DOWNSAMPLING, load_autoencoder
     from flowdcn_jax.caching import Job
     from flowdcn_jax.data.aspect_buckets import AspectBuckets
     from flowdcn_jax.data.labelled_images import open_labelled_images
@@ -133,7 +133,10 @@ def _job() -> Any:
             side_multiple=_SIDE_MULTIPLE.value,
         )
     autoencoder = dict(
-        name=_AUTOENCODER.value, weights=_WEIGHTS.value, downsampling=8, dtype=_DTYPE.value
+        name=_AUTOENCODER.value,
+        weights=_WEIGHTS.value,
+        downsampling=PUBLISHED_DOWNSAMPLING,
+        dtype=_DTYPE.value,
     )
     return Job(
         dataset=_DATASET.value,

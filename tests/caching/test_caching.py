@@ -23,6 +23,7 @@ from tests.caching.conftest import (
     photo,
     read_back,
 )
+from tests.data.image_files import JPEG, bomb
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def config(data_dir, **overrides):
     from configs import default
 
     section = default.get_config().data.to_dict()
-    section |= dict(name="imagenet_latents", data_dir=str(data_dir), image_size=None)
+    section |= dict(name="imagenet_latents", data_dir=str(data_dir), image_size=16)
     return ml_collections.ConfigDict(section | overrides)
 
 
@@ -202,8 +203,6 @@ def test_a_damaged_part_is_named(make_job, cache):
 
 def hostile(root):
     """Three good images among bad ones of every kind; returns the names of the bad."""
-    from tests.data.test_image_decoding import JPEG, bomb
-
     folder = root / "a"
     folder.mkdir(parents=True)
     for index, name in enumerate(["00.png", "99.png"]):

@@ -14,6 +14,7 @@ from flowdcn_jax.data import (
     make_batches,
     write_latents,
 )
+from tests import tiny
 
 SHAPE = (4, 6, 3)
 COUNT = 40
@@ -142,7 +143,7 @@ def test_image_size_chooses_among_prepared_shapes(tmp_path, open_source):
     for side in (4, 8):
         source = open_source("imagenet_latents", data_dir=str(tmp_path), image_size=8 * side)
         assert source.image_shape == (side, side, 2)
-    for size in (None, 4, 40):
+    for size in (4, 40):
         with pytest.raises(DataError, match=f"of image_size={size} .*4x4x2.*8x8x2"):
             open_source("imagenet_latents", data_dir=str(tmp_path), image_size=size)
     folder = tmp_path / "imagenet_latents" / "4x4x2" / "1.0.0"
@@ -220,5 +221,22 @@ def test_prepared_latents_are_not_overwritten(data_dir):
         write(data_dir)
 
 
-def test_no_tensorflow():
-    assert "tensorflow" not in sys.modules
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])  # a TensorFlow that fails when it is imported
+from configs import default
+from flowdcn_jax.data import make_batches, make_source
+section = default.get_config().data
+section.update(data_dir=sys.argv[2], image_size=32)
+batches = make_batches(
+    make_source(section), batch_size=4, seed=0, num_threads=1, prefetch_batches=1
+)
+print(next(batches)["image"].shape)
+"""
+
+
+def test_latents_are_read_without_tensorflow(data_dir, tmp_path):
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    code, output = tiny.run([sys.executable, "-c", PROGRAM, str(tmp_path), str(data_dir)])
+    assert code == 0 and output.splitlines()[-1] == "(4, 4, 6, 3)", output
