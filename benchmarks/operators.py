@@ -50,19 +50,19 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
-    if reason := why_not_pallas():
-        sys.exit(f"error: the kernels can't be timed here: {reason}")
     try:
         out, plot = file_to_write(_OUT), file_to_write(_PLOT)
+        shapes = [_parse_shape(text) for text in _SHAPES.value]
     except UserError as error:
         sys.exit(f"error: {error}")
+    if reason := why_not_pallas():
+        sys.exit(f"error: the kernels can't be timed here: {reason}")
     report = {"machine": describe_machine(), "copy_bytes_per_s": _copy_rate(), "results": []}
     print(f"copy: {report['copy_bytes_per_s'] / 1e12:.2f} TB/s", flush=True)
     print(
         "| B,h,w,G,C | what | fwd ms | bwd ms | fwd TB/s | bwd TB/s | over floor | of attention |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    shapes = [tuple(int(n) for n in shape.split(",")) for shape in _SHAPES.value]
     for shape in shapes:
         _add(report, shape, "attention bfloat16", *_time_attention(shape))
         for dtype in ("bfloat16", "float32"):
@@ -84,6 +84,13 @@ def main(argv: Sequence[str]) -> None:
                 _add(report, shape, "pallas bfloat16", *_time_ours(shape, "bfloat16", "pallas", 1))
         _plot(report["results"], plot)
     write_json(out, report)
+
+
+def _parse_shape(text: str) -> tuple[int, ...]:
+    sizes = text.split(",")
+    if len(sizes) != 5 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise UserError(f"--shape is {text!r}; expected five positive numbers B,h,w,G,C")
+    return tuple(map(int, sizes))
 
 
 def _name(shape) -> str:

@@ -93,6 +93,7 @@ def test_the_training_benchmark_compares_models(tmp_path, monkeypatch):
     [
         (("reader", "--out=/proc/x/y.json"), "error: --out=/proc/x/y.json cannot be written: "),
         (("reader", "--image_sizes=abc"), "error: --image_sizes is 'abc'; expected numbers of"),
+        (("operators", "--shape=64,16,16"), "error: --shape is '64,16,16'; expected five pos"),
         (("training", "--models=xl3"), "error: --models names 'xl3'; expected some of b2, "),
         (("training", "--models=b2", "--image_size=100"), "image_size is 100; expected a multiple"),
     ],
