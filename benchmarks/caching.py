@@ -7,7 +7,7 @@ whole way from JPEG files of 500x375 to the TFDS data set.  Both count an image 
 as one.  Compilation is left out: the second use finds what the first has compiled.
 """
 
-import json
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,13 +18,14 @@ import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
-from benchmarks.machine import describe_machine
 from benchmarks.random_autoencoder import random_kl
 from flowdcn_jax.autoencoders import Autoencoder, kl
 from flowdcn_jax.caching import Job, cache_latents
 from flowdcn_jax.caching.encoding import LatentEncoder
+from flowdcn_jax.commands import file_to_write, write_json
 from flowdcn_jax.data.labelled_images import FolderImages
-from flowdcn_jax.files import atomic_write
+from flowdcn_jax.environment import describe_machine
+from flowdcn_jax.errors import UserError
 from flowdcn_jax.precision import compute_dtype
 
 _IMAGES = flags.DEFINE_integer("images", 4096, "Images to cache.", 1)
@@ -50,6 +51,10 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
+    try:
+        out = file_to_write(_OUT)
+    except UserError as error:
+        sys.exit(f"error: {error}")
     machine = describe_machine()
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder) / "compiled"))
@@ -69,9 +74,7 @@ def main(argv: Sequence[str]) -> None:
         "caching_images_per_s": caching_rate,
         "share": caching_rate / encoder_rate,
     }
-    if _OUT.value:
-        with atomic_write(Path(_OUT.value)) as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
+    write_json(out, report)
 
 
 def _write_photos(folder: Path) -> None:

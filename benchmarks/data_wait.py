@@ -13,7 +13,6 @@ The latents are random and stay in the page cache: the disk is not measured.  Co
 GPUs is not, either.
 """
 
-import json
 import sys
 import tempfile
 import time
@@ -29,11 +28,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from tqdm import trange
 
-from benchmarks.machine import describe_machine
 from benchmarks.random_latents import reader_rate, write_random_latents
 from flowdcn_jax import config_flag, data
+from flowdcn_jax.commands import file_to_write, write_json
+from flowdcn_jax.environment import describe_machine
 from flowdcn_jax.errors import UserError
-from flowdcn_jax.files import atomic_write
 from flowdcn_jax.training.loop import DEVICE_PREFETCH, on_devices
 from flowdcn_jax.training.metrics import Stopwatch
 from flowdcn_jax.training.sharding import make_mesh
@@ -59,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
     try:
-        config = _check_flags()
+        config, out = _check_flags(), file_to_write(_OUT)
     except UserError as error:
         sys.exit(f"error: {error}")
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -86,9 +85,7 @@ def main(argv: Sequence[str]) -> None:
         "prefetch_batches": config.data.prefetch_batches + DEVICE_PREFETCH,
         "result": result,
     }
-    if _OUT.value:
-        with atomic_write(Path(_OUT.value)) as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
+    write_json(out, report)
 
 
 def _check_flags() -> ConfigDict:

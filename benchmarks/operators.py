@@ -10,7 +10,6 @@ the authors' repository, times their Triton kernels as well; it needs PyTorch.
 
 import functools
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,16 +20,18 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
-from benchmarks.machine import describe_machine
+from flowdcn_jax.commands import file_to_write, write_json
+from flowdcn_jax.environment import describe_machine
+from flowdcn_jax.errors import UserError
 from flowdcn_jax.files import atomic_write
 from pallas_kernels.deformable_conv import multiscale_deformable_aggregate
 from pallas_kernels.deformable_conv.api import why_not_pallas
-from pallas_kernels.deformable_conv.tune import model_inputs
+from pallas_kernels.deformable_conv.named_shapes import NAMED_SHAPES, model_inputs
 from pallas_kernels.timing import compile_calls, median_ms, milliseconds
 
 _SHAPES = flags.DEFINE_multi_string(
     "shape",
-    ["64,16,16,16,72", "32,32,32,16,72", "16,64,64,16,72", "64,16,16,12,64"],
+    [",".join(map(str, shape[:5])) for shape in NAMED_SHAPES.values()],
     "B,h,w,G,C",
 )
 _XLA_TOKENS = flags.DEFINE_integer(
@@ -49,6 +50,11 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
+    try:
+        out, plot = file_to_write(_OUT), file_to_write(_PLOT)
+        shapes = [_parse_shape(text) for text in _SHAPES.value]
+    except UserError as error:
+        sys.exit(f"error: {error}")
     if reason := why_not_pallas():
         sys.exit(f"error: the kernels can't be timed here: {reason}")
     report = {"machine": describe_machine(), "copy_bytes_per_s": _copy_rate(), "results": []}
@@ -57,7 +63,6 @@ def main(argv: Sequence[str]) -> None:
         "| B,h,w,G,C | what | fwd ms | bwd ms | fwd TB/s | bwd TB/s | over floor | of attention |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    shapes = [tuple(int(n) for n in shape.split(",")) for shape in _SHAPES.value]
     for shape in shapes:
         _add(report, shape, "attention bfloat16", *_time_attention(shape))
         for dtype in ("bfloat16", "float32"):
@@ -70,17 +75,22 @@ def main(argv: Sequence[str]) -> None:
             for dtype in ("bfloat16", "float32"):
                 times = _time_official(Path(_OFFICIAL.value), shape, dtype)
                 _add(report, shape, f"official {dtype}", *times)
-    if _PLOT.value:
+    if plot:
         done = {(row["shape"], row["what"]) for row in report["results"]}
         for side in _PLOTTED:
             shape = (64 * 256 // side**2, side, side, 16, 72)
             if (_name(shape), "pallas bfloat16") not in done:
                 _add(report, shape, "attention bfloat16", *_time_attention(shape))
                 _add(report, shape, "pallas bfloat16", *_time_ours(shape, "bfloat16", "pallas", 1))
-        _plot(report["results"], Path(_PLOT.value))
-    if _OUT.value:
-        with atomic_write(Path(_OUT.value)) as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
+        _plot(report["results"], plot)
+    write_json(out, report)
+
+
+def _parse_shape(text: str) -> tuple[int, ...]:
+    sizes = text.split(",")
+    if len(sizes) != 5 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise UserError(f"--shape is {text!r}; expected five positive numbers B,h,w,G,C")
+    return tuple(map(int, sizes))
 
 
 def _name(shape) -> str:

@@ -9,8 +9,8 @@ hardly depends on them.
 """
 
 import itertools
-import json
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +18,13 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from benchmarks.machine import describe_machine
 from benchmarks.random_latents import reader_rate, write_random_latents
 from configs import default
+from flowdcn_jax.autoencoders import PUBLISHED_DOWNSAMPLING
+from flowdcn_jax.commands import file_to_write, numbers, write_json
 from flowdcn_jax.data import make_source
-from flowdcn_jax.files import atomic_write
+from flowdcn_jax.environment import describe_machine
+from flowdcn_jax.errors import UserError
 
 _SIZES = flags.DEFINE_list("image_sizes", ["256", "512"], "Of latents an eighth of it, 4 channels.")
 _THREADS = flags.DEFINE_list("threads", ["1", "2", "4"], "Reader threads.")
@@ -37,16 +39,17 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
-    report = {
-        "machine": describe_machine(),
-        "results": [],
-    }
-    sizes = [int(size) for size in _SIZES.value]
+    try:
+        out, sizes = file_to_write(_OUT), numbers(_SIZES)
+        all_threads, batches = numbers(_THREADS, at_least=0), numbers(_BATCHES)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    report = {"machine": describe_machine(), "results": []}
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
-            shape = (size // 8, size // 8, 4)
-            write_random_latents(Path(folder), shape=shape, megabytes=_MEGABYTES.value)
-        cases = itertools.product(sizes, map(int, _THREADS.value), map(int, _BATCHES.value))
+            side = size // PUBLISHED_DOWNSAMPLING
+            write_random_latents(Path(folder), shape=(side, side, 4), megabytes=_MEGABYTES.value)
+        cases = itertools.product(sizes, all_threads, batches)
         print("| latents | threads | batch | examples/s | CPU us/example |")
         print("| --- | --- | --- | --- | --- |")
         for size, threads, batch in cases:
@@ -58,9 +61,7 @@ def main(argv: Sequence[str]) -> None:
                 flush=True,
             )
     report["load_average_after"] = os.getloadavg()[0]
-    if _OUT.value:
-        with atomic_write(Path(_OUT.value)) as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
+    write_json(out, report)
 
 
 def _measure(size: int, threads: int, batch_size: int, folder: Path) -> dict[str, Any]:

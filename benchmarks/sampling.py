@@ -13,11 +13,9 @@ that these passes do not make up; measured apart, it can come out slightly below
 """
 
 import functools
-import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,10 +25,11 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from benchmarks.machine import describe_machine
+from benchmarks.memory import process_peak_bytes, program_bytes
 from flowdcn_jax import config_flag
+from flowdcn_jax.commands import file_to_write, numbers, write_json
+from flowdcn_jax.environment import describe_machine
 from flowdcn_jax.errors import UserError
-from flowdcn_jax.files import atomic_write
 from flowdcn_jax.models import abstract_model, apply_model, random_params
 from flowdcn_jax.sampling import Settings, labels_in_turn, make_generator
 from flowdcn_jax.training.sharding import batch_sharding, make_mesh, replicated
@@ -62,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
     try:
+        out = file_to_write(_OUT)
         config, settings, meshes = _check_flags()
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -77,9 +77,7 @@ def main(argv: Sequence[str]) -> None:
             for setting in of_one_size:
                 row = _measure(config, params, mesh, setting, model_ms)
                 _add(report["results"], row)
-    if _OUT.value:
-        with atomic_write(Path(_OUT.value)) as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
+    write_json(out, report)
 
 
 def _check_flags() -> tuple[ConfigDict, list[list[Settings]], list[Mesh]]:
@@ -99,23 +97,14 @@ def _check_flags() -> tuple[ConfigDict, list[list[Settings]], list[Mesh]]:
                 num_steps=num_steps,
                 guidance=_GUIDANCE.value,
             ).for_model(config)
-            for num_steps in _numbers(_STEPS)
+            for num_steps in numbers(_STEPS)
         ]
-        for size in _numbers(_SIZES)
+        for size in numbers(_SIZES)
     ]
-    devices, counts = jax.devices(), _numbers(_DEVICES)
+    devices, counts = jax.devices(), numbers(_DEVICES)
     if max(counts) > len(devices):
         raise UserError(f"--devices names {max(counts)}; expected at most {len(devices)}, all here")
     return config, settings, [make_mesh(devices=devices[:count]) for count in counts]
-
-
-def _numbers(flag: flags.FlagHolder) -> list[int]:
-    """A flag's list of positive numbers."""
-    if not flag.value or not all(text.isdecimal() and int(text) > 0 for text in flag.value):
-        raise UserError(
-            f"--{flag.name} is {','.join(flag.value)!r}; expected positive numbers, as in 1,2"
-        )
-    return [int(text) for text in flag.value]
 
 
 def _batch_size(settings: Settings) -> int:
@@ -159,9 +148,6 @@ def _measure(
     draw = functools.partial(program, *generator.args)
     batch_ms = median_ms(draw, params, indices, labels, runs=_RUNS.value, warm_up=1)
     velocities, passes = settings.num_evaluations()
-    stats = [device.memory_stats() or {} for device in mesh.devices.flat]
-    peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
-    memory = program.memory_analysis()
     return {
         "image_size": settings.image_size[0],
         "num_steps": settings.num_steps,
@@ -176,11 +162,8 @@ def _measure(
         "images_per_s": images / batch_ms * 1e3,
         "model_ms": model_ms,
         "outside_model": 1 - velocities * model_ms / batch_ms,
-        "program_bytes": memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes,
-        "process_peak_bytes": max(peaks, default=None),  # of a device, since the process started
+        "program_bytes": program_bytes(program),
+        "process_peak_bytes": process_peak_bytes(mesh.devices.flat),
     }
 
 

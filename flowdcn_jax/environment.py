@@ -2,32 +2,50 @@
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
+from pathlib import Path
+from typing import Any
 
 import jax
 from jax.extend import backend
 
 from flowdcn_jax import __version__
 
-PACKAGES = ("jax", "jaxlib", "flax")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "grain",
+    "array-record",
+    "tensorflow-datasets",
+    "pillow",
+)
 
 
-def describe() -> dict[str, str | int | None]:
-    """The devices, their driver (None unless NVIDIA's), the versions, and the date (UTC)."""
+def describe_machine() -> dict[str, Any]:
+    """CPU, cores, devices, driver, versions, date (UTC) and load of this machine, for JSON."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "device": jax.devices()[0].device_kind,
-        "num_devices": jax.device_count(),
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "devices": [device.device_kind for device in jax.devices()],
         "driver": _nvidia_driver(),
         "platform": " ".join(backend.get_backend().platform_version.split()),
         "python": platform.python_version(),
-        "flowdcn_jax": __version__,
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {"flowdcn_jax": __version__}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S"),
+        "load_average": os.getloadavg()[0],
     }
 
 
 def _nvidia_driver() -> str | None:
+    """The version of NVIDIA's driver; None without one."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=30)

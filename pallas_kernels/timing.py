@@ -45,3 +45,13 @@ def median_ms(function: Callable, *args, runs: int = 9, warm_up: int = 2) -> flo
         jax.block_until_ready(function(*args))
         times.append(time.perf_counter() - start_s)
     return statistics.median(times) * 1e3
+
+
+def none_if_out_of_memory(function: Callable, *args):
+    """function(*args), or None if the device's memory runs out."""
+    try:
+        return function(*args)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None

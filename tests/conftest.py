@@ -17,6 +17,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests import compilation
+
 FIXTURES = Path(__file__).parent / "fixtures"
 REPOSITORY = Path(__file__).parent.parent
 
@@ -61,6 +63,5 @@ def repository() -> Path:
 @pytest.fixture(scope="module")
 def quick_compilation():
     """Halves the time to compile, for tests that hardly run what they compile."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with compilation.quick():
+        yield

@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from flowdcn_jax.models.flowdcn import FlowDCN
-from flowdcn_jax.published_weights.names import official_tensors, to_params
+from flowdcn_jax.published_weights.names import official_tensors, put
 
 
 def build(config: ml_collections.ConfigDict, dtype) -> tuple:
@@ -19,27 +19,6 @@ def build(config: ml_collections.ConfigDict, dtype) -> tuple:
     abstract = nnx.eval_shape(lambda: FlowDCN(**options, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     return graphdef, nnx.to_pure_dict(state)
-
-
-def model_config(fixture: dict) -> ml_collections.ConfigDict:
-    """config.model for the tiny official FlowDCN of a fixture."""
-    config = json.loads(str(fixture["config"]))
-    return ml_collections.ConfigDict(
-        dict(
-            name="flowdcn",
-            width=config["hidden_size"],
-            depth=config["num_blocks"],
-            num_groups=config["num_groups"],
-            patch_size=config["patch_size"],
-            in_channels=config["in_channels"],
-            num_classes=config["num_classes"],
-            learn_sigma=config["learn_sigma"],
-            boundary="truncate",
-            max_scale=6.0,
-            dtype="float32",
-            remat=False,
-        )
-    )
 
 
 def run_config(fixture: dict) -> ml_collections.ConfigDict:
@@ -60,6 +39,15 @@ def run_config(fixture: dict) -> ml_collections.ConfigDict:
     return config
 
 
+def model_config(fixture: dict, **overrides) -> ml_collections.ConfigDict:
+    """config.model for the tiny official model of a fixture, as its authors ran it."""
+    model = run_config(fixture).model
+    if model.name == "flowdcn":
+        model.boundary = "truncate"
+    model.update(overrides)
+    return model
+
+
 def state_dict(fixture: dict, prefix: str = "param/") -> dict[str, np.ndarray]:
     """The fixture's arrays under `prefix` by the authors' names, in their order."""
     return {key.removeprefix(prefix): fixture[key] for key in fixture if key.startswith(prefix)}
@@ -67,8 +55,12 @@ def state_dict(fixture: dict, prefix: str = "param/") -> dict[str, np.ndarray]:
 
 def to_tree(fixture: dict, prefix: str = "param/") -> dict:
     """The fixture's arrays under `prefix` as this project's nested dict of parameters."""
-    official = official_tensors(model_config(fixture), tokens_per_side=8)
-    return to_params(official, state_dict(fixture, prefix))
+    params: dict = {}
+    arrays = state_dict(fixture, prefix)
+    for name, tensor in official_tensors(model_config(fixture), tokens_per_side=8).items():
+        if tensor.path is not None:
+            put(params, tensor.path, tensor.to_ours(arrays[name]))
+    return params
 
 
 def nhwc(x: np.ndarray) -> np.ndarray:

@@ -114,3 +114,53 @@ def test_sampling_is_not_measured_on_devices_that_are_not_there():
     code, output = tiny.run([sys.executable, "-m", "benchmarks.sampling", "--devices=1,3"])
     assert code == 1 and "--devices names 3; expected at most 1" in output
     assert "Traceback" not in output
+
+
+# The benchmark on a FlowDCN and a SiT so small that a step takes no time.
+SMALL_TRAINING = """
+from absl import app
+from benchmarks import training
+from configs import s2, sit_s2
+for module, parts in ((s2, "num_groups"), (sit_s2, "num_heads")):
+    config = module.get_config()
+    config.model.update({"width": 16, "depth": 1, parts: 2})
+    module.get_config = config.copy_and_resolve_references
+app.run(training.main)
+"""
+
+
+def test_the_training_benchmark_compares_models(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of the time
+    command = [sys.executable, "-c", SMALL_TRAINING, "--models=s2,sit_s2", "--image_size=32"]
+    command += ["--batch_size=3", "--devices=2", "--runs=1", "--steps=2", f"--out={tmp_path / 'o'}"]
+    code, output = tiny.run(command, num_devices=2)
+    assert code == 0, output
+    report = json.loads((tmp_path / "o").read_text())
+    assert {"devices", "versions", "date"} <= report["machine"].keys()
+    flowdcn, sit = report["results"]
+    assert (flowdcn["model"], sit["model"], sit["parameters"]) == ("s2", "sit_s2", WEIGHTS)
+    for row in (flowdcn, sit):
+        assert (row["num_devices"], row["batch_size"]) == (2, 3)
+        assert row["images_per_s"] == pytest.approx(6e3 / row["step_ms"])
+        assert row["of_the_first"] == row["images_per_s"] / flowdcn["images_per_s"]
+        # Parameters, their two moments and the EMA are given and taken back in the same place;
+        # the gradients come on top.
+        assert 5 * 4 * row["parameters"] < row["program_bytes"] < 10 * 4 * row["parameters"]
+        assert f"| {row['step_ms']:.2f} | {row['images_per_s']:.1f} |" in output
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (("reader", "--out=/proc/x/y.json"), "error: --out=/proc/x/y.json cannot be written: "),
+        (("reader", "--image_sizes=abc"), "error: --image_sizes is 'abc'; expected numbers of"),
+        (("operators", "--shape=64,16,16"), "error: --shape is '64,16,16'; expected five pos"),
+        (("training", "--models=xl3"), "error: --models names 'xl3'; expected some of b2, "),
+        (("training", "--models=b2", "--image_size=100"), "image_size is 100; expected a multiple"),
+    ],
+)
+def test_bad_flags_of_benchmarks_are_one_line(command, message):
+    module, *options = command
+    code, output = tiny.run([sys.executable, "-m", f"benchmarks.{module}", *options])
+    assert code == 1 and message in output and "Traceback" not in output, output
+    assert len(output.splitlines()) == 1, output

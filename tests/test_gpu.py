@@ -1,5 +1,7 @@
 """On a GPU: the golden fixtures in float32 (no TF32), bfloat16 beside it, and repeatable steps."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from flowdcn_jax.training.step import make_train_step
 from pallas_kernels.deformable_conv import deformable_aggregate
 from tests import official, tiny
 from tests.comparison import relative_error
-from tests.models import test_sit
+from tests.pallas_kernels.aggregation import check_released, output_and_gradients
 
 pytestmark = pytest.mark.gpu
 
@@ -20,26 +22,14 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("case", ["case0", "case1"])
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
 def test_operator_matches_official(fixture_file, case, dtype, tolerance):
-    golden = {k: v for k, v in fixture_file("op.npz").items() if k.startswith(case)}
-    values, offsets, weights, out, cotangent = (
-        golden[f"{case}/{name}"] for name in ("values", "offsets", "weights", "out", "cotangent")
-    )
+    aggregate = functools.partial(deformable_aggregate, boundary="truncate")
+    both = jax.jit(functools.partial(output_and_gradients, aggregate))
 
-    @jax.jit
-    def both(values, offsets, weights, cotangent):
-        def aggregate(*args):
-            return deformable_aggregate(*args, boundary="truncate")
+    def function(values, offsets, weights, cotangent):
+        return both(values.astype(dtype), offsets, weights, cotangent.astype(dtype))
 
-        out, pullback = jax.vjp(aggregate, values, offsets, weights)
-        return out, pullback(cotangent)
-
-    ours, grads = both(values.astype(dtype), offsets, weights, cotangent.astype(dtype))
-    assert relative_error(ours, out) < tolerance
-    assert relative_error(grads[1], golden[f"{case}/grad_offsets"]) < tolerance
-    assert relative_error(grads[2], golden[f"{case}/grad_weights"]) < tolerance
-    # The fixture's d values is wrong by a factor; out is linear in values, which gives its length.
-    inner = np.vdot(np.float64(values), np.float64(grads[0]))
-    assert abs(inner / np.vdot(np.float64(out), np.float64(cotangent)) - 1) < 10 * tolerance
+    options = dict(tolerance=tolerance, product_tolerance=10 * tolerance)
+    check_released(fixture_file("op.npz"), case, function, **options)
 
 
 @pytest.mark.parametrize("suffix", ["", "_nonsquare"])
@@ -64,11 +54,11 @@ def test_model_matches_official(fixture_file, suffix):
 def test_sit_matches_official_and_uses_cudnn_in_bfloat16(fixture_file):
     golden = fixture_file("sit.npz")
     x, expected = official.nhwc(golden["x"]), official.nhwc(golden["out"])
-    params = test_sit.to_tree(golden)
+    params = official.to_tree(golden)
 
     def run(dtype):
         """(output, program) of forward and backward passes."""
-        graphdef, _ = models.abstract_model(test_sit.model_config(golden, dtype=dtype))
+        graphdef, _ = models.abstract_model(official.model_config(golden, dtype=dtype))
 
         def both(params):
             out, pullback = jax.vjp(

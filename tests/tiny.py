@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from configs import default, digits
 from flowdcn_jax.training import checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
+
+CONFIGS = sorted(path.stem for path in REPOSITORY.glob("configs/*.py") if path.stem[0] != "_")
 
 OVERRIDES = {
     "model.width": 16,
@@ -87,6 +90,13 @@ def finish(process: subprocess.Popen, timeout_s: float = 240) -> tuple[int, str]
     return process.returncode, output
 
 
+def free_port() -> int:
+    """A port for the processes of a run to meet at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 def run(command: list[str], num_devices: int = 1) -> tuple[int, str]:
     return finish(start(command, num_devices))
 
@@ -94,6 +104,11 @@ def run(command: list[str], num_devices: int = 1) -> tuple[int, str]:
 def metrics(workdir) -> list[dict]:
     """The lines of a run's metrics file."""
     return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").open()]
+
+
+def numbers(workdir) -> list[tuple]:
+    """What must not depend on interruptions: a run's losses and gradient norms, by step."""
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in metrics(workdir)]
 
 
 def steps(workdir) -> list[int]:

@@ -4,6 +4,7 @@
 """
 
 from flowdcn_jax.autoencoders.interface import (
+    PUBLISHED_DOWNSAMPLING,
     Autoencoder,
     decode_images,
     decode_pixels,
@@ -14,6 +15,7 @@ from flowdcn_jax.autoencoders.weights import AutoencoderError, WeightsNotFoundEr
 
 __all__ = [
     "AUTOENCODERS",
+    "PUBLISHED_DOWNSAMPLING",
     "Autoencoder",
     "AutoencoderError",
     "WeightsNotFoundError",

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+PUBLISHED_DOWNSAMPLING = 8  # image pixels a latent pixel, each side, of all published ones here
 LATENT_PREVIEW_RANGE = 3.0  # scaled latents have a standard deviation near 1
 
 # Decoded at a time on each device: 16 images of 256x256, 4 of 512x512, 1 of 1024x1024.

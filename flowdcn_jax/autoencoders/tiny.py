@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 
 from flowdcn_jax.autoencoders import layers
+from flowdcn_jax.autoencoders.interface import PUBLISHED_DOWNSAMPLING
 from flowdcn_jax.autoencoders.weights import AutoencoderError, check_config
 
 LATENT_LIMIT = 3.0  # the decoder squashes latents to +-3
@@ -37,7 +38,7 @@ class TinySizes(NamedTuple):
     latent_channels: int
     width: int
     midblock_norm: bool  # GroupNorm branches at the lowest resolution (TAEF2)
-    downsampling: int = 8
+    downsampling: int = PUBLISHED_DOWNSAMPLING
 
 
 class Squash(nnx.Module):

@@ -64,8 +64,12 @@ def find_prepared(data_dir: Path, names: Sequence[str]) -> list[Path]:
     Returns:
         The folders in the order of `names`, then by configuration.  Unfinished ones
         (`incomplete.*`) and those of other names are not among them.
+
+    Raises:
+        DataError: `data_dir` is such a folder, of another data set.
     """
     if (data_dir / _INFO_FILE).is_file():
+        _check_name(data_dir, tfds.builder_from_directory(data_dir).name, names)
         return [data_dir]
     found = []
     for name in names:
@@ -93,8 +97,7 @@ def open_prepared(folder: Path, *, names: Sequence[str], split: str) -> tuple[An
     """
     builder = tfds.builder_from_directory(folder)
     info = builder.info
-    if builder.name not in names:
-        raise DataError(f"{folder} holds the data set {builder.name!r}, not {' or '.join(names)}")
+    _check_name(folder, builder.name, names)
     if info.file_format.value != "array_record":
         raise DataError(
             f"{folder} is in the format {info.file_format.value}, which needs TensorFlow: prepare "
@@ -114,6 +117,11 @@ def open_prepared(folder: Path, *, names: Sequence[str], split: str) -> tuple[An
         return builder.as_data_source(split, deserialize_method=raw_bytes), info
     except ValueError as error:
         raise DataError(f"cannot read the split {split!r} of {folder}: {error}") from error
+
+
+def _check_name(folder: Path, name: str, names: Sequence[str]) -> None:
+    if name not in names:
+        raise DataError(f"{folder} holds the data set {name!r}, not {' or '.join(names)}")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

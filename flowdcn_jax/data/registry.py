@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from flowdcn_jax.autoencoders import PUBLISHED_DOWNSAMPLING
 from flowdcn_jax.data import cifar10_files
 from flowdcn_jax.data.aspect_buckets import AspectBuckets
 from flowdcn_jax.data.builders import Cifar10Local, ImagenetLatents
@@ -25,11 +26,8 @@ from flowdcn_jax.data.prepared import (
 )
 from flowdcn_jax.data.sources import BucketedSource, LatentSource, PixelSource, Source
 
-_DIGITS_IMAGE_SIZE = 16  # pixels, where the config leaves it open
 _DIGITS_SIZES = range(8, 257)
 _DIGITS_MAX_INK = 16.0
-
-_LATENT_DOWNSAMPLING = 8  # image pixels a latent pixel, each side, of the autoencoders used here
 
 _CIFAR10_NAMES = (Cifar10Local.name, "cifar10")  # ours, then TFDS's own
 _LATENTS_NAMES = (ImagenetLatents.name,)
@@ -56,9 +54,8 @@ def make_source(
             `name`: "digits", "cifar10" or "imagenet_latents";
             `data_dir`: folder of prepared data sets, None for the convention of TFDS;
             `split`: "train", "test" or a slice of TFDS such as "train[:1000]";
-            `image_size`: side of the images in pixels, None for the data set's own (digits: any
-                of 8 .. 256, None for 16; latents: 8 times their side, None if only one shape is
-                prepared);
+            `image_size`: side of the images in pixels (digits: any of 8 .. 256; cifar10: 32;
+                latents: 8 times their side);
             `random_flip`: show the mirror image in half of the visits;
             `aspect_buckets`: with a `count` of 1 or more, latents that were cached in these buckets
                 around `image_size` (imagenet_latents only); see `aspect_buckets.AspectBuckets`.
@@ -77,8 +74,8 @@ def make_source(
     if name not in SOURCES:
         raise DataError(f"unknown data set {name!r}; choose from {sorted(SOURCES)}")
     size = data_config.image_size
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise DataError(f"image_size must be a positive integer or None, got {size!r}")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise DataError(f"image_size must be a positive integer, got {size!r}")
     if data_config.aspect_buckets.count and name != "imagenet_latents":
         raise DataError(f"aspect_buckets are for imagenet_latents, not {name}: count=0")
     return SOURCES[name](data_config, channels)
@@ -100,7 +97,7 @@ def _make_digits(data_config: ml_collections.ConfigDict, channels: int | None) -
         raise DataError("digits are never flipped (a mirrored digit is none): random_flip=False")
     if data_config.split != "train":
         raise DataError(f"digits have only the split 'train', got {data_config.split!r}")
-    size = _DIGITS_IMAGE_SIZE if data_config.image_size is None else data_config.image_size
+    size = data_config.image_size
     if size not in _DIGITS_SIZES:
         raise DataError(f"image_size of digits must be 8 .. 256 pixels, got {size}")
     from sklearn.datasets import load_digits  # a second to import, wanted here only
@@ -125,7 +122,7 @@ def _resize_digit(ink: np.ndarray, size: int) -> np.ndarray:
 
 def _make_cifar10(data_config: ml_collections.ConfigDict, channels: int | None) -> PixelSource:
     side = cifar10_files.IMAGE_SHAPE[0]
-    if data_config.image_size not in (None, side):
+    if data_config.image_size != side:
         raise DataError(f"image_size of cifar10 is {side} pixels, got {data_config.image_size}")
     folders = _prepared_folders("cifar10", _CIFAR10_NAMES, data_config)
     records, info = open_prepared(folders[0], names=_CIFAR10_NAMES, split=data_config.split)
@@ -201,16 +198,16 @@ def _open_latents(folders: list[Path], data_config: ml_collections.ConfigDict) -
     ]
 
 
-def _latents_of_size(folders: list[Path], image_size: int | None, channels: int | None) -> Path:
+def _latents_of_size(folders: list[Path], image_size: int, channels: int | None) -> Path:
     """The one folder, named `<h>x<w>x<c>/<version>`, with latents of images of this size."""
-    start = "" if image_size is None else f"{image_size / _LATENT_DOWNSAMPLING:g}x"
-    fitting = [folder for folder in folders if _is_named(folder, start, channels)]
+    side = image_size / PUBLISHED_DOWNSAMPLING
+    fitting = [folder for folder in folders if _is_named(folder, f"{side:g}x", channels)]
     if len(fitting) != 1:
         of_channels = "" if channels is None else f" with {channels} channels (model.in_channels)"
         raise DataError(
             f"{len(fitting)} of the latents prepared are of image_size={image_size} (pixels, "
-            f"{_LATENT_DOWNSAMPLING} times their side){of_channels}: change it, or let data_dir be "
-            f"one of {[str(folder) for folder in folders]}"
+            f"{PUBLISHED_DOWNSAMPLING} times their side){of_channels}: change it, or let data_dir "
+            f"be one of {[str(folder) for folder in folders]}"
         )
     return fitting[0]
 
@@ -220,7 +217,7 @@ def _latents_of_buckets(
 ) -> list[Path]:
     """The folders of latents of these buckets that hold images, in the order of their sizes."""
     starts = [
-        f"bucket_{height // _LATENT_DOWNSAMPLING}x{width // _LATENT_DOWNSAMPLING}x"
+        f"bucket_{height // PUBLISHED_DOWNSAMPLING}x{width // PUBLISHED_DOWNSAMPLING}x"
         for height, width in buckets.sizes
     ]
     chosen = [f for start in starts for f in folders if _is_named(f, start, channels)]

@@ -87,9 +87,8 @@ def takes_max_scale_factor(config) -> bool:
     return any(isinstance(module, MultiscaleDeformableConv) for module in modules)
 
 
-def parameter_count(config) -> int:
-    """Numbers that training changes."""
-    _, params = abstract_model(config)
+def parameter_count(params) -> int:
+    """Numbers that training changes, in `params` or in the shapes of `abstract_model`."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

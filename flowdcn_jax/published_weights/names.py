@@ -6,7 +6,6 @@ PyTorch Linear's weight is [out,in] and a convolution's [out,in,p,p]; a Linear's
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -125,15 +124,6 @@ def official_tensors(config, *, tokens_per_side: int) -> dict[str, OfficialTenso
             tensors += _module_tensors(name, path, flat, config)
     assert not flat, f"parameters without the authors' names: {list(flat)}"
     return {tensor.name: tensor for tensor in tensors}
-
-
-def to_params(official: Mapping[str, OfficialTensor], tensors: Mapping[str, np.ndarray]) -> dict:
-    """This project's nested dict of parameters from the authors' arrays, by name."""
-    params: dict = {}
-    for name, tensor in official.items():
-        if tensor.path is not None:
-            put(params, tensor.path, tensor.to_ours(tensors[name]))
-    return params
 
 
 def put(tree: dict, path: tuple[str | int, ...], leaf) -> None:

@@ -119,7 +119,7 @@ def _job() -> Any:
     """What the flags ask for."""
     from ml_collections import ConfigDict
 
-    from flowdcn_jax.autoencoders import load_autoencoder
+    from flowdcn_jax.autoencoders import PUBLISHED_DOWNSAMPLING, load_autoencoder
     from flowdcn_jax.caching import Job
     from flowdcn_jax.data.aspect_buckets import AspectBuckets
     from flowdcn_jax.data.labelled_images import open_labelled_images
@@ -135,7 +135,10 @@ def _job() -> Any:
             side_multiple=_SIDE_MULTIPLE.value,
         )
     autoencoder = dict(
-        name=_AUTOENCODER.value, weights=_WEIGHTS.value, downsampling=8, dtype=_DTYPE.value
+        name=_AUTOENCODER.value,
+        weights=_WEIGHTS.value,
+        downsampling=PUBLISHED_DOWNSAMPLING,
+        dtype=_DTYPE.value,
     )
     data_dir = resolve_data_dir(_DATA_DIR.value)
     images = open_labelled_images(

@@ -4,17 +4,12 @@ Parameters and multiply-adds come from shapes alone, so XL/2 needs no memory. On
 pass is timed too. --json=FILE writes the same numbers with the device, the versions and the date.
 """
 
-import contextlib
 import functools
 import importlib
 import itertools
-import json
 import shlex
-import statistics
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +17,11 @@ from absl import app, flags, logging
 from flax import nnx
 from tqdm import tqdm
 
-from flowdcn_jax import environment
+from flowdcn_jax.commands import file_to_write, numbers, write_json
+from flowdcn_jax.environment import describe_machine
 from flowdcn_jax.errors import UserError
-from flowdcn_jax.files import atomic_write
-from flowdcn_jax.models import abstract_model, apply_model, random_params
+from flowdcn_jax.models import abstract_model, apply_model, parameter_count, random_params
+from pallas_kernels.timing import median_ms, none_if_out_of_memory
 
 # A config of configs/ -> the model's name in the paper.
 MODELS = {
@@ -69,7 +65,7 @@ def count(config, image_sizes: list[int]) -> dict:
     network = nnx.merge(graphdef, params)  # of shapes, not of numbers
     sides = {size: size // config.autoencoder.downsampling for size in image_sizes}
     return {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "parameters": parameter_count(params),
         "forward_gmacs": {
             size: network.forward_macs(side, side) / 1e9 for size, side in sides.items()
         },
@@ -90,9 +86,7 @@ def compile_forward(config, image_size: int, batch_size: int):
         for shape, dtype in ((x, jnp.float32), (x[:1], jnp.float32), (x[:1], jnp.int32))
     ]
     forward = jax.jit(functools.partial(apply_model, graphdef))
-    with _none_if_out_of_memory() as outcome:
-        outcome.append(forward.lower(shapes, *inputs).compile())
-    return outcome[0]
+    return none_if_out_of_memory(lambda: forward.lower(shapes, *inputs).compile())
 
 
 def time_forward(compiled) -> dict:
@@ -100,39 +94,22 @@ def time_forward(compiled) -> dict:
 
     Wall time without guidance, the median of TIMED_PASSES after one to warm up.
     """
-    latency_s, images_per_s = None, None
-    with _none_if_out_of_memory() as outcome:
-        if compiled is not None:
-            shapes, x, t, y = compiled.args_info[0]
-            inputs = (
-                random_params(shapes),
-                jax.random.normal(jax.random.key(0), x.shape),
-                jnp.linspace(0.1, 0.9, t.shape[0]),
-                jnp.zeros(y.shape, jnp.int32),
-            )
-            jax.block_until_ready(compiled(*inputs))
-            passes_s = []
-            for _ in range(TIMED_PASSES):
-                start = time.perf_counter()
-                jax.block_until_ready(compiled(*inputs))
-                passes_s.append(time.perf_counter() - start)
-            outcome.append(statistics.median(passes_s))
-    if outcome[0] is not None:
-        latency_s, images_per_s = outcome[0], x.shape[0] / outcome[0]
-    return {"latency_ms": latency_s and 1e3 * latency_s, "images_per_s": images_per_s}
+    latency_ms = None if compiled is None else none_if_out_of_memory(_latency_ms, compiled)
+    if latency_ms is None:
+        return {"latency_ms": None, "images_per_s": None}
+    _, x, _, _ = compiled.args_info[0]
+    return {"latency_ms": latency_ms, "images_per_s": 1e3 * x.shape[0] / latency_ms}
 
 
-@contextlib.contextmanager
-def _none_if_out_of_memory():
-    """Gives a list to append a result to; it gets a None if the device's memory runs out."""
-    outcome = []
-    try:
-        yield outcome
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-    if not outcome:
-        outcome.append(None)
+def _latency_ms(compiled) -> float:
+    shapes, x, t, y = compiled.args_info[0]
+    inputs = (
+        random_params(shapes),
+        jax.random.normal(jax.random.key(0), x.shape),
+        jnp.linspace(0.1, 0.9, t.shape[0]),
+        jnp.zeros(y.shape, jnp.int32),
+    )
+    return median_ms(compiled, *inputs, runs=TIMED_PASSES, warm_up=1)
 
 
 def measure(
@@ -162,7 +139,7 @@ def measure(
             zip(runs, compiled, strict=True), desc="timing", unit="program"
         )
     ]
-    return {"environment": environment.describe(), "models": rows, "timings": timings}
+    return {"machine": describe_machine(), "models": rows, "timings": timings}
 
 
 def check(names: list[str], image_sizes: list[int], batch_sizes: list[int]) -> None:
@@ -179,20 +156,6 @@ def check(names: list[str], image_sizes: list[int], batch_sizes: list[int]) -> N
                 )
     if min(batch_sizes) < 1:
         raise UserError(f"--batch_sizes names {min(batch_sizes)}; expected positive numbers")
-
-
-def check_writable(path: Path) -> None:
-    """Makes the folder of a file to be written, now and not after the work.
-
-    Raises:
-        UserError: that cannot be done, or `path` is a folder.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--json={path} cannot be written: {error}") from error
-    if path.is_dir():
-        raise UserError(f"--json={path} is a folder; expected a file")
 
 
 def to_markdown(result: dict, command: str) -> str:
@@ -229,10 +192,11 @@ def _timings_markdown(result: dict) -> list[str]:
         ]
         for row in result["timings"]
     ]
-    machine = result["environment"]
+    machine = result["machine"]
     return [
-        f"One forward pass without guidance, on one {machine['device']} (driver "
-        f"{machine['driver']}, jax {machine['jax']}, {machine['date']} UTC): {TIMED_DTYPE}\n"
+        f"One forward pass without guidance, on one {machine['devices'][0]} (driver "
+        f"{machine['driver']}, jax {machine['versions']['jax']}, {machine['date']} UTC): "
+        f"{TIMED_DTYPE}\n"
         f"activations and float32 parameters, wall time, median of {TIMED_PASSES} passes.",
         _table(header, rows),
     ]
@@ -243,17 +207,6 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _numbers(flag: flags.FlagHolder) -> list[int]:
-    """The numbers of a list flag, which must not be empty.
-
-    Raises:
-        UserError: not a number.
-    """
-    if not flag.value or not all(text.strip().isdecimal() for text in flag.value):
-        raise UserError(f"--{flag.name} is {','.join(flag.value)!r}; expected numbers like 256,512")
-    return [int(text) for text in flag.value]
-
-
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
@@ -262,17 +215,14 @@ def main(argv: list[str]) -> None:
         _TIMING.value == "auto" and jax.default_backend() == "gpu"
     )
     try:
-        if _JSON.value:
-            check_writable(Path(_JSON.value))
+        out = file_to_write(_JSON)
         result = measure(
             _MODELS.value,
-            image_sizes=_numbers(_IMAGE_SIZES),
-            batch_sizes=_numbers(_BATCH_SIZES),
+            image_sizes=numbers(_IMAGE_SIZES),
+            batch_sizes=numbers(_BATCH_SIZES),
             timed=timed,
         )
-        if _JSON.value:
-            with atomic_write(Path(_JSON.value)) as file:
-                file.write((json.dumps(result, indent=2) + "\n").encode())
+        write_json(out, result)
     except UserError as error:
         sys.exit(f"error: {error}")
     arguments = shlex.join(sys.argv[1:])

@@ -3,11 +3,14 @@
 Two velocity fields whose solutions are known, in float64: flowdcn_jax/samplers/known_solutions.py.
 """
 
+import sys
 from pathlib import Path
 
 from absl import app, flags, logging
 
 from flowdcn_jax import samplers
+from flowdcn_jax.commands import file_to_write
+from flowdcn_jax.errors import UserError
 from flowdcn_jax.files import atomic_write
 from flowdcn_jax.samplers.known_solutions import FIELDS, solver_error
 from flowdcn_jax.samplers.neural_coefficients import NEURAL_COEFFICIENTS
@@ -46,8 +49,12 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
-    plot_convergence(Path(_OUT.value))
-    print(_OUT.value)
+    try:
+        out = file_to_write(_OUT)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    plot_convergence(out)
+    print(out)
 
 
 if __name__ == "__main__":

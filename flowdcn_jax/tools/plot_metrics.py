@@ -10,6 +10,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from flowdcn_jax.commands import check_writable
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.files import atomic_write
 from flowdcn_jax.training.metrics import METRICS_FILE
@@ -67,6 +68,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     out = Path(_OUT.value) if _OUT.value else Path(_WORKDIRS.value[0]) / "loss.png"
     try:
+        check_writable(out, flag="out")
         plot_loss(_WORKDIRS.value, out)
     except UserError as error:
         sys.exit(f"error: {error}")

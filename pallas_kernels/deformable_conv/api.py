@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.deformable_conv.pallas import deformable_aggregate_pallas
 from pallas_kernels.deformable_conv.points import Multiscale, Offsets, Points
 from pallas_kernels.deformable_conv.xla import deformable_aggregate_xla
 
@@ -126,6 +125,9 @@ def _aggregate(values, points: Points, boundary: str, implementation: str | None
     if implementation == "pallas":
         if reason := why_not_pallas():
             raise ValueError(f"implementation is 'pallas', which can't run here: {reason}")
+        # Imported here: it needs private modules of JAX, on which plain JAX shall not depend.
+        from pallas_kernels.deformable_conv.pallas import deformable_aggregate_pallas
+
         return deformable_aggregate_pallas(values, points, boundary)
     if isinstance(points, Multiscale):
         points = points.to_offsets()

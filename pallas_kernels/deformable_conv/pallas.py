@@ -24,7 +24,13 @@ from pallas_kernels.deformable_conv.blocks import (
     choose,
 )
 from pallas_kernels.deformable_conv.derivatives import differentiable_no_more
-from pallas_kernels.deformable_conv.points import Multiscale, Offsets, Points
+from pallas_kernels.deformable_conv.points import (
+    Multiscale,
+    Offsets,
+    Points,
+    flatten_points,
+    flatten_tokens,
+)
 from pallas_kernels.deformable_conv.tiles import Grid
 
 
@@ -90,7 +96,7 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
     inputs = (values, *form(*fields).per_query)
     h, w = values.shape[1:3]
     values, points, blocks = _prepare(values, form(*fields))
-    d_out_parts = _channel_parts(_flatten_tokens(d_out))
+    d_out_parts = _channel_parts(flatten_tokens(d_out))
     options = dict(boundary=boundary, interpret=interpret)
 
     tiling = blocks.point_gradients
@@ -140,14 +146,7 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
 
 def _prepare(values, points: Points) -> tuple[jax.Array, Points, Blocks]:
     blocks = choose(*values.shape[1:3], points.weights.shape[-1], values.dtype)
-    per_query = map(_flatten_tokens, points.per_query)
-    points = type(points)(*per_query, *points.per_group, *points.constant)
-    return _flatten_tokens(values), points, blocks
-
-
-def _flatten_tokens(array: jax.Array) -> jax.Array:
-    """[B, h, w, ...] -> [B, h * w, ...]."""
-    return array.reshape(array.shape[0], -1, *array.shape[3:])
+    return flatten_tokens(values), flatten_points(points), blocks
 
 
 def _channel_parts(array: jax.Array) -> list[jax.Array]:

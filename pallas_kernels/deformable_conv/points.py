@@ -104,3 +104,14 @@ def _sigmoid(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 Points = Offsets | Multiscale
+
+
+def flatten_tokens(array: jax.Array) -> jax.Array:
+    """[B, h, w, ...] -> [B, h * w, ...]."""
+    return array.reshape(array.shape[0], -1, *array.shape[3:])
+
+
+def flatten_points(points: Points) -> Points:
+    """The same sampling points, the fields with an entry a query [B, h * w, ...]."""
+    per_query = map(flatten_tokens, points.per_query)
+    return type(points)(*per_query, *points.per_group, *points.constant)

@@ -16,33 +16,12 @@ import jax.numpy as jnp
 
 from pallas_kernels.deformable_conv import blocks, gather, products, shared_image, tent
 from pallas_kernels.deformable_conv.api import VALUE_DTYPES, why_not_pallas
-from pallas_kernels.deformable_conv.points import Multiscale
+from pallas_kernels.deformable_conv.named_shapes import NAMED_SHAPES, model_inputs
+from pallas_kernels.deformable_conv.points import flatten_points, flatten_tokens
 from pallas_kernels.deformable_conv.tiles import Grid
 from pallas_kernels.timing import compile_calls, milliseconds
 
-MAX_SCALE = 6.0
-
-
-def model_inputs(shape, dtype, *, widening: float = 1.0, seed: int = 0):
-    """(values, points, d_out) of shape (B, h, w, G, C, K) and offsets as training starts with.
-
-    Group g's radius is (g+1)/G of 6 tokens, times `widening`.
-    """
-    b, h, w, g, c, k = shape
-    side = jnp.linspace(-1, 1, max(round(k**0.5), 1)) if k > 1 else jnp.zeros(1)
-    prior = jnp.resize(jnp.stack(jnp.meshgrid(side, side), axis=-1).reshape(-1, 2), (k, 2))
-    fraction = (jnp.arange(g) + 1) / g - 1e-4
-    keys = jax.random.split(jax.random.key(seed), 5)
-    normal = lambda i, *shape: jax.random.normal(keys[i], shape).astype(dtype)  # noqa: E731
-    points = Multiscale(
-        directions=(0.3 * normal(0, b, h, w, g, k, 2)).astype(dtype),
-        scales=(0.3 * normal(1, b, h, w, g, k)).astype(dtype),
-        weights=normal(2, b, h, w, g, k),
-        scale_prior=jnp.log(fraction / (1 - fraction)),
-        direction_prior=prior,
-        max_scale=jnp.full((2,), widening * MAX_SCALE, jnp.float32),
-    )
-    return normal(3, b, h, w, g, c), points, normal(4, b, h, w, g, c)
+DEFAULT_SHAPE = ",".join(map(str, NAMED_SHAPES["XL at 256"]))
 
 
 def _forward(kernel: Callable, values, points):
@@ -121,7 +100,7 @@ def why_not_shared_image(kernel: str, shape, dtype) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="64,16,16,16,72,9", help="B,h,w,G,C,K")
+    parser.add_argument("--shape", default=DEFAULT_SHAPE, help="B,h,w,G,C,K")
     parser.add_argument("--dtype", default="bfloat16", choices=VALUE_DTYPES)
     parser.add_argument("--kernel", choices=blocks.Blocks._fields, help="only this one")
     parser.add_argument("--show", type=int, default=8, help="candidates to print of each kernel")
@@ -133,9 +112,8 @@ def main() -> None:
         parser.exit(1, f"can't tune here: {reason}\n")
 
     values, points, d_out = model_inputs(shape, args.dtype)
-    flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])  # noqa: E731
-    points = Multiscale(*map(flat, points.per_query), *points[3:])
-    arrays = {"v": flat(values), "w": points.weights, "p": points, "d": flat(d_out)}
+    values, points, d_out = flatten_tokens(values), flatten_points(points), flatten_tokens(d_out)
+    arrays = {"v": values, "w": points.weights, "p": points, "d": d_out}
     inputs = {kernel: [arrays[i] for i in takes] for kernel, (_, takes) in _CHAINED.items()}
     candidates = [
         candidate

@@ -29,8 +29,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.deformable_conv.derivatives import differentiable_no_more
-
-_BASES = {"zeros": jnp.floor, "truncate": jnp.trunc}
+from pallas_kernels.deformable_conv.interpolation import BASES
+from pallas_kernels.deformable_conv.points import flatten_tokens
 
 
 class _Corner(NamedTuple):
@@ -69,7 +69,7 @@ def _aggregate(values, offsets, weights, boundary: str) -> jax.Array:
     shape = values.shape
     _, h, w, groups, channels = shape
     points = weights.shape[-1]
-    values, offsets, weights = _flatten_tokens(values, offsets, weights)
+    values, offsets, weights = map(flatten_tokens, (values, offsets, weights))
     size = _tokens_per_step(values, w, _point_floats(weights) + 2 * channels)
 
     def group_step(group, out):
@@ -95,7 +95,7 @@ def _aggregate(values, offsets, weights, boundary: str) -> jax.Array:
 def _gradients(values, offsets, weights, d_out, boundary: str) -> tuple[jax.Array, ...]:
     _, h, w, _, _ = values.shape
     shapes = [array.shape for array in (values, offsets, weights)]
-    values, offsets, weights, d_out = _flatten_tokens(values, offsets, weights, d_out)
+    values, offsets, weights, d_out = map(flatten_tokens, (values, offsets, weights, d_out))
     d_values = _values_gradient(offsets, weights, d_out, w, boundary)
     d_points = _point_gradients(values, offsets, weights, d_out, h, w, boundary)
     return tuple(g.reshape(s) for g, s in zip((d_values, *d_points), shapes, strict=True))
@@ -185,7 +185,7 @@ def _coordinates(offsets: jax.Array, start: jax.Array, w: int) -> tuple[jax.Arra
 
 
 def _corners(x: jax.Array, y: jax.Array, h: int, w: int, boundary: str) -> Iterator[_Corner]:
-    x0, y0 = _BASES[boundary](x), _BASES[boundary](y)
+    x0, y0 = BASES[boundary](x), BASES[boundary](y)
     for row, weight_y, slope_y in ((y0, 1 - (y - y0), -1), (y0 + 1, y - y0, 1)):
         for column, weight_x, slope_x in ((x0, 1 - (x - x0), -1), (x0 + 1, x - x0, 1)):
             # False for NaN and infinity too, which hence sample nothing.
@@ -218,7 +218,7 @@ def _interpolation_matrix(x, y, share, start, size: int, w: int, boundary: str) 
 
 def _interpolation_weights(coordinate, first, count: int, boundary: str) -> jax.Array:
     """The weights [..., count] of the tokens from `first` on along one axis: at most two not 0."""
-    base = _BASES[boundary](coordinate)
+    base = BASES[boundary](coordinate)
     beyond = (coordinate - base)[..., None]
     # Shifting `base`, not the tokens, leaves a plain iota: XLA's CPU code is 5 times faster for it.
     distance = jnp.arange(count, dtype=jnp.float32) - (base - first)[..., None]
@@ -246,11 +246,6 @@ def _matmul(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
 def _gather(array: jax.Array, index: jax.Array, axis: int) -> jax.Array:
     """`array` [B, ...] along `axis`; [B, queries, 1] indices of axis 1 take whole rows."""
     return jnp.take_along_axis(array, index, axis=axis, mode="promise_in_bounds")
-
-
-def _flatten_tokens(*arrays: jax.Array) -> list[jax.Array]:
-    """[B, h, w, ...] -> [B, h * w, ...]."""
-    return [array.reshape(array.shape[0], -1, *array.shape[3:]) for array in arrays]
 
 
 # The two below tie the array to the loops' indices by a barrier. Without it XLA's CPU backend,

@@ -25,6 +25,7 @@ from tests.caching.conftest import (
     read_back,
     stop_after,
 )
+from tests.data.image_files import JPEG, bomb
 
 
 def config(data_dir, **overrides):
@@ -33,7 +34,7 @@ def config(data_dir, **overrides):
     from configs import default
 
     section = default.get_config().data.to_dict()
-    section |= dict(name="imagenet_latents", data_dir=str(data_dir), image_size=None)
+    section |= dict(name="imagenet_latents", data_dir=str(data_dir), image_size=16)
     return ml_collections.ConfigDict(section | overrides)
 
 
@@ -190,8 +191,6 @@ def test_a_damaged_part_is_named(make_job, cache):
 
 def hostile(root):
     """Three good images among bad ones of every kind; returns the names of the bad."""
-    from tests.data.test_image_decoding import JPEG, bomb
-
     folder = root / "a"
     folder.mkdir(parents=True)
     for index, name in enumerate(["00.png", "99.png"]):

@@ -25,7 +25,7 @@ def open_source():
             "name": name,
             "data_dir": None,
             "split": "train",
-            "image_size": None,
+            "image_size": 16 if name == "digits" else 32,
             "random_flip": False,
             "aspect_buckets": {"count": 0},
             "num_threads": 2,

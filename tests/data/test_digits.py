@@ -48,6 +48,7 @@ def test_enlarging_a_digit_keeps_its_mean(open_source):
         ({"image_size": 7}, "8 .. 256"),
         ({"image_size": 512}, "8 .. 256"),
         ({"image_size": -4}, "positive"),
+        ({"image_size": None}, "positive integer, got None"),
         ({"split": "test"}, "only the split 'train'"),
     ],
 )

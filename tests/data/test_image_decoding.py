@@ -1,7 +1,6 @@
 """Images in every form: what they become, and how the bad ones are told."""
 
 import errno
-import io
 import struct
 import zlib
 
@@ -10,22 +9,13 @@ import pytest
 from PIL import ExifTags, Image, PngImagePlugin
 
 from flowdcn_jax.data.image_decoding import BadImageError, decode_rgb, open_formats
-
-
-def encoded(image, form="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
+from tests.data.image_files import JPEG, bomb, colours, encoded
 
 
 def decoded(image, form="PNG", **options):
     result = decode_rgb(encoded(image, form, **options))
     assert result.mode == "RGB"
     return np.asarray(result)
-
-
-def colours(height=6, width=9):
-    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
 
 
 @pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM", "TGA", "GIF", "WEBP", "JPEG2000"])
@@ -129,18 +119,6 @@ def test_of_several_frames_the_first():
     frames = [Image.fromarray(np.full((4, 4), value, np.uint8)) for value in (30, 90)]
     pixels = decoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     np.testing.assert_array_equal(pixels, 30)
-
-
-def bomb():
-    """The beginning of a PNG of 30,000 x 30,000 pixels."""
-    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    chunk = (
-        struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
-    )
-    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + bytes(4)
-
-
-JPEG = encoded(Image.fromarray(colours(200, 200)), "JPEG")
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,8 @@ from flowdcn_jax import models, sampling
 from flowdcn_jax.training.sharding import make_mesh
 from flowdcn_jax.training.state import abstract_state
 from flowdcn_jax.training.step import make_train_step
-from tests import tiny
+from tests import compilation, tiny
 from tests.models.aggregates import use_aggregate
-from tests.test_configs import NAMES
 
 SMALL = dict(width=16, depth=1, in_channels=1, num_classes=10, dtype="float32", num_groups=2)
 SMALL |= dict(num_heads=2)
@@ -32,7 +31,7 @@ def shrunk(name, **overrides):
 FLOWDCN = shrunk("s2").to_dict()
 DISTINCT = {
     model.to_json(sort_keys=True): name
-    for name, model in ((name, shrunk(name)) for name in reversed(NAMES))
+    for name, model in ((name, shrunk(name)) for name in reversed(tiny.CONFIGS))
     if model.to_dict() | dict(patch_size=2, remat=False) != FLOWDCN
 }.values()
 
@@ -43,16 +42,15 @@ def elementwise_aggregate(values, offsets, weights, *, boundary):
 
 
 @pytest.fixture
-def quick_compilation(monkeypatch):
-    """Half of XLA's time, for programs that run once; and no sampling, which has its own tests."""
+def quick_programs(monkeypatch):
+    """Compiled quickly, for they run once; and no sampling, which has its own tests."""
     use_aggregate(monkeypatch, elementwise_aggregate)
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with compilation.quick():
+        yield
 
 
 @pytest.mark.parametrize("name", sorted(DISTINCT))
-def test_it_trains_and_samples(name, quick_compilation):
+def test_it_trains_and_samples(name, quick_programs):
     """One step changes every parameter, and the new ones draw images."""
     config = tiny.config(optimizer__warmup_steps=0)
     config.model = shrunk(name)

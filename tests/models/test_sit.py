@@ -1,50 +1,22 @@
 """SiT against the authors' model, and what its users rely on."""
 
 import importlib
-import json
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
 
 from flowdcn_jax import models
 from flowdcn_jax.models import sit
-from flowdcn_jax.published_weights.names import official_tensors, to_params
 from tests.comparison import relative_error
-from tests.official import nhwc, state_dict
+from tests.official import model_config, nhwc, to_tree
 
 
 @pytest.fixture(scope="module")
 def golden(fixture_file):
     return fixture_file("sit.npz")
-
-
-def model_config(golden, **overrides):
-    config = json.loads(str(golden["config"]))
-    return ml_collections.ConfigDict(
-        dict(
-            name="sit",
-            width=config["hidden_size"],
-            depth=config["depth"],
-            num_heads=config["num_heads"],
-            patch_size=config["patch_size"],
-            in_channels=4,
-            num_classes=config["num_classes"],
-            learn_sigma=True,
-            dtype="float32",
-            remat=False,
-        )
-        | overrides
-    )
-
-
-def to_tree(golden):
-    """The fixture's parameters as this project's nested dict."""
-    tensors = official_tensors(model_config(golden), tokens_per_side=8)
-    return to_params(tensors, state_dict(golden))
 
 
 @pytest.fixture(scope="module")

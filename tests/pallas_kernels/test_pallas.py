@@ -1,5 +1,6 @@
 """The Pallas kernels: interpreted on a CPU against the definition, and lowered for CUDA."""
 
+import contextlib
 import functools
 
 import jax
@@ -15,19 +16,14 @@ from pallas_kernels.deformable_conv import (
     deformable_aggregate,
     multiscale_deformable_aggregate,
 )
+from pallas_kernels.deformable_conv.named_shapes import NAMED_SHAPES, model_inputs
 from pallas_kernels.deformable_conv.pallas import deformable_aggregate_pallas
 from pallas_kernels.deformable_conv.points import Offsets
 from pallas_kernels.deformable_conv.reference import deformable_aggregate_reference
 from tests.comparison import relative_error
-from tests.pallas_kernels.inputs import NAMED_SHAPES, multiscale_inputs
+from tests.pallas_kernels.aggregation import cast, check_released, output_and_gradients
 
 SMALL = (2, 5, 4, 2, 3, 4)
-
-
-def output_and_gradients(function, values, points, cotangent):
-    out, vjp = jax.vjp(function, values, points)
-    d_values, d_points = vjp(cotangent)
-    return out, d_values, *d_points[:4]
 
 
 @functools.cache
@@ -56,14 +52,8 @@ def reference(boundary):
     return in_float64
 
 
-def cast(values, points, cotangent, dtype, points_dtype):
-    per_query = [jnp.asarray(field, points_dtype) for field in points.per_query]
-    points = type(points)(*per_query, *points.per_group, *points.constant)
-    return jnp.asarray(values, dtype), points, jnp.asarray(cotangent, dtype)
-
-
 def check(shape, form, boundary, dtype, points_dtype, tolerance):
-    arrays = multiscale_inputs(shape)
+    arrays = model_inputs(shape, seed=1)  # with 0, all points of the one token lie outside
     if form == "offsets":
         arrays = (arrays[0], arrays[1].to_offsets(), arrays[2])
     arrays = cast(*arrays, dtype, points_dtype)
@@ -117,26 +107,14 @@ def test_float32_matches_the_definition_on_random_shapes(shape, boundary):
 
 @pytest.mark.parametrize("case", ["case0", "case1"])
 def test_truncate_is_the_released_kernel(fixture_file, case):
-    """test_deformable_conv.py says what is wrong with the fixture's grad_values."""
-    golden = {key: array for key, array in fixture_file("op.npz").items() if case in key}
-    values, offsets, weights, out, cotangent = (
-        golden[f"{case}/{name}"] for name in ("values", "offsets", "weights", "out", "cotangent")
-    )
-    points = Offsets(offsets, weights)
-    actual, d_values, d_offsets, d_weights = interpreted("truncate")(values, points, cotangent)
-    assert relative_error(actual, out) < 1e-5
-    assert relative_error(d_offsets, golden[f"{case}/grad_offsets"]) < 1e-5
-    assert relative_error(d_weights, golden[f"{case}/grad_weights"]) < 1e-5
-    product = np.vdot(np.float64(cotangent), np.float64(out))
-    golden_gradient = np.float64(golden[f"{case}/grad_values"])
-    golden_gradient *= product / np.vdot(np.float64(values), golden_gradient)
-    assert relative_error(d_values, golden_gradient) < 1e-4
-    inner = np.vdot(np.float64(values), np.float64(d_values))
-    assert inner == pytest.approx(product, rel=1e-5)
+    def function(values, offsets, weights, cotangent):
+        return interpreted("truncate")(values, Offsets(offsets, weights), cotangent)
+
+    check_released(fixture_file("op.npz"), case, function)
 
 
 def test_points_that_are_not_finite_add_nothing():
-    values, points, cotangent = multiscale_inputs((1, 6, 9, 2, 4, 4))
+    values, points, cotangent = model_inputs((1, 6, 9, 2, 4, 4))
     offsets, weights = (np.array(x) for x in points.to_offsets())
     bad = np.random.default_rng(0).random(weights.shape) < 0.3
     odd = np.random.default_rng(1).choice([np.nan, np.inf, -np.inf], (*weights.shape, 2))
@@ -152,7 +130,7 @@ def test_points_that_are_not_finite_add_nothing():
 
 
 def test_far_offsets_are_never_connected():
-    values, points, cotangent = multiscale_inputs((1, 20, 20, 1, 4, 4))
+    values, points, cotangent = model_inputs((1, 20, 20, 1, 4, 4))
     offsets, weights = points.to_offsets()
     far = np.asarray(offsets) + np.array([1e9, -3e38], np.float32)
     for array in interpreted("zeros")(values, Offsets(far, weights), cotangent):
@@ -160,7 +138,7 @@ def test_far_offsets_are_never_connected():
 
 
 def test_vmap_is_a_loop():
-    many = [multiscale_inputs(SMALL, seed) for seed in range(3)]
+    many = [model_inputs(SMALL, seed=seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *many)
     function = interpreted("zeros")
     # With a scale prior for each, and with one for all.
@@ -179,7 +157,7 @@ def test_vmap_is_a_loop():
 
 def test_a_sharded_batch_is_not_gathered():
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    values, points, cotangent = multiscale_inputs((16, 4, 6, 2, 8, 4))
+    values, points, cotangent = model_inputs((16, 4, 6, 2, 8, 4))
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     whole = NamedSharding(mesh, PartitionSpec())
     per_query = jax.device_put(points.per_query, rows)
@@ -204,19 +182,19 @@ def test_a_sharded_batch_is_not_gathered():
 
 def lower_for_cuda(function, *arrays) -> str:
     """The program for an H100, on a machine without one: catches what Pallas cannot express."""
-    traced = jax.jit(function).trace(*arrays)
-    if jax.__version_info__ < (0, 11):
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
-    device = AbstractDevice("NVIDIA H100", 132, platform="gpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
+    device = contextlib.nullcontext()
+    if jax.__version_info__ >= (0, 11):  # older versions take an H100 for granted
+        h100 = AbstractDevice("NVIDIA H100", 132, platform="gpu")
+        device = jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h100))
+    with device:
+        return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", NAMED_SHAPES.values(), ids=NAMED_SHAPES)
 def test_every_named_shape_lowers_for_cuda(shape, dtype):
-    small = multiscale_inputs((1, 1, 1, *shape[3:]))
-    values, points, cotangent = cast(*small, dtype, dtype)
+    small = model_inputs((1, 1, 1, *shape[3:]))
+    values, points, cotangent = cast(*small, dtype)
 
     def full(array, batched=True):
         return jax.ShapeDtypeStruct(
@@ -231,15 +209,13 @@ def test_every_named_shape_lowers_for_cuda(shape, dtype):
     both = functools.partial(output_and_gradients, function)
     text = lower_for_cuda(both, full(values), points, full(cotangent))
     kernels = 4 if blocks.choose(*shape[1:3], shape[5], dtype).values_gradient.skip else 3
-    assert (
-        text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == kernels
-        or text.count("triton_kernel_call") >= kernels
-    )
+    calls = "stablehlo.custom_call @__gpu$xla.gpu.triton"
+    assert text.count(calls) == kernels
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
 def test_second_derivatives_are_refused(implementation):
-    values, points, _ = multiscale_inputs(SMALL)
+    values, points, _ = model_inputs(SMALL)
 
     def loss(values):
         if implementation == "xla":
@@ -253,7 +229,7 @@ def test_second_derivatives_are_refused(implementation):
 
 
 def test_pallas_where_it_cannot_run_says_why():
-    values, points, _ = multiscale_inputs(SMALL)
+    values, points, _ = model_inputs(SMALL)
     with pytest.raises(ValueError, match="'pallas'.*needs an NVIDIA GPU.*'xla'"):
         deformable_aggregate(values, *points.to_offsets(), implementation="pallas")
 
@@ -268,7 +244,7 @@ def fused(values, points, boundary="zeros", **changes):
 
 @pytest.mark.parametrize("max_scale", [6.0, np.array([4.0, 7.5], np.float32)])
 def test_the_fused_form_builds_the_offsets_first(max_scale):
-    values, points, cotangent = multiscale_inputs(SMALL)
+    values, points, cotangent = model_inputs(SMALL)
     points = points._replace(max_scale=np.broadcast_to(np.float32(max_scale), (2,)))
 
     def by_offsets(values, points):
@@ -304,7 +280,7 @@ def test_the_fused_form_builds_the_offsets_first(max_scale):
     ],
 )
 def test_what_does_not_fit_the_fused_form_is_refused_by_name(changes, error, words):
-    values, points, _ = multiscale_inputs(SMALL)
+    values, points, _ = model_inputs(SMALL)
     with pytest.raises(error) as caught:
         fused(values, points._replace(**changes))
     for word in words:

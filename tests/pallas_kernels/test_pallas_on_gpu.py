@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels.deformable_conv import deformable_aggregate, multiscale_deformable_aggregate
+from pallas_kernels.deformable_conv.named_shapes import NAMED_SHAPES, model_inputs
 from pallas_kernels.deformable_conv.points import Offsets
 from tests.comparison import relative_error
-from tests.pallas_kernels.inputs import NAMED_SHAPES, multiscale_inputs
+from tests.pallas_kernels.aggregation import cast, output_and_gradients
 
 pytestmark = pytest.mark.gpu
 
@@ -41,23 +42,12 @@ def both(implementation, boundary):
         options |= dict(direction_prior=points.direction_prior, max_scale=points.max_scale)
         return multiscale_deformable_aggregate(values, *points[:4], **options)
 
-    def run(values, points, cotangent):
-        out, vjp = jax.vjp(aggregate, values, points)
-        d_values, d_points = vjp(cotangent)
-        return out, d_values, *d_points[:4]
-
-    return jax.jit(run)
-
-
-def cast(values, points, cotangent, dtype):
-    per_query = [jnp.asarray(field, dtype) for field in points.per_query]
-    points = type(points)(*per_query, *points.per_group, *points.constant)
-    return jnp.asarray(values, dtype), points, jnp.asarray(cotangent, dtype)
+    return jax.jit(functools.partial(output_and_gradients, aggregate))
 
 
 @pytest.mark.parametrize("shape, form, boundary", CASES, ids=str)
 def test_kernels_agree_with_plain_jax(shape, form, boundary):
-    values, points, cotangent = multiscale_inputs(shape)
+    values, points, cotangent = model_inputs(shape, seed=1)
     points = points.to_offsets() if form == "offsets" else points
     for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 1e-2), (jnp.float16, 2e-3)):
         rounded = cast(values, points, cotangent, dtype)
@@ -68,7 +58,7 @@ def test_kernels_agree_with_plain_jax(shape, form, boundary):
 
 
 def test_memory_is_that_of_inputs_outputs_and_one_more_array():
-    arrays = cast(*multiscale_inputs((2, 32, 32, 16, 72, 9)), jnp.bfloat16)
+    arrays = cast(*model_inputs((2, 32, 32, 16, 72, 9)), jnp.bfloat16)
     memory = both("pallas", "zeros").lower(*arrays).compile().memory_analysis()
     assert memory.temp_size_in_bytes <= arrays[0].nbytes
 
@@ -76,7 +66,7 @@ def test_memory_is_that_of_inputs_outputs_and_one_more_array():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_ten_runs_give_the_same_bits(dtype):
     for shape, _, _ in CASES[:2]:
-        arrays = cast(*multiscale_inputs(shape), dtype)
+        arrays = cast(*model_inputs(shape), dtype)
         first = jax.device_get(both("pallas", "zeros")(*arrays))
         for _ in range(9):
             again = jax.device_get(both("pallas", "zeros")(*arrays))
@@ -84,7 +74,7 @@ def test_ten_runs_give_the_same_bits(dtype):
 
 
 def test_points_that_are_not_finite_add_nothing():
-    values, points, cotangent = multiscale_inputs((2, 20, 24, 2, 24, 9))
+    values, points, cotangent = model_inputs((2, 20, 24, 2, 24, 9))
     offsets, weights = (np.array(x) for x in points.to_offsets())
     bad = np.random.default_rng(0).random(weights.shape) < 0.3
     odd = np.random.default_rng(1).choice([np.nan, np.inf, -3e38], (*weights.shape, 2))
@@ -104,10 +94,11 @@ def test_no_access_is_out_of_bounds(repository):
     """Offsets that lead far away, in images that no tile fits, in the offset and the fused form."""
     program = """
 import jax, numpy as np
-from tests.pallas_kernels.inputs import multiscale_inputs
-from tests.pallas_kernels.test_pallas_on_gpu import both, cast
+from pallas_kernels.deformable_conv.named_shapes import model_inputs
+from tests.pallas_kernels.aggregation import cast
+from tests.pallas_kernels.test_pallas_on_gpu import both
 for shape in ((1, 5, 7, 2, 12, 9), (1, 9, 40, 1, 8, 4)):
-    values, points, cotangent = cast(*multiscale_inputs(shape, spread=30.0), "bfloat16")
+    values, points, cotangent = cast(*model_inputs(shape, widening=30.0), "bfloat16")
     for form in (points, points.to_offsets()):
         jax.block_until_ready(both("pallas", "zeros")(values, form, cotangent))
 """

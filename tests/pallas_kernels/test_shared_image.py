@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 
 from pallas_kernels.deformable_conv import shared_image
-from pallas_kernels.deformable_conv.points import Multiscale, Offsets
+from pallas_kernels.deformable_conv.named_shapes import NAMED_SHAPES, model_inputs
+from pallas_kernels.deformable_conv.points import (
+    Multiscale,
+    Offsets,
+    flatten_points,
+    flatten_tokens,
+)
 from pallas_kernels.deformable_conv.reference import deformable_aggregate_reference
 from tests.comparison import relative_error
-from tests.pallas_kernels.inputs import NAMED_SHAPES, multiscale_inputs
 
 SHAPES = [
     ((2, 8, 8, 2, 16, 9), "multiscale", "zeros", 4),  # a last point alone
@@ -22,12 +27,8 @@ SHAPES = [
 ]
 
 
-def flat(x):
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-
 def inputs(shape, form, dtype, points_dtype):
-    values, points, d_out = multiscale_inputs(shape)
+    values, points, d_out = model_inputs(shape)
     if form == "offsets":
         points = points.to_offsets()
     per_query = [jnp.asarray(x, points_dtype) for x in points.per_query]
@@ -57,9 +58,9 @@ def reference(boundary, *arrays):
 
 def forward(values, points, boundary, num_warps, interpret=True):
     h, w = values.shape[1:3]
-    points = type(points)(*map(flat, points.per_query), *points.per_group, *points.constant)
+    points = flatten_points(points)
     out = shared_image.forward(
-        flat(values),
+        flatten_tokens(values),
         points,
         h=h,
         w=w,
@@ -73,11 +74,11 @@ def forward(values, points, boundary, num_warps, interpret=True):
 def point_gradients(values, points, d_out, boundary, num_warps, interpret=True):
     h, w = values.shape[1:3]
     like = points.per_query
-    points = type(points)(*map(flat, like), *points.per_group, *points.constant)
+    points = flatten_points(points)
     gradients = shared_image.point_gradients(
-        flat(values),
+        flatten_tokens(values),
         points,
-        flat(d_out),
+        flatten_tokens(d_out),
         h=h,
         w=w,
         dtypes=tuple(x.dtype for x in like),

@@ -21,7 +21,6 @@ from flowdcn_jax.sampling import run, trained_model
 from flowdcn_jax.sampling.folder import SampleFolder
 from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
-from tests.training.test_distributed import free_port
 
 SETTINGS = sampling.Settings(sampler="euler_sde", num_steps=3, guidance=2.0, seed=5)
 COUNT = 24
@@ -130,7 +129,8 @@ def test_a_killed_command_goes_on(workdir, reference, tmp_path):
 
 
 def test_two_processes_draw_the_same(workdir, reference, tmp_path):
-    flags = ["--distributed", f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2"]
+    address = f"--coordinator_address=127.0.0.1:{tiny.free_port()}"
+    flags = ["--distributed", address, "--num_processes=2"]
     processes = [
         tiny.start(command(workdir, tmp_path, *flags, f"--process_id={i}"), num_devices=2)
         for i in range(2)

@@ -9,7 +9,6 @@ import pytest
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.tools import model_table
 from tests import tiny
-from tests.test_configs import NAMES
 
 COMMAND = [sys.executable, "-m", "flowdcn_jax.tools.model_table"]
 
@@ -32,9 +31,9 @@ def rows_of(markdown):
 
 def test_every_model_is_in_the_table():
     """But for DiT's names for SiT's networks, other data sets and sizes, and the defaults."""
-    others = {name for name in NAMES if name.startswith("dit_")}
+    others = {name for name in tiny.CONFIGS if name.startswith("dit_")}
     others |= {"xl2_512", "b2_var", "b2_taef2", "cifar10_s2", "digits", "default"}
-    assert set(model_table.MODELS) == set(NAMES) - others
+    assert set(model_table.MODELS) == set(tiny.CONFIGS) - others
 
 
 def test_the_committed_table_is_what_the_command_prints(tmp_path):
@@ -47,7 +46,7 @@ def test_the_committed_table_is_what_the_command_prints(tmp_path):
     result = json.loads(out.read_text())
     assert result["models"][0]["parameters"] == 30_300_416
     assert result["models"][0]["forward_gmacs"]["256"] == pytest.approx(4.80, abs=5e-3)
-    assert result["environment"]["device"] == "cpu" and result["environment"]["jax"]
+    assert set(result["machine"]["devices"]) == {"cpu"} and result["machine"]["versions"]["jax"]
     assert result["timings"] == []
 
 

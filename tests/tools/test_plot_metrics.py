@@ -1,12 +1,14 @@
 """The loss plot: what it reads, and what it refuses."""
 
 import json
+import sys
 
 import pytest
 from PIL import Image
 
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.tools.plot_metrics import plot_loss, read_metric
+from tests import tiny
 
 
 def write(folder, steps, tail=""):
@@ -35,3 +37,11 @@ def test_folders_without_metrics_are_named(tmp_path):
     write(tmp_path / "empty", [])
     with pytest.raises(UserError, match="empty/metrics.jsonl holds no metrics yet"):
         read_metric(str(tmp_path / "empty"), "loss")
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
+    write(tmp_path / "run", [10])
+    command = [sys.executable, "-m", "flowdcn_jax.tools.plot_metrics", f"--workdir={tmp_path}/run"]
+    code, output = tiny.run([*command, "--out=/proc/x.png"])
+    assert code == 1 and output.startswith("error: --out=/proc/x.png cannot be written: ")
+    assert len(output.splitlines()) == 1

@@ -1,7 +1,6 @@
 """Two processes with four virtual devices each train, checkpoint, stop and restore together."""
 
 import signal
-import socket
 import time
 
 import numpy as np
@@ -12,14 +11,9 @@ from tests import tiny
 OPTIONS = dict(model__width=64, mesh__data=2, mesh__fsdp=4)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def start_two(workdir, **overrides):
-    flags = ["--distributed", f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2"]
+    address = f"--coordinator_address=127.0.0.1:{tiny.free_port()}"
+    flags = ["--distributed", address, "--num_processes=2"]
     return [
         tiny.start(
             tiny.train_command(workdir, *flags, f"--process_id={i}", **OPTIONS | overrides),

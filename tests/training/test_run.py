@@ -34,11 +34,6 @@ def finished(workdir, step):
     return (Path(workdir) / "checkpoints" / str(step)).is_dir()
 
 
-def numbers(workdir):
-    """What must not depend on interruptions: a run's losses and gradient norms."""
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in tiny.metrics(workdir)]
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("uninterrupted")
@@ -63,7 +58,7 @@ def test_killed_during_a_save_and_resumed_is_bit_identical(uninterrupted, tmp_pa
     assert "going on from step 3" in output
     assert tiny.steps(tmp_path) == [3, 6]
     assert tiny.checksums(tmp_path, 6) == tiny.checksums(uninterrupted, 6)
-    assert numbers(tmp_path) == numbers(uninterrupted)
+    assert tiny.numbers(tmp_path) == tiny.numbers(uninterrupted)
     assert not list((tmp_path / "checkpoints").glob("*tmp*"))
     ours, theirs = (flowdcn_jax.load_model(folder)[0] for folder in (tmp_path, uninterrupted))
     np.testing.assert_array_equal(ours.stem.kernel[...], theirs.stem.kernel[...])
@@ -72,7 +67,8 @@ def test_killed_during_a_save_and_resumed_is_bit_identical(uninterrupted, tmp_pa
 def test_sigterm_saves_exits_with_zero_and_goes_on(tmp_path):
     endless = dict(train__num_steps=100_000, checkpoint__every_steps=50_000)
     process = tiny.start(tiny.train_command(tmp_path, **endless))
-    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(numbers(tmp_path)) > 3, process)
+    metrics = tmp_path / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(tiny.metrics(tmp_path)) > 3, process)
     process.send_signal(signal.SIGTERM)
     code, output = tiny.finish(process)
     assert code == 0, output

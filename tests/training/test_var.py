@@ -56,10 +56,6 @@ def config(latents, **overrides):
     return result
 
 
-def numbers(workdir):
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in tiny.metrics(workdir)]
-
-
 def test_the_config_means_these_buckets():
     assert BUCKETS.sizes == ((32, 16), (16, 32))
 
@@ -112,7 +108,7 @@ def test_a_run_resumes_exactly_and_draws_square_grids(latents, tmp_path, capsys,
     loop.train(config(latents, train__num_steps=5, **options), str(tmp_path / "resumed"))
     loop.train(config(latents, train__num_steps=12, **options), str(tmp_path / "resumed"))
     assert "going on from step 5" in "".join(capsys.readouterr())
-    assert numbers(tmp_path / "resumed") == numbers(tmp_path / "straight")
+    assert tiny.numbers(tmp_path / "resumed") == tiny.numbers(tmp_path / "straight")
     straight, resumed = (tiny.checksums(tmp_path / name, 12) for name in ("straight", "resumed"))
     assert straight["state"] == resumed["state"] and straight["ema"] == resumed["ema"]
 

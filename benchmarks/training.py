@@ -1,0 +1,184 @@
+"""How fast models train: FlowDCN beside SiT of the same size, without their data.
+
+    python -m benchmarks.training --out=docs/training.json
+    python -m benchmarks.training --models=xl2,sit_xl2 --image_size=512 --batch_size=8 --devices=8
+
+Each row is the step that train.py runs (loss, gradients, AdamW, EMA, the state donated), from a
+model's initial values on random latents that are on the devices already. Every step starts from
+what the one before has made. Programs are compiled before the first is timed.
+
+"ms" is a step's share of a run of several steps, the median of the runs. "GiB" is what the program
+takes of each device: arguments (parameters, optimizer and EMA), results and temporary buffers, as
+XLA assigned them. "of the first" is images/s over those of the first row.
+"""
+
+import functools
+import importlib
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from benchmarks.memory import process_peak_bytes, program_bytes
+from flowdcn_jax.commands import file_to_write, write_json
+from flowdcn_jax.environment import describe_machine
+from flowdcn_jax.errors import UserError
+from flowdcn_jax.models import parameter_count
+from flowdcn_jax.precision import compute_dtype
+from flowdcn_jax.training.sharding import batch_sharding, make_mesh
+from flowdcn_jax.training.state import abstract_state, initial_state
+from flowdcn_jax.training.step import make_train_step
+from flowdcn_jax.validation import validate
+from pallas_kernels.timing import median_ms, none_if_out_of_memory
+
+_MODELS = flags.DEFINE_list("models", ["b2", "sit_b2", "xl2", "sit_xl2"], "Configs of configs/.")
+_IMAGE_SIZE = flags.DEFINE_integer("image_size", 256, "Side of the images, pixels.", 1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images a device.", 1)
+_DEVICES = flags.DEFINE_integer("devices", 1, "Local devices to use, the first ones.", 1)
+_RUNS = flags.DEFINE_integer("runs", 5, "Runs of each model, of which the median counts.", 1)
+_STEPS = flags.DEFINE_integer("steps", 10, "Steps of a run; one run more warms up.", 1)
+_OUT = flags.DEFINE_string("out", None, "JSON file to write.")
+
+_CONFIGS = Path(__file__).parent.parent / "configs"
+_COLUMNS = "model | parameters (M) | batch a device | ms | images/s | GiB | of the first"
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        out = file_to_write(_OUT)
+        mesh = _make_mesh()
+        configs = {name: _load_config(name, mesh) for name in _MODELS.value}
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    report = {"machine": describe_machine(), "results": []}
+    with ThreadPoolExecutor() as pool:  # a compilation keeps one core busy, and no more
+        compiling = pool.map(
+            lambda config: none_if_out_of_memory(_compile_step, config, mesh), configs.values()
+        )
+        bar = tqdm(compiling, desc="compiling", unit="model", total=len(configs))
+        programs = dict(zip(configs, bar, strict=True))
+    print(f"| {_COLUMNS} |")
+    print("| --- " * (_COLUMNS.count("|") + 1) + "|")
+    for name, config in configs.items():
+        _add(report["results"], _measure(name, config, mesh, programs[name]))
+    write_json(out, report)
+
+
+def _make_mesh() -> Mesh:
+    """The first devices of this machine, each with a copy of the parameters."""
+    devices = jax.local_devices()
+    if _DEVICES.value > len(devices):
+        raise UserError(f"--devices is {_DEVICES.value}; expected at most {len(devices)}, all here")
+    return make_mesh(devices=devices[: _DEVICES.value])
+
+
+def _load_config(name: str, mesh: Mesh) -> ConfigDict:
+    """The config of configs/`name`.py with the flags' sizes.
+
+    Raises:
+        UserError: there is none, or it does not go with them.
+    """
+    names = sorted(path.stem for path in _CONFIGS.glob("*.py") if path.stem[0] != "_")
+    if name not in names:
+        raise UserError(f"--models names {name!r}; expected some of {', '.join(names)}")
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.data.image_size = _IMAGE_SIZE.value
+    config.data.aspect_buckets.count = 0
+    config.train.batch_size = _BATCH_SIZE.value * mesh.size
+    validate(config, mesh.size, 1)
+    return config
+
+
+def _batch_shapes(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of latents and labels, split over the devices."""
+    rows, side = config.train.batch_size, config.data.image_size // config.autoencoder.downsampling
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
+    image = (rows, side, side, config.model.in_channels)
+    return {"image": struct(image, jnp.float32), "label": struct((rows,), jnp.int32)}
+
+
+def _compile_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
+    """The train step as train.py compiles it."""
+    state, batch = abstract_state(config, mesh), _batch_shapes(config, mesh)
+    return make_train_step(config, mesh).lower(state, batch).compile()
+
+
+def _measure(
+    name: str, config: ConfigDict, mesh: Mesh, program: jax.stages.Compiled | None
+) -> dict[str, Any]:
+    """A row of the results; what memory did not suffice for is None."""
+    step_ms = program and none_if_out_of_memory(_time_step, config, mesh, program)
+    rows = config.train.batch_size
+    return {
+        "model": name,
+        "parameters": parameter_count(abstract_state(config, mesh).params),
+        "image_size": config.data.image_size,
+        "num_devices": mesh.size,
+        "batch_size": rows // mesh.size,
+        "dtype": jnp.dtype(compute_dtype(config.model.dtype)).name,
+        "step_ms": step_ms,
+        "images_per_s": step_ms and rows / step_ms * 1e3,
+        "program_bytes": program and program_bytes(program),
+        "process_peak_bytes": process_peak_bytes(mesh.devices.flat),
+        "config": config.to_dict(),
+    }
+
+
+def _time_step(config: ConfigDict, mesh: Mesh, program: jax.stages.Compiled) -> float:
+    """Milliseconds a step.
+
+    Raises:
+        FloatingPointError: the loss became infinite or NaN, so that the steps were not real ones.
+    """
+    rng, shapes = np.random.default_rng(0), _batch_shapes(config, mesh)
+    batch = {
+        "image": rng.standard_normal(shapes["image"].shape, np.float32),
+        "label": rng.integers(0, config.model.num_classes, shapes["label"].shape, np.int32),
+    }
+    batch = jax.device_put(batch, batch_sharding(mesh))
+    state, metrics = initial_state(config, mesh), {}
+
+    def run():
+        nonlocal state, metrics
+        for _ in range(_STEPS.value):
+            state, metrics = program(state, batch)
+        return state
+
+    run_ms = median_ms(run, runs=_RUNS.value, warm_up=1)
+    if not np.isfinite(metrics["loss"]):
+        raise FloatingPointError(f"the loss became {metrics['loss']}")
+    return run_ms / _STEPS.value
+
+
+def _add(results: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    """Adds a row to the results, with its rate over that of the first, and prints it."""
+    results.append(row)
+    first, rate = results[0]["images_per_s"], row["images_per_s"]
+    row["of_the_first"] = rate / first if rate and first else None
+    cells = [row["model"], f"{row['parameters'] / 1e6:.2f}", str(row["batch_size"])]
+    if rate is None:
+        cells += ["out of memory", "", "", ""]
+    else:
+        cells += [
+            f"{row['step_ms']:.2f}",
+            f"{rate:.1f}",
+            f"{row['program_bytes'] / 2**30:.2f}",
+            f"{row['of_the_first']:.2f}" if first else "",
+        ]
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)

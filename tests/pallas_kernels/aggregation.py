@@ -1,0 +1,48 @@
+"""What the tests of the deformable aggregation share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.comparison import relative_error
+
+
+def output_and_gradients(function, *arrays):
+    """(function(*inputs), its gradients) for arrays = (*inputs, cotangent of the output).
+
+    An input may be a pair or a row of sampling points, which has a gradient for each of its fields
+    but for `Multiscale`'s two constants.
+    """
+    *inputs, cotangent = arrays
+    out, vjp = jax.vjp(function, *inputs)
+    return out, *jax.tree.leaves(vjp(cotangent))[:5]
+
+
+def cast(values, points, cotangent, dtype, points_dtype=None):
+    """The same in other dtypes; the points' is `dtype` by default."""
+    per_query = [jnp.asarray(field, points_dtype or dtype) for field in points.per_query]
+    points = type(points)(*per_query, *points.per_group, *points.constant)
+    return jnp.asarray(values, dtype), points, jnp.asarray(cotangent, dtype)
+
+
+def check_released(file, case, function, *, tolerance=1e-5, product_tolerance=1e-5):
+    """Holds function(values, offsets, weights, cotangent) -> (output, *gradients) to op.npz.
+
+    The fixture's grad_values is the gradient summed over an unknown number of launches. It is 1821
+    times (case0) and 1457 times (case1) too large, with the rounding of as many float32 additions:
+    d out . out = d values . values fails by those factors, as it cannot for any gradient of a
+    function linear in `values`. So its direction is compared, and its length by that identity.
+    """
+    golden = {name.removeprefix(f"{case}/"): a for name, a in file.items() if case in name}
+    inputs = [golden[name] for name in ("values", "offsets", "weights", "cotangent")]
+    out, d_values, d_offsets, d_weights = function(*inputs)
+    assert relative_error(out, golden["out"]) < tolerance
+    assert relative_error(d_offsets, golden["grad_offsets"]) < tolerance
+    assert relative_error(d_weights, golden["grad_weights"]) < tolerance
+
+    unit = lambda a: a / np.linalg.norm(np.asarray(a, np.float64))  # noqa: E731
+    assert relative_error(unit(d_values), unit(golden["grad_values"])) < 10 * tolerance
+    product = np.vdot(np.float64(golden["cotangent"]), np.float64(golden["out"]))
+    inner = np.vdot(np.float64(golden["values"]), np.float64(d_values))
+    assert inner == pytest.approx(product, rel=product_tolerance)
