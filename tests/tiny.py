@@ -89,6 +89,12 @@ def metrics(workdir) -> list[dict]:
     return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").open()]
 
 
+def files(workdir) -> dict[Path, int]:
+    """When each file of a run was last written, but for its lock."""
+    files = (path for path in Path(workdir).rglob("*") if path.is_file() and path.name != ".lock")
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
 def steps(workdir) -> list[int]:
     """The finished checkpoints of a run."""
     folder = Path(workdir) / "checkpoints"

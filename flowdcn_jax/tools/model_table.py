@@ -18,11 +18,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags
 from flax import nnx
 from tqdm import tqdm
 
-from flowdcn_jax import environment
+from flowdcn_jax import command, environment
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.files import atomic_write
 from flowdcn_jax.models import abstract_model, apply_model, random_params
@@ -254,27 +254,21 @@ def _numbers(flag: flags.FlagHolder) -> list[int]:
     return [int(text) for text in flag.value]
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
+def main() -> None:
     timed = _TIMING.value == "always" or (
         _TIMING.value == "auto" and jax.default_backend() == "gpu"
     )
-    try:
-        if _JSON.value:
-            check_writable(Path(_JSON.value))
-        result = measure(
-            _MODELS.value,
-            image_sizes=_numbers(_IMAGE_SIZES),
-            batch_sizes=_numbers(_BATCH_SIZES),
-            timed=timed,
-        )
-        if _JSON.value:
-            with atomic_write(Path(_JSON.value)) as file:
-                file.write((json.dumps(result, indent=2) + "\n").encode())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    if _JSON.value:
+        check_writable(Path(_JSON.value))
+    result = measure(
+        _MODELS.value,
+        image_sizes=_numbers(_IMAGE_SIZES),
+        batch_sizes=_numbers(_BATCH_SIZES),
+        timed=timed,
+    )
+    if _JSON.value:
+        with atomic_write(Path(_JSON.value)) as file:
+            file.write((json.dumps(result, indent=2) + "\n").encode())
     arguments = shlex.join(sys.argv[1:])
     print(
         to_markdown(result, f"python -m flowdcn_jax.tools.model_table {arguments}".strip()), end=""
@@ -282,4 +276,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

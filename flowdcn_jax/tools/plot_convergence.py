@@ -5,9 +5,9 @@ Two velocity fields whose solutions are known, in float64: flowdcn_jax/samplers/
 
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
 
-from flowdcn_jax import samplers
+from flowdcn_jax import command, samplers
 from flowdcn_jax.files import atomic_write
 from flowdcn_jax.samplers.known_solutions import FIELDS, solver_error
 from flowdcn_jax.samplers.neural_coefficients import NEURAL_COEFFICIENTS
@@ -42,13 +42,10 @@ def plot_convergence(out: Path) -> None:
     pyplot.close(figure)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
+def main() -> None:
     plot_convergence(Path(_OUT.value))
     print(_OUT.value)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

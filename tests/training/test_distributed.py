@@ -29,9 +29,9 @@ def start_two(workdir, **overrides):
     ]
 
 
-def finish_all(processes):
+def finish_all(processes, status=0):
     results = [tiny.finish(process) for process in processes]
-    assert [code for code, _ in results] == [0, 0], "\n".join(output for _, output in results)
+    assert [code for code, _ in results] == [status] * 2, "\n".join(output for _, output in results)
     return [output for _, output in results]
 
 
@@ -61,6 +61,6 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path):
         assert time.monotonic() < deadline and processes[0].poll() is None
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)
-    finish_all(processes)
+    finish_all(processes, status=75)
     (step,) = tiny.steps(tmp_path)
     assert tiny.metrics(tmp_path)[-1]["step"] == step
