@@ -54,7 +54,7 @@ CONVERT = ["--source=no.pth", "--config=configs/s2.py", "--workdir=unused"]
         ([*CONVERT, "--export=x"], "give either --source"),
         (CONVERT[:2], "--workdir is missing"),
         ([CONVERT[0], CONVERT[2]], "--config is missing"),
-        ([*CONVERT, "stray"], "unexpected arguments ['stray']"),
+        ([*CONVERT, "stray"], "unexpected arguments: ['stray']"),
         ([*CONVERT, "--config.model.widht=3"], "unknown key in --config"),
         ([CONVERT[0], "--config=configs/no.py"], "--config=configs/no.py cannot be loaded"),
         (CONVERT, "--source=no.pth cannot be read: No such file"),
