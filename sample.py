@@ -6,10 +6,11 @@ and images/00000.png ... with --save_images. The same command goes on with a run
 hosts: as train.py, with --distributed.
 """
 
-import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
+
+from flowdcn_jax import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest by default.")
@@ -86,28 +87,15 @@ _AUTOENCODER = flags.DEFINE_string(
 _AUTOENCODER_WEIGHTS = flags.DEFINE_string(
     "autoencoder_weights", None, "Its safetensors file, or the folder; by default the config's."
 )
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of the job.")
-_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the job.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's number, from 0.")
+command.define_distributed_flags()
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
+def main() -> None:
+    command.join_processes()
     # Imported here so that --help and usage errors come at once.
     import jax
 
-    from flowdcn_jax.errors import UserError
-
-    if _DISTRIBUTED.value:
-        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    try:
-        picture = sample()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    picture = sample()
     if jax.process_index() == 0:
         print(picture)
 
@@ -154,4 +142,4 @@ def sample() -> Path:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -7,25 +7,23 @@ whole way from JPEG files of 500x375 to the TFDS data set.  Both count an image 
 as one.  Compilation is left out: the second use finds what the first has compiled.
 """
 
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from PIL import Image
 
 from benchmarks.random_autoencoder import random_kl
+from flowdcn_jax import command
 from flowdcn_jax.autoencoders import Autoencoder, kl
 from flowdcn_jax.caching import Job, cache_latents
 from flowdcn_jax.caching.encoding import LatentEncoder
-from flowdcn_jax.commands import file_to_write, write_json
+from flowdcn_jax.command import file_to_write, write_json
 from flowdcn_jax.data.labelled_images import FolderImages
 from flowdcn_jax.environment import describe_machine
-from flowdcn_jax.errors import UserError
 from flowdcn_jax.precision import compute_dtype
 
 _IMAGES = flags.DEFINE_integer("images", 4096, "Images to cache.", 1)
@@ -47,14 +45,8 @@ _DIFFERENT_PHOTOS = 200  # the others are links to these
 _ENCODER_RUNS = 5
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        out = file_to_write(_OUT)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+def main() -> None:
+    out = file_to_write(_OUT)
     machine = describe_machine()
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder) / "compiled"))
@@ -130,4 +122,4 @@ def _caching_rate(autoencoder: Autoencoder, folder: Path, cores: int) -> float:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

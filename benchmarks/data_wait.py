@@ -13,24 +13,23 @@ The latents are random and stay in the page cache: the disk is not measured.  Co
 GPUs is not, either.
 """
 
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from tqdm import trange
 
 from benchmarks.random_latents import reader_rate, write_random_latents
-from flowdcn_jax import config_flag, data
-from flowdcn_jax.commands import file_to_write, write_json
+from flowdcn_jax import command, config_flag, data
+from flowdcn_jax.command import file_to_write, write_json
 from flowdcn_jax.environment import describe_machine
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.training.loop import DEVICE_PREFETCH, on_devices
@@ -40,7 +39,7 @@ from flowdcn_jax.training.state import initial_state
 from flowdcn_jax.training.step import make_train_step
 from flowdcn_jax.validation import validate
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/xl2.py", lock_config=True)
+_CONFIG = config_flag.define_config_flag(default="configs/xl2.py")
 _GPUS = flags.DEFINE_integer("gpus", 8, "GPUs whose demand the reader meets.", 1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images a GPU and step.", 1)
 _STEP_MS = flags.DEFINE_float("step_ms", None, "Sleep so long in place of the training step.", 0)
@@ -53,14 +52,8 @@ _OUT = flags.DEFINE_string("out", None, "JSON file to write.")
 Step = Callable[[dict[str, jax.Array]], Any]  # of a batch on the devices; returns when it is done
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        config, out = _check_flags(), file_to_write(_OUT)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+def main() -> None:
+    config, out = _check_flags(), file_to_write(_OUT)
     mesh = make_mesh(devices=jax.devices()[:1])
     simulated = _STEP_MS.value is not None
     if simulated:
@@ -185,12 +178,5 @@ def _print(result: dict[str, Any]) -> None:
     print(f"| {' | '.join(cells.values())} |")
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        return config_flag.parse_flags(argv, _CONFIG)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    command.run(main)

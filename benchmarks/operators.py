@@ -11,16 +11,17 @@ the authors' repository, times their Triton kernels as well; it needs PyTorch.
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags
 
-from flowdcn_jax.commands import file_to_write, write_json
+from flowdcn_jax import command
+from flowdcn_jax.command import file_to_write, write_json
 from flowdcn_jax.environment import describe_machine
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.files import atomic_write
@@ -46,17 +47,11 @@ _COPY_BYTES = 2**31
 _PLOTTED = (16, 32, 64, 128)  # sides of the token grids of --plot, at the tokens of 64 x 16 x 16
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        out, plot = file_to_write(_OUT), file_to_write(_PLOT)
-        shapes = [_parse_shape(text) for text in _SHAPES.value]
-    except UserError as error:
-        sys.exit(f"error: {error}")
+def main() -> None:
+    out, plot = file_to_write(_OUT), file_to_write(_PLOT)
+    shapes = [_parse_shape(text) for text in _SHAPES.value]
     if reason := why_not_pallas():
-        sys.exit(f"error: the kernels can't be timed here: {reason}")
+        raise UserError(f"the kernels can't be timed here: {reason}")
     report = {"machine": describe_machine(), "copy_bytes_per_s": _copy_rate(), "results": []}
     print(f"copy: {report['copy_bytes_per_s'] / 1e12:.2f} TB/s", flush=True)
     print(
@@ -237,4 +232,4 @@ def _plot(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

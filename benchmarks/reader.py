@@ -10,21 +10,19 @@ hardly depends on them.
 
 import itertools
 import os
-import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 
 from benchmarks.random_latents import reader_rate, write_random_latents
 from configs import default
+from flowdcn_jax import command
 from flowdcn_jax.autoencoders import PUBLISHED_DOWNSAMPLING
-from flowdcn_jax.commands import file_to_write, numbers, write_json
+from flowdcn_jax.command import file_to_write, numbers, write_json
 from flowdcn_jax.data import make_source
 from flowdcn_jax.environment import describe_machine
-from flowdcn_jax.errors import UserError
 
 _SIZES = flags.DEFINE_list("image_sizes", ["256", "512"], "Of latents an eighth of it, 4 channels.")
 _THREADS = flags.DEFINE_list("threads", ["1", "2", "4"], "Reader threads.")
@@ -35,15 +33,9 @@ _MEGABYTES = flags.DEFINE_integer("megabytes", 200, "Latents of each size.", 1)
 _OUT = flags.DEFINE_string("out", None, "JSON file to write.")
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        out, sizes = file_to_write(_OUT), numbers(_SIZES)
-        all_threads, batches = numbers(_THREADS, at_least=0), numbers(_BATCHES)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+def main() -> None:
+    out, sizes = file_to_write(_OUT), numbers(_SIZES)
+    all_threads, batches = numbers(_THREADS, at_least=0), numbers(_BATCHES)
     report = {"machine": describe_machine(), "results": []}
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
@@ -91,4 +83,4 @@ def _measure(size: int, threads: int, batch_size: int, folder: Path) -> dict[str
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -13,21 +13,19 @@ that these passes do not make up; measured apart, it can come out slightly below
 """
 
 import functools
-import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from benchmarks.memory import process_peak_bytes, program_bytes
-from flowdcn_jax import config_flag
-from flowdcn_jax.commands import file_to_write, numbers, write_json
+from flowdcn_jax import command, config_flag
+from flowdcn_jax.command import file_to_write, numbers, write_json
 from flowdcn_jax.environment import describe_machine
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.models import abstract_model, apply_model, random_params
@@ -36,7 +34,7 @@ from flowdcn_jax.training.sharding import batch_sharding, make_mesh, replicated
 from flowdcn_jax.validation import validate
 from pallas_kernels.timing import median_ms
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/xl2.py", lock_config=True)
+_CONFIG = config_flag.define_config_flag(default="configs/xl2.py")
 _SIZES = flags.DEFINE_list("image_sizes", ["256", "512"], "Sides of the images, pixels.")
 _STEPS = flags.DEFINE_list("num_steps", ["10", "50", "250"], "Steps from noise to image.")
 _DEVICES = flags.DEFINE_list("devices", ["1"], "Numbers of devices to use, the first ones.")
@@ -56,15 +54,9 @@ _COLUMNS = (
 )
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        out = file_to_write(_OUT)
-        config, settings, meshes = _check_flags()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+def main() -> None:
+    out = file_to_write(_OUT)
+    config, settings, meshes = _check_flags()
     report = {"machine": describe_machine(), "config": config.to_dict(), "results": []}
     print(f"| {_COLUMNS} |")
     print("| --- " * (_COLUMNS.count("|") + 1) + "|")
@@ -185,12 +177,5 @@ def _add(results: list[dict[str, Any]], row: dict[str, Any]) -> None:
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        return config_flag.parse_flags(argv, _CONFIG)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    command.run(main)

@@ -14,8 +14,6 @@ XLA assigned them. "of the first" is images/s over those of the first row.
 
 import functools
 import importlib
-import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,13 +21,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from benchmarks.memory import process_peak_bytes, program_bytes
-from flowdcn_jax.commands import file_to_write, write_json
+from flowdcn_jax import command
+from flowdcn_jax.command import file_to_write, write_json
 from flowdcn_jax.environment import describe_machine
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.models import parameter_count
@@ -52,16 +51,10 @@ _CONFIGS = Path(__file__).parent.parent / "configs"
 _COLUMNS = "model | parameters (M) | batch a device | ms | images/s | GiB | of the first"
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        out = file_to_write(_OUT)
-        mesh = _make_mesh()
-        configs = {name: _load_config(name, mesh) for name in _MODELS.value}
-    except UserError as error:
-        sys.exit(f"error: {error}")
+def main() -> None:
+    out = file_to_write(_OUT)
+    mesh = _make_mesh()
+    configs = {name: _load_config(name, mesh) for name in _MODELS.value}
     report = {"machine": describe_machine(), "results": []}
     with ThreadPoolExecutor() as pool:  # a compilation keeps one core busy, and no more
         compiling = pool.map(
@@ -181,4 +174,4 @@ def _add(results: list[dict[str, Any]], row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -74,7 +74,7 @@ def get_config() -> config_dict.ConfigDict:
         seed=0,
         classes=(207, 360, 387, 974, 88, 979, 417, 279),  # in turn; (): all classes in turn
     )
-    return config
+    return config.lock()  # a misspelled key is an error, in files as on the command line
 
 
 def flowdcn() -> dict:

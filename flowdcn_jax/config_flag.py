@@ -1,27 +1,89 @@
 """The --config flag of commands: one line in place of the traceback of what it cannot read."""
 
-from absl import app, flags
-from ml_collections import ConfigDict
+import traceback
+from typing import Any
 
-from flowdcn_jax.errors import ConfigError
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from flowdcn_jax.errors import ConfigError, UserError
+
+_NAME = "config"
+_MODULE = f"{_NAME}_config"  # the name under which config_flags runs the file
+
+flags.disclaim_key_flags()  # --config is a flag of the command that asks for it
 
 
-def parse_flags(argv: list[str], config: flags.FlagHolder) -> list[str]:
-    """absl's parser for a command with a --config; returns the remaining arguments.
+def define_config_flag(*, default: str | None = None, required: bool = False) -> flags.FlagHolder:
+    """Defines --config, a file whose get_config() returns the config."""
+    holder = config_flags.DEFINE_config_file(
+        _NAME,
+        default,
+        help_string="A file such as configs/s2.py. configs/default.py lists every key with its "
+        "default and unit; --config.KEY=VALUE sets any of them.",
+        lock_config=True,
+    )
+    if required:
+        flags.mark_flag_as_required(_NAME)
+    return holder
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, for commands with and without --config; returns what is not a flag.
 
     Raises:
-        ConfigError: an unknown key, or a file that does not load.
+        UserError: a flag that is unknown, missing or out of range; a ConfigError if it is a key of
+            the config, or if the file does not load.
     """
     try:
-        remaining = app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:  # config_flags' form of an unknown key
-        cause = error.args[0]  # a KeyError, wrapped
-        text = cause.args[0] if isinstance(cause, Exception) else str(cause)
-        raise ConfigError("unknown key in --config: " + text.replace("\n", " ")) from error
-    flag = flags.FLAGS[config.name]
-    if flag.present and not isinstance(config.value, ConfigDict):  # its form of a bad file
+        remaining = flags.FLAGS(argv)
+    except Exception as error:
+        message = _where_in_file(error)
+        if message is not None:
+            raise ConfigError(message) from error
+        if isinstance(error, flags.Error):
+            raise UserError(_one_line(error)) from error
+        if isinstance(error, AttributeError) and error.name == "get_config":
+            raise ConfigError(f"the file of --{_NAME} has no function get_config()") from error
+        if isinstance(error, OSError):  # config_flags' form of a missing file, and a key set in it
+            reason = str(error).splitlines()[-1].strip()
+            raise ConfigError(f"--{_NAME} cannot be loaded: {reason}") from error
+        if isinstance(error, (AttributeError, KeyError)):  # config_flags' form of an unknown key
+            raise ConfigError(f"unknown key in --{_NAME}: {_one_line(error)}") from error
+        raise
+    flag = flags.FLAGS[_NAME] if _NAME in flags.FLAGS else None
+    if flag is not None and flag.present and not isinstance(flag.value, ConfigDict):
         raise ConfigError(
-            f"--config={flag.config_filename} cannot be loaded; expected a file such as "
-            "configs/s2.py"
+            f"--{_NAME}={flag.config_filename} cannot be loaded; expected a file such as "
+            "configs/s2.py, with a get_config() that returns a ConfigDict"
         )
     return remaining
+
+
+def overrides() -> dict[str, Any]:
+    """Key -> value of the --config.KEY=VALUE that were given."""
+    return dict(config_flags.get_override_values(flags.FLAGS[_NAME]))
+
+
+def _where_in_file(error: BaseException | None) -> str | None:
+    """FILE:LINE and the error, if running the config file is what caused it; else None."""
+    while error is not None:
+        if isinstance(error, SyntaxError):
+            return f"{error.filename}:{error.lineno}: {error.msg}"
+        frames = [
+            (frame.f_code.co_filename, line)
+            for frame, line in traceback.walk_tb(error.__traceback__)
+            if frame.f_globals.get("__name__") == _MODULE
+        ]
+        if frames:
+            file, line = frames[-1]
+            return f"{file}:{line}: {_one_line(error)}"
+        error = error.__cause__ or error.__context__  # absl wraps some, and keeps them there
+    return None
+
+
+def _one_line(error: BaseException) -> str:
+    cause = error.args[0] if error.args else error
+    if isinstance(cause, Exception):  # ConfigDict wraps a KeyError in an AttributeError
+        cause = cause.args[0] if cause.args else cause
+    return " ".join(str(cause).split())

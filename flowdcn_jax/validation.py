@@ -2,6 +2,8 @@
 
 import json
 
+from ml_collections import ConfigDict
+
 from flowdcn_jax.autoencoders import AUTOENCODERS
 from flowdcn_jax.data import SOURCES, BucketedSource, DataError, Source, aspect_buckets
 from flowdcn_jax.errors import ConfigError
@@ -72,6 +74,20 @@ NOT_NEGATIVE = (
 POSITIVE = ("model.max_scale", "optimizer.learning_rate", "optimizer.epsilon")
 POSITIVE_OR_NONE = ("optimizer.clip_norm", "checkpoint.keep_every_steps")
 FRACTIONS = ("flow.label_dropout", "optimizer.b1", "optimizer.b2", "ema.decay")
+# Looked at elsewhere, or fine with any value.
+OTHERS = (
+    "model.name",
+    "data.data_dir",
+    "data.split",
+    "data.random_flip",
+    "data.aspect_buckets.min_aspect",
+    "data.aspect_buckets.max_aspect",
+    "data.aspect_buckets.side_multiple",
+    "autoencoder.weights",
+    "mesh.data",
+    "mesh.fsdp",
+    "sampling.classes",
+)
 
 
 def lookup(config, key: str):
@@ -87,7 +103,7 @@ def validate(config, num_devices: int, num_processes: int) -> None:
     Raises:
         ConfigError: the first value that does not fit.
     """
-    _check_model_keys(config)
+    check_keys(config)
     for key, choices in CHOICES.items():
         _require(config, key, lambda v, c=choices: v in c, f"one of {', '.join(sorted(choices))}")
     for key in AT_LEAST_ONE:
@@ -107,6 +123,24 @@ def validate(config, num_devices: int, num_processes: int) -> None:
     for label in config.sampling.classes:
         if not 0 <= label < config.model.num_classes:
             _fail(config, "sampling.classes", f"classes from 0 to {config.model.num_classes - 1}")
+
+
+def check_keys(config) -> None:
+    """Every key of configs/default.py is there, and no other; under model those of its model.
+
+    Raises:
+        ConfigError: a key that is missing or unknown.
+    """
+    tables = (CHOICES, AT_LEAST_ONE, SEEDS, NOT_NEGATIVE, POSITIVE, POSITIVE_OR_NONE, FRACTIONS)
+    known = {key for table in (*tables, OTHERS) for key in table}
+    found = {key.removeprefix("config.") for key in _flatten("config", config)}
+    expected = {key for key in known if not key.startswith("model.")} | {"model.name"}
+    for key in sorted(expected - found):
+        raise ConfigError(f"config.{key} is missing; expected every key of configs/default.py")
+    for key in sorted(found - expected):
+        if not key.startswith("model."):
+            raise ConfigError(f"config.{key} is unknown; expected the keys of configs/default.py")
+    _check_model_keys(config)
 
 
 def check_resumable(saved: dict, config, *, weights_only: bool = False) -> None:
@@ -223,7 +257,13 @@ def _check_batch(config, num_devices: int, num_processes: int) -> None:
 
 
 def _require(config, key: str, holds, expected: str) -> None:
-    if _applies(config, key) and not holds(lookup(config, key)):
+    if not _applies(config, key):
+        return
+    try:
+        fits = holds(lookup(config, key))
+    except TypeError:  # a value that has no order, or none with numbers
+        fits = False
+    if not fits:
         _fail(config, key, expected)
 
 
@@ -265,7 +305,7 @@ def _get(tree: dict, key: str):
 
 
 def _flatten(prefix: str, tree) -> dict:
-    if not isinstance(tree, dict):
+    if not isinstance(tree, (dict, ConfigDict)):
         return {prefix: tree}
     flat = {}
     for key, value in tree.items():

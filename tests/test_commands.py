@@ -24,10 +24,6 @@ def trained(tmp_path_factory):
     return workdir
 
 
-def files(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize(
     "overrides, message",
     [
@@ -104,7 +100,7 @@ def test_a_missing_data_set_names_what_prepares_it(tmp_path, name):
 
 
 def test_a_workdir_of_another_run_is_refused_and_left_alone(trained):
-    before = files(trained)
+    before = tiny.files(trained)
     config = tiny.config(model__width=32, train__batch_size=8, seed=3, flow__label_dropout=0.2)
     with pytest.raises(ConfigError) as caught:
         loop.train(config, str(trained))
@@ -115,7 +111,7 @@ def test_a_workdir_of_another_run_is_refused_and_left_alone(trained):
     ):
         assert part in str(caught.value)
     assert "label_dropout" not in str(caught.value)
-    assert files(trained) == before
+    assert tiny.files(trained) == before
 
 
 def test_what_may_change_may_change(trained):
@@ -124,6 +120,7 @@ def test_what_may_change_may_change(trained):
 
 
 TRAIN = ("train.py", "--workdir=x", "--config=configs/digits.py")
+NO_FILE = ("train.py", "--workdir=x", "--config=configs/no.py")
 
 
 @pytest.mark.parametrize(
@@ -133,8 +130,20 @@ TRAIN = ("train.py", "--workdir=x", "--config=configs/digits.py")
         ((*TRAIN, "--config.train.batchsize=3"), 'Did you mean "batch_size"'),
         ((*TRAIN, "--config.train.batch_size=many"), "batch_size=many: invalid literal for int"),
         ((*TRAIN, "--config.train.batch_size=0"), "error: config.train.batch_size is 0; expected"),
-        (("train.py", "--workdir=x", "--config=configs/no.py"), "error: --config=configs/no.py"),
+        ((*TRAIN, "--config.model={}"), "error: config.model.name is missing; expected every key"),
+        (NO_FILE, "error: --config=configs/no.py cannot be loaded; expected a file such as"),
+        ((*NO_FILE, "--config.seed=3"), "No such file or directory: 'configs/no.py'"),
         ((*TRAIN, "stray"), "unexpected arguments: ['stray']"),
+        (
+            (*TRAIN, "--process_id=0", "--num_processes=1"),
+            "--process_id given without --distri",
+        ),
+        ((*TRAIN, "--distributed"), "error: --distributed finds no cluster (SLURM, Kubernetes, cl"),
+        (
+            (*TRAIN, "--distributed", "--coordinator_address=a"),
+            "is 'a'; expected HOST:PORT",
+        ),
+        (("sample.py", "--workdir=x", "--coordinator_address=a:1"), "given without --distributed"),
         (("sample.py", "--workdir=no/such/folder"), "no/such/folder holds no checkpoints"),
         (("sample.py", "--workdir=x", "--num_images=0"), "num_images"),
         (("sample.py", "--workdir=x", "--image_size=8"), "error: image_size is '8'; expected HxW"),
@@ -144,10 +153,41 @@ TRAIN = ("train.py", "--workdir=x", "--config=configs/digits.py")
 )
 def test_the_commands_print_one_error_and_no_traceback(command, message):
     code, output = tiny.run([sys.executable, *command])
-    assert code != 0
+    assert code == 2
+    assert output.startswith("error: ") and output.count("\n") == 1
     assert message in output
-    assert "Traceback" not in output
     assert not (tiny.REPOSITORY / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("config.train.batchsize = 3", ':4: Key "batchsize" does not exist'),
+        ("config.trian.batch_size = 3", ":4: 'trian' Did you mean \"train\""),
+        ("config.train.batch_size = 'many'", ":4: Could not override field 'batch_size'"),
+        ("config.train.batch_size = (3", ":4: '(' was never closed"),
+        ("del config.flow", ":4: This ConfigDict is locked"),
+        ("from configs import defualt", ":4: cannot import name 'defualt'"),
+        ("config.train = dict(config.train, steps=3)", "config.train.steps is unknown; expected"),
+        (
+            "config = 3",
+            "cannot be loaded; expected a file such as configs/s2.py, with a get",
+        ),
+    ],
+)
+def test_an_error_in_a_config_file_is_one_line_that_says_where(tmp_path, line, message):
+    file = tmp_path / "mine.py"
+    head = "from configs import digits\ndef get_config():\n    config = digits.get_config()\n"
+    file.write_text(f"{head}    {line}\n    return config\n")
+    code, output = tiny.run([sys.executable, "train.py", f"--config={file}", "--workdir=x"])
+    assert code == 2
+    where = f"{file}{message}" if message[0] == ":" else message
+    assert output.startswith("error: ") and output.count("\n") == 1 and where in output
+
+
+def test_help_says_where_the_keys_are():
+    _, output = tiny.run([sys.executable, "train.py", "--help"])
+    assert "configs/default.py lists every key" in output
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Every config is whole: it holds default.py's keys, passes the checks, and says how to run it."""
 
+import copy
 import importlib
 import json
 import re
@@ -13,6 +14,7 @@ from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.validation import (
     ADDED_TO_DATA,
     REMOVED_FROM_DATA,
+    check_keys,
     check_resumable,
     validate,
 )
@@ -57,6 +59,25 @@ def test_config_is_whole_and_says_what_it_costs(name):
         if stated or unit.startswith("M"):
             digits = len(stated[1].partition(".")[2])
             assert float(stated[1]) == round(count / (1e6 if unit[0] == "M" else 1e9), digits)
+
+
+def test_every_key_must_be_there_and_no_other():
+    whole = importlib.import_module("configs.default").get_config().unlock()
+    for key in keys(whole):
+        *sections, name = key.split(".")
+        config = copy.deepcopy(whole)
+        section = config
+        for part in sections:
+            section = section[part]
+        value = section[name]
+        del section[name]
+        if sections != ["model"] or models.model_options("flowdcn").get(name) is None:
+            with pytest.raises(ConfigError, match=f"config.{key} is missing"):
+                validate(config, num_devices=8, num_processes=2)
+        section[name], section["typo"] = value, 1
+        where = ".".join(["config", *sections, "typo"])
+        with pytest.raises(ConfigError, match=f"{where} is (unknown|1; expected no such key)"):
+            check_keys(config)
 
 
 def test_a_config_saved_before_an_option_was_there_means_the_published_model():

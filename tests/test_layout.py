@@ -55,6 +55,11 @@ def test_the_library_does_not_import_its_users():
         assert not bad, f"{path.relative_to(ROOT)} imports {bad}"
 
 
+def test_only_the_command_imports_the_training_loop():
+    for path in (ROOT / "flowdcn_jax").rglob("*.py"):
+        assert "flowdcn_jax.training.loop" not in imports(path), path.relative_to(ROOT)
+
+
 def test_modules_stay_readable():
     for package in OURS:
         for path in (ROOT / package).rglob("*.py"):

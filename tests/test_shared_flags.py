@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from flowdcn_jax.commands import file_to_write, numbers, write_json
+from flowdcn_jax.command import file_to_write, numbers, write_json
 from flowdcn_jax.errors import UserError
 
 

@@ -111,6 +111,12 @@ def numbers(workdir) -> list[tuple]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in metrics(workdir)]
 
 
+def files(workdir) -> dict[Path, int]:
+    """When each file of a run was last written, but for its lock."""
+    files = (path for path in Path(workdir).rglob("*") if path.is_file() and path.name != ".lock")
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
 def steps(workdir) -> list[int]:
     """The finished checkpoints of a run."""
     folder = Path(workdir) / "checkpoints"

@@ -56,10 +56,10 @@ def convert(
     """
     _check_choice(weights)
     source = Path(source)
+    validate(config, num_devices=1, num_processes=1)
     config = copy.deepcopy(config)
     if config.model.name == "flowdcn":
         config.model.boundary = "truncate"
-    validate(config, num_devices=1, num_processes=1)
     _check_free(Path(workdir))
     opened = open_source(source)
     official = official_tensors(config.model, tokens_per_side=_trained_side(opened, config))

@@ -18,12 +18,12 @@ metadata.json of the data set; more than --max_bad of them end the command.
 import os
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 
+from flowdcn_jax import command
 from flowdcn_jax.errors import UserError
 
 _ENCODERS = ("sd_vae", "taesd", "taef1", "taef2")
@@ -70,21 +70,16 @@ _SHARD_INDEX = flags.DEFINE_integer("shard_index", 0, "This process's share of t
 _NUM_SHARDS = flags.DEFINE_integer("num_shards", 1, "Processes that share the work.", 1)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Returns the exit status: 0 done (now, before, or but for other shares), 2 bad input."""
-    if len(argv) > 1:
-        print(f"error: unexpected arguments {argv[1:]}", file=sys.stderr)
-        return 2
-    logging.set_verbosity(logging.WARNING)  # TFDS reports each stage, beside the progress bar
+def main() -> int:
+    """Returns the exit status."""
     warnings.filterwarnings("ignore", module="PIL")  # of large images and damaged EXIF
     try:
         _cache()
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        raise UserError(str(error)) from error
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
+        return command.INTERRUPTED
     return 0
 
 
@@ -167,4 +162,4 @@ def _report(manifest: dict[str, Any], data_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

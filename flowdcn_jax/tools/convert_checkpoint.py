@@ -10,15 +10,14 @@ flowdcn_jax.load_model and train.py read the workdir. PyTorch files need PyTorch
 weights alone: code in them is never run.
 """
 
-import sys
+import shlex
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 
-from flowdcn_jax import config_flag
+from flowdcn_jax import command, config_flag
 from flowdcn_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_CONFIG = config_flag.define_config_flag()
 _SOURCE = flags.DEFINE_string("source", None, "Weights to convert: .pth, .pt, .ckpt, .safetensors.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: to write, or to export.")
 _WEIGHTS = flags.DEFINE_enum(
@@ -28,48 +27,56 @@ _EXPORT = flags.DEFINE_string("export", None, "safetensors file to write from --
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to export; the newest by default.")
 
 
-def main(argv: list[str]) -> int:
-    """Returns the exit status: 0 done, 2 bad input."""
-    try:
-        _check_flags(argv)
-        logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
-        import jax
+def main() -> None:
+    _check_flags()
+    import jax
 
-        from flowdcn_jax import published_weights
+    from flowdcn_jax import published_weights
 
-        jax.config.update("jax_platforms", "cpu")  # files in, files out
-        if _EXPORT.value:
-            step = published_weights.export(
-                _WORKDIR.value,
-                _EXPORT.value,
-                weights=_WEIGHTS.value,
-                step=_STEP.value,
-                progress=True,
-            )
-            print(f"{_EXPORT.value}: the {_WEIGHTS.value} weights of step {step}")
-            return 0
-        origin = published_weights.convert(
-            _SOURCE.value, _CONFIG.value, _WORKDIR.value, weights=_WEIGHTS.value, progress=True
+    jax.config.update("jax_platforms", "cpu")  # files in, files out
+    if _EXPORT.value:
+        step = published_weights.export(
+            _WORKDIR.value, _EXPORT.value, weights=_WEIGHTS.value, step=_STEP.value, progress=True
         )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    which = "its only weights" if origin["weights"] == "only" else f"its {_WEIGHTS.value} weights"
-    truncates = _CONFIG.value.model.name == "flowdcn"
-    boundary = " --config.model.boundary=truncate" if truncates else ""
-    print(f"{_WORKDIR.value}: {origin['file']}, a {origin['format']}, {which}")
-    print(f"to sample:    python sample.py --workdir={_WORKDIR.value}")
-    print(
-        f"to fine-tune: python train.py --config={flags.FLAGS['config'].config_filename}{boundary} "
-        f"--workdir={_WORKDIR.value}"
+        print(f"{_EXPORT.value}: the {_WEIGHTS.value} weights of step {step}")
+        return
+    config = _CONFIG.value
+    changed = _fit_config(config)
+    origin = published_weights.convert(
+        _SOURCE.value, config, _WORKDIR.value, weights=_WEIGHTS.value, progress=True
     )
-    return 0
+    which = "its only weights" if origin["weights"] == "only" else f"its {_WEIGHTS.value} weights"
+    print(f"{_WORKDIR.value}: {origin['file']}, a {origin['format']}, {which}")
+    decoder = ["--autoencoder=sd_vae", "--autoencoder_weights=sd-vae-ft-ema"]
+    latents = config.autoencoder.name == "none" and config.model.in_channels == 4
+    _print_command("to sample:    ", "sample.py", *(decoder if latents else []))
+    keys = [f"--config.{key}={value}" for key, value in (config_flag.overrides() | changed).items()]
+    file = flags.FLAGS["config"].config_filename
+    _print_command("to fine-tune: ", "train.py", f"--config={file}", *keys)
 
 
-def _check_flags(argv: list[str]) -> None:
+def _print_command(title: str, *arguments: str) -> None:
+    print(title + shlex.join(["python", *arguments, f"--workdir={_WORKDIR.value}"]))
+
+
+def _fit_config(config) -> dict:
+    """Sets what follows from the weights and was not asked for; returns it by key."""
+    from flowdcn_jax.validation import check_keys
+
+    check_keys(config)
+    changed = {}
+    if config.model.name == "flowdcn":
+        changed["model.boundary"] = "truncate"
+    # The default classes are ImageNet's.
+    fit = all(label < config.model.num_classes for label in config.sampling.classes)
+    if not fit and "sampling.classes" not in config_flag.overrides():
+        changed["sampling.classes"] = ()
+    config.update_from_flattened_dict(changed)
+    return changed
+
+
+def _check_flags() -> None:
     """Raises a UserError unless the flags are those of one of the two directions."""
-    if len(argv) > 1:
-        raise UserError(f"unexpected arguments {argv[1:]}")
     if bool(_SOURCE.value) == bool(_EXPORT.value):
         raise UserError("give either --source, to convert, or --export, to write")
     for flag in (_WORKDIR, _CONFIG) if _SOURCE.value else (_WORKDIR,):
@@ -77,13 +84,5 @@ def _check_flags(argv: list[str]) -> None:
             raise UserError(f"--{flag.name} is missing")
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    try:
-        return config_flag.parse_flags(argv, _CONFIG)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    command.run(main)

@@ -13,11 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags
 from flax import nnx
 from tqdm import tqdm
 
-from flowdcn_jax.commands import file_to_write, numbers, write_json
+from flowdcn_jax import command
+from flowdcn_jax.command import file_to_write, numbers, write_json
 from flowdcn_jax.environment import describe_machine
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.models import abstract_model, apply_model, parameter_count, random_params
@@ -207,24 +208,18 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
+def main() -> None:
     timed = _TIMING.value == "always" or (
         _TIMING.value == "auto" and jax.default_backend() == "gpu"
     )
-    try:
-        out = file_to_write(_JSON)
-        result = measure(
-            _MODELS.value,
-            image_sizes=numbers(_IMAGE_SIZES),
-            batch_sizes=numbers(_BATCH_SIZES),
-            timed=timed,
-        )
-        write_json(out, result)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    out = file_to_write(_JSON)
+    result = measure(
+        _MODELS.value,
+        image_sizes=numbers(_IMAGE_SIZES),
+        batch_sizes=numbers(_BATCH_SIZES),
+        timed=timed,
+    )
+    write_json(out, result)
     arguments = shlex.join(sys.argv[1:])
     print(
         to_markdown(result, f"python -m flowdcn_jax.tools.model_table {arguments}".strip()), end=""
@@ -232,4 +227,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

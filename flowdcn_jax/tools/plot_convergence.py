@@ -3,14 +3,12 @@
 Two velocity fields whose solutions are known, in float64: flowdcn_jax/samplers/known_solutions.py.
 """
 
-import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
 
-from flowdcn_jax import samplers
-from flowdcn_jax.commands import file_to_write
-from flowdcn_jax.errors import UserError
+from flowdcn_jax import command, samplers
+from flowdcn_jax.command import file_to_write
 from flowdcn_jax.files import atomic_write
 from flowdcn_jax.samplers.known_solutions import FIELDS, solver_error
 from flowdcn_jax.samplers.neural_coefficients import NEURAL_COEFFICIENTS
@@ -45,17 +43,11 @@ def plot_convergence(out: Path) -> None:
     pyplot.close(figure)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        out = file_to_write(_OUT)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+def main() -> None:
+    out = file_to_write(_OUT)
     plot_convergence(out)
     print(out)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -5,12 +5,12 @@ first workdir.
 """
 
 import json
-import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
 
-from flowdcn_jax.commands import check_writable
+from flowdcn_jax import command
+from flowdcn_jax.command import check_writable
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.files import atomic_write
 from flowdcn_jax.training.metrics import METRICS_FILE
@@ -62,18 +62,12 @@ def plot_loss(workdirs: list[str], out: Path) -> None:
     pyplot.close(figure)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
+def main() -> None:
     out = Path(_OUT.value) if _OUT.value else Path(_WORKDIRS.value[0]) / "loss.png"
-    try:
-        check_writable(out, flag="out")
-        plot_loss(_WORKDIRS.value, out)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    check_writable(out, flag="out")
+    plot_loss(_WORKDIRS.value, out)
     print(out)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -8,12 +8,11 @@ CIFAR-10 comes from one of: .npz files of JPEGs (or the folder that holds them),
 about half a minute and 200 MB.  A data set that is there already is left alone.
 """
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
 
+from flowdcn_jax import command
 from flowdcn_jax.data import prepare_cifar10
 from flowdcn_jax.errors import UserError
 
@@ -28,20 +27,13 @@ _DATA_DIR = flags.DEFINE_string(
 _PREPARERS = {"cifar10": prepare_cifar10}
 
 
-def main(argv: Sequence[str]) -> int:
-    """Returns the exit status: 0 prepared (now or before), 2 bad input."""
-    if len(argv) > 1:
-        print(f"error: unexpected arguments {argv[1:]}", file=sys.stderr)
-        return 2
-    logging.set_verbosity(logging.WARNING)  # TFDS reports each stage, beside the progress bar
+def main() -> None:
     sources = [part for value in _SOURCE.value for part in _split_commas(value)]
     try:
         folder, written = _PREPARERS[_DATASET.value](sources, data_dir=_DATA_DIR.value)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        raise UserError(str(error)) from error
     print(f"{_DATASET.value} {'prepared in' if written else 'was already prepared in'} {folder}")
-    return 0
 
 
 def _split_commas(value: str) -> list[str]:
@@ -52,4 +44,4 @@ def _split_commas(value: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -1,6 +1,7 @@
 """The training run: stages in the order in which they happen, then the loop."""
 
 import collections
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from flowdcn_jax.training.state import (
     state_from_weights,
 )
 from flowdcn_jax.training.step import make_train_step
+from flowdcn_jax.training.workdir_lock import workdir_lock
 from flowdcn_jax.validation import check_resumable, check_same_data, validate
 
 DEVICE_PREFETCH = 2  # batches on the devices ahead of the step
@@ -37,14 +39,18 @@ class NonFiniteError(UserError, RuntimeError):
     """The loss or the gradient became infinite or NaN; the message says where and what to do."""
 
 
-def train(config, workdir: str) -> None:
-    """Trains until config.train.num_steps, or until SIGTERM; goes on from the newest checkpoint.
+def train(config, workdir: str) -> bool:
+    """Trains until config.train.num_steps, or until asked to stop; goes on where a run stopped.
 
     Converted weights in `workdir` are started from, whatever the data, with a fresh optimizer.
-    Nothing is written to `workdir` before the config, the autoencoder, the data and the checkpoints
-    are found good.
+    Nothing but the lock is written to `workdir` before the config, the autoencoder, the data and
+    the checkpoints are found good. Call it from the main thread, which gets the signals.
+
+    Returns:
+        Whether the last step is done. If not, SIGTERM or Ctrl-C came, and a checkpoint was saved.
 
     Raises:
+        flowdcn_jax.training.workdir_lock.WorkdirError: another run is at work in `workdir`.
         flowdcn_jax.errors.ConfigError: a value, or a difference from the run in `workdir`.
         flowdcn_jax.autoencoders.AutoencoderError: weights that are missing or of no use.
         flowdcn_jax.training.checkpoint.CheckpointError: not one checkpoint there can be read.
@@ -56,15 +62,20 @@ def train(config, workdir: str) -> None:
     source = data.make_source(config.data, channels=config.model.in_channels)
     check_fits(autoencoder, config, origin=source.encoder)
     check_source(config, source)
-    saved = checkpoint.saved_run(workdir)
-    if saved is not None:
-        check_resumable(saved.config, config, weights_only=saved.weights_only)
-        check_same_data(saved, source)
     try:
         Path(workdir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--workdir={workdir} cannot be made a folder: {error}") from error
+    with workdir_lock(Path(workdir)):
+        return _train_alone(config, workdir, mesh, source, autoencoder)
 
+
+def _train_alone(config, workdir: str, mesh, source, autoencoder: Autoencoder) -> bool:
+    """The rest of `train`, in a workdir that no other run changes."""
+    saved = checkpoint.saved_run(workdir)
+    if saved is not None:
+        check_resumable(saved.config, config, weights_only=saved.weights_only)
+        check_same_data(saved, source)
     checkpointer = checkpoint.Checkpointer(
         workdir, keep=config.checkpoint.keep, keep_every_steps=config.checkpoint.keep_every_steps
     )
@@ -75,7 +86,7 @@ def train(config, workdir: str) -> None:
         elif state.opt_state is None:
             logging.warning("starting from the converted weights in %s", workdir)
             state = state_from_weights(config, mesh, state.params)
-        _Run(config, workdir, mesh, source, checkpointer, autoencoder).train(state)
+        return _Run(config, workdir, mesh, source, checkpointer, autoencoder).train(state)
     finally:
         checkpointer.close()
 
@@ -137,15 +148,19 @@ class _Run:
         )
         self.train_flops_per_image = 3 * 2 * macs  # backward costs two forwards; 2 FLOPs a MAC
 
-    def train(self, state: TrainState) -> None:
+    def train(self, state: TrainState) -> bool:
+        """Returns whether the last step is done."""
         config, num_steps = self.config, self.config.train.num_steps
         step = start_step = int(state.step)
         if start_step >= num_steps:
             logging.warning("step %d of %d is done: nothing to do", start_step, num_steps)
-            return
-        preemption = Preemption()
-        writer = MetricWriter(self.workdir, start_step=start_step, num_steps=num_steps)
-        try:
+            return True
+        with (
+            Preemption() as preemption,
+            contextlib.closing(
+                MetricWriter(self.workdir, start_step=start_step, num_steps=num_steps)
+            ) as writer,
+        ):
             if start_step:
                 writer.message(f"going on from step {start_step}")
             batches = self._batches(start_step)
@@ -179,8 +194,7 @@ class _Run:
             self.checkpointer.wait()
             if step < num_steps:
                 writer.message(f"asked to stop: saved step {step}; the same command goes on")
-        finally:
-            writer.close()
+        return step == num_steps
 
     def _compile_steps(self, state: TrainState, writer: MetricWriter) -> dict[tuple, Callable]:
         """The train step, compiled for each shape [B,H,W,C] of batches, by that shape.

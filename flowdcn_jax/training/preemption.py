@@ -1,5 +1,6 @@
-"""Stopping when the cluster asks: after SIGTERM the run saves a checkpoint and ends."""
+"""Stopping when asked: after SIGTERM or Ctrl-C the run saves a checkpoint and ends."""
 
+import os
 import signal
 
 import jax
@@ -7,19 +8,40 @@ from jax.experimental import multihost_utils
 
 
 class Preemption:
-    """Knows whether this process, or any other of the run, was sent SIGTERM."""
+    """Knows, while it is entered, whether any process of the run was asked to stop.
+
+    Clusters ask by SIGTERM, people by Ctrl-C (SIGINT). A second Ctrl-C ends the process at once.
+    """
 
     def __init__(self):
         self._asked = False
-        if jax.process_count() == 1:  # with several, jax.distributed catches the signal itself
-            signal.signal(signal.SIGTERM, self._on_signal)
+        self._handlers = {}
 
-    def _on_signal(self, signum, frame) -> None:
-        del signum, frame
-        self._asked = True
+    def __enter__(self) -> "Preemption":
+        wanted = {signal.SIGINT: self._on_interrupt}
+        if jax.process_count() == 1:  # with several, jax.distributed catches SIGTERM itself
+            wanted[signal.SIGTERM] = self._on_terminate
+        self._handlers = {number: signal.signal(number, on) for number, on in wanted.items()}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._handlers.items():
+            if handler is not None:  # one that Python did not install can't be put back
+                signal.signal(number, handler)
 
     def reached(self, step: int) -> bool:
         """True at the step after which to save and stop; all processes agree on it."""
         if jax.process_count() == 1:
             return self._asked
         return multihost_utils.reached_preemption_sync_point(step)
+
+    def _on_terminate(self, signum, frame) -> None:
+        del signum, frame
+        self._asked = True
+
+    def _on_interrupt(self, signum, frame) -> None:
+        del signum, frame
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # Not print: the signal may have come in the midst of one.
+        os.write(2, b"\ninterrupted: saving; once more to stop without\n")
+        os.kill(os.getpid(), signal.SIGTERM)

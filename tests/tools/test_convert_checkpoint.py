@@ -1,6 +1,7 @@
 """The command: both directions, one line for what is wrong, and its memory."""
 
 import json
+import shlex
 import sys
 
 import pytest
@@ -12,7 +13,6 @@ from tests import official, tiny
 COMMAND = [sys.executable, "-m", "flowdcn_jax.tools.convert_checkpoint"]
 TINY = [f"--config.model.{key}" for key in ("width=64", "depth=3", "num_groups=4")]
 TINY += ["--config.model.num_classes=10", "--config.data.image_size=128"]
-TINY += ["--config.sampling.classes=()"]
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +28,12 @@ def test_there_and_back(source, tmp_path):
     code, output = tiny.run([*COMMAND, f"--source={source}", *config, run, "--weights=model"])
     assert code == 0, output
     assert "tiny, a Lightning checkpoint (safetensors), its model weights" in output
-    assert output.splitlines()[-1] == (
-        "to fine-tune: python train.py --config=configs/s2.py --config.model.boundary=truncate "
-        f"--workdir={tmp_path / 'run'}"
-    )
+    to_sample, to_train = output.splitlines()[-2:]
+    decoder = "--autoencoder=sd_vae --autoencoder_weights=sd-vae-ft-ema"
+    assert to_sample == f"to sample:    python sample.py {decoder} {run}"
+    flags = [*TINY, "--config.model.boundary=truncate", "--config.sampling.classes=()"]
+    assert to_train.startswith("to fine-tune: python train.py --config=configs/s2.py --config.")
+    assert set(shlex.split(to_train)[5:]) == {*flags, run}
     assert json.loads((tmp_path / "run" / "origin.json").read_text())["weights"] == "model"
     assert flowdcn_jax.load_model(tmp_path / "run")[1].data.image_size == 128
     out = tmp_path / "out.safetensors"
@@ -52,7 +54,7 @@ CONVERT = ["--source=no.pth", "--config=configs/s2.py", "--workdir=unused"]
         ([*CONVERT, "--export=x"], "give either --source"),
         (CONVERT[:2], "--workdir is missing"),
         ([CONVERT[0], CONVERT[2]], "--config is missing"),
-        ([*CONVERT, "stray"], "unexpected arguments ['stray']"),
+        ([*CONVERT, "stray"], "unexpected arguments: ['stray']"),
         ([*CONVERT, "--config.model.widht=3"], "unknown key in --config"),
         ([CONVERT[0], "--config=configs/no.py"], "--config=configs/no.py cannot be loaded"),
         (CONVERT, "--source=no.pth cannot be read: No such file"),

@@ -23,9 +23,9 @@ def start_two(workdir, **overrides):
     ]
 
 
-def finish_all(processes):
+def finish_all(processes, status=0):
     results = [tiny.finish(process) for process in processes]
-    assert [code for code, _ in results] == [0, 0], "\n".join(output for _, output in results)
+    assert [code for code, _ in results] == [status] * 2, "\n".join(output for _, output in results)
     return [output for _, output in results]
 
 
@@ -48,13 +48,18 @@ def test_two_processes_match_one_and_resume(one_process, tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def test_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path):
-    processes = start_two(tmp_path, train__num_steps=1_000_000, checkpoint__every_steps=500_000)
+def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path):
+    endless = dict(train__num_steps=1_000_000, checkpoint__every_steps=500_000)
+    processes = start_two(tmp_path, **endless)
     deadline = time.monotonic() + 120
     while not (tmp_path / "metrics.jsonl").exists() or len(tiny.metrics(tmp_path)) < 3:
         assert time.monotonic() < deadline and processes[0].poll() is None
         time.sleep(0.05)
-    processes[1].send_signal(signal.SIGTERM)
-    finish_all(processes)
+    outputs = finish_all(start_two(tmp_path, **endless), status=2)
+    assert f"is in use by another run (process {processes[0].pid} on" in outputs[0]
+    assert "cannot be used, as process 0 says" in outputs[1]
+
+    processes[1].send_signal(signal.SIGINT)  # which becomes SIGTERM, as clusters send
+    finish_all(processes, status=75)
     (step,) = tiny.steps(tmp_path)
     assert tiny.metrics(tmp_path)[-1]["step"] == step

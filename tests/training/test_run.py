@@ -1,6 +1,9 @@
 """Whole runs of train.py: going on after any kind of stop, and stopping at the right moment."""
 
+import errno
+import fcntl
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +14,8 @@ import pytest
 import flowdcn_jax
 from flowdcn_jax import sampling
 from flowdcn_jax.training import loop
+from flowdcn_jax.training.preemption import Preemption
+from flowdcn_jax.training.workdir_lock import WorkdirError, workdir_lock
 from tests import tiny
 
 # A checkpoint of 20 MB takes long enough to write for a kill to hit it.
@@ -64,14 +69,24 @@ def test_killed_during_a_save_and_resumed_is_bit_identical(uninterrupted, tmp_pa
     np.testing.assert_array_equal(ours.stem.kernel[...], theirs.stem.kernel[...])
 
 
-def test_sigterm_saves_exits_with_zero_and_goes_on(tmp_path):
-    endless = dict(train__num_steps=100_000, checkpoint__every_steps=50_000)
-    process = tiny.start(tiny.train_command(tmp_path, **endless))
-    metrics = tmp_path / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and len(tiny.metrics(tmp_path)) > 3, process)
+ENDLESS = dict(train__num_steps=100_000, checkpoint__every_steps=50_000)
+STOPPED = 75
+
+
+def start_endless(workdir):
+    """A run that is on its way."""
+    process = tiny.start(tiny.train_command(workdir, **ENDLESS))
+    wait_for(
+        lambda: (workdir / "metrics.jsonl").exists() and len(tiny.numbers(workdir)) > 3, process
+    )
+    return process
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+    endless, process = dict(ENDLESS), start_endless(tmp_path)
     process.send_signal(signal.SIGTERM)
     code, output = tiny.finish(process)
-    assert code == 0, output
+    assert code == STOPPED, output
     (step,) = tiny.steps(tmp_path)
     assert f"saved step {step}" in output
     assert tiny.metrics(tmp_path)[-1]["step"] == step
@@ -81,6 +96,63 @@ def test_sigterm_saves_exits_with_zero_and_goes_on(tmp_path):
     assert code == 0, output
     assert tiny.steps(tmp_path) == [step, step + 2]
     assert [row["step"] for row in tiny.metrics(tmp_path)] == list(range(1, step + 3))
+
+
+def test_a_second_run_in_a_workdir_is_refused_and_ctrl_c_saves(tmp_path):
+    process = start_endless(tmp_path)
+    rows = len(tiny.numbers(tmp_path))
+    code, output = tiny.run(tiny.train_command(tmp_path, **ENDLESS))
+    assert code == 2 and output.count("\n") == 1
+    assert f"error: --workdir={tmp_path} is in use by another run (process {process.pid}" in output
+
+    process.send_signal(signal.SIGINT)
+    code, output = tiny.finish(process)
+    assert code == STOPPED and "Traceback" not in output, output
+    (step,) = tiny.steps(tmp_path)
+    assert "interrupted: saving" in output and f"saved step {step}" in output
+    assert [row["step"] for row in tiny.metrics(tmp_path)] == list(range(1, step + 1))
+    assert step > rows
+
+
+INTERRUPTED_TWICE = """
+import signal
+from flowdcn_jax.training.preemption import Preemption
+with Preemption() as preemption:
+    assert not preemption.reached(1)
+    signal.raise_signal(signal.SIGINT)
+    print("asked:", preemption.reached(1), flush=True)
+    signal.raise_signal(signal.SIGINT)
+    print("still there")
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    code, output = tiny.run([sys.executable, "-c", INTERRUPTED_TWICE])
+    assert code == -signal.SIGINT
+    assert "asked: True" in output and "still there" not in output
+
+
+def test_signals_are_as_before_once_training_is_over():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with Preemption():
+        assert signal.getsignal(signal.SIGINT) != before[0]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
+    def no_locks(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with workdir_lock(tmp_path):
+        assert "start no second run there ([Errno 37] No locks available)" in caplog.text
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(WorkdirError, match="cannot be written: .*Is a directory"):
+        loop.train(tiny.config(), str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("poisoned", ["loss", "grad_norm"])
@@ -120,10 +192,9 @@ def test_a_run_logs_saves_and_draws(tmp_path):
     assert grids == ["step_00000003.png", "step_00000006.png"]
     assert list((tmp_path / "tensorboard").glob("events*"))
 
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    loop.train(config, str(tmp_path))  # nothing left to do
-    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    assert before == after
+    before = tiny.files(tmp_path)
+    assert loop.train(config, str(tmp_path))  # nothing left to do
+    assert tiny.files(tmp_path) == before
 
 
 def test_a_run_goes_on_with_more_steps_and_other_devices(tmp_path):

@@ -1,0 +1,155 @@
+"""What the commands share: start, errors, exit status, the flags of several processes, reports.
+
+Imports no JAX, so that --help and usage errors come at once.
+"""
+
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+
+from flowdcn_jax.config_flag import parse_flags
+from flowdcn_jax.errors import UserError
+from flowdcn_jax.files import atomic_write
+
+# Exit statuses. 0 is done; a traceback ends in 1.
+BAD_INPUT = 2
+STOPPED = 75  # training was asked to stop, and the same command goes on; sysexits.h's "try again"
+INTERRUPTED = 130  # as shells say it of a command that Ctrl-C ended
+
+flags.disclaim_key_flags()  # flags defined here are those of the command that asks for them
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Parses the flags, calls `main` and ends the process with what it returns (None: 0).
+
+    What the user can mend, in the flags or raised by `main` as a UserError, becomes one line and
+    the status BAD_INPUT.
+    """
+
+    def guarded(argv: list[str]) -> int | None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax and TFDS report every file at INFO
+        try:
+            if len(argv) > 1:
+                raise UserError(f"unexpected arguments: {argv[1:]}")
+            return main()
+        except UserError as error:
+            return _report(error)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return parse_flags(argv)
+        except UserError as error:
+            sys.exit(_report(error))
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _report(error: UserError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def define_distributed_flags() -> None:
+    """Defines --distributed, and the flags that name the other processes."""
+    flags.DEFINE_bool("distributed", False, "Join the other processes, which run the same command.")
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, with --distributed.")
+    flags.DEFINE_integer("num_processes", None, "Number of processes, with --distributed.", 1)
+    flags.DEFINE_integer("process_id", None, "This process's number from 0, with --distributed.", 0)
+
+
+def join_processes() -> None:
+    """Joins the other processes if --distributed says so; comes before all other use of JAX.
+
+    Raises:
+        UserError: flags that do not fit each other, or that do not lead to the other processes.
+    """
+    values = flags.FLAGS
+    options = {
+        name: values[name].value for name in ("coordinator_address", "num_processes", "process_id")
+    }
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if not values["distributed"].value:
+        if given:
+            raise UserError(f"{', '.join(given)} given without --distributed; expected it as well")
+        return
+    address, count, number = options.values()
+    if address is not None and not re.fullmatch(r".+:\d+", address):
+        raise UserError(f"--coordinator_address is {address!r}; expected HOST:PORT")
+    if None not in (count, number) and number >= count:
+        raise UserError(
+            f"--process_id is {number}; expected 0 .. {count - 1}, below --num_processes"
+        )
+
+    import jax
+
+    try:
+        jax.distributed.initialize(address, count, number)
+    except ValueError as error:  # there is nothing that tells what the flags leave out
+        raise UserError(
+            "--distributed finds no cluster (SLURM, Kubernetes, cloud TPU); elsewhere name "
+            f"--coordinator_address=HOST:PORT --num_processes=N --process_id=I ({error})"
+        ) from error
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"--distributed cannot join the other processes: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def numbers(flag: flags.FlagHolder, *, at_least: int = 1) -> list[int]:
+    """The numbers of a list flag, of which there must be one.
+
+    Raises:
+        UserError: one is not a number, or smaller than `at_least`.
+    """
+    texts = [text.strip() for text in flag.value]
+    if not texts or not all(text.isdecimal() and int(text) >= at_least for text in texts):
+        raise UserError(
+            f"--{flag.name} is {','.join(flag.value)!r}; expected numbers of at least {at_least}, "
+            "with commas between them"
+        )
+    return [int(text) for text in texts]
+
+
+def file_to_write(flag: flags.FlagHolder) -> Path | None:
+    """The path that a flag names, found writable now and not after the work; None without one.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if flag.value is None:
+        return None
+    check_writable(Path(flag.value), flag=flag.name)
+    return Path(flag.value)
+
+
+def check_writable(path: Path, *, flag: str) -> None:
+    """Makes the folder of a file to be written, and tries whether files can be made in it.
+
+    Raises:
+        UserError: they cannot, or `path` is a folder; it names the `flag`.
+    """
+    if path.is_dir():
+        raise UserError(f"--{flag}={path} is a folder; expected a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--{flag}={path} cannot be written: {error}") from error
+
+
+def write_json(path: Path | None, report: dict[str, Any]) -> None:
+    """Writes a report, or nothing without a path."""
+    if path is not None:
+        with atomic_write(path) as file:
+            file.write((json.dumps(report, indent=1) + "\n").encode())
