@@ -4,20 +4,23 @@ import functools
 import hashlib
 import json
 import logging
+import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 import flowdcn_jax
 from configs import s2, xl2
 from flowdcn_jax import models, sampling
 from flowdcn_jax.errors import ConfigError
-from flowdcn_jax.published_weights import PublishedWeightsError, convert, export
+from flowdcn_jax.published_weights import PublishedWeightsError, conversion, convert, export
 from flowdcn_jax.published_weights.checks import check_tensors
 from flowdcn_jax.published_weights.names import official_tensors
 from flowdcn_jax.published_weights.source import StoredTensor
@@ -28,8 +31,9 @@ from tests import official, tiny
 from tests.comparison import relative_error
 
 # Random parameters amplify rounding. Those of model.npz do a hundredfold (tests/models holds
-# float64 to 1e-5); those of smax.npz, with 12 blocks, 1e8-fold: moving them by 1e-7 of themselves
-# moves the float64 output by 0.12, as far as it is from the recorded one. Unlike weights: above 1.
+# float64 to 1e-5); those of smax.npz, with 12 blocks, about 1e6-fold: moving them by 1e-7 of
+# themselves moves the float64 output by 0.1, as far as it is from the recorded one (by 1e-12:
+# 2.6e-6). Unlike weights: above 1.
 FLOAT32_TOLERANCE = {"model.npz": 2e-5, "smax.npz": 0.2, "sit.npz": 1e-5}
 
 
@@ -60,7 +64,8 @@ def run(golden, model, suffix=""):
 
 @pytest.mark.parametrize(
     "file, suffix",
-    [("model.npz", ""), ("model.npz", "_nonsquare"), ("smax.npz", ""), ("sit.npz", "")],
+    [("model.npz", ""), ("model.npz", "_nonsquare"), ("smax.npz", "")]
+    + [("smax.npz", "_nonsquare"), ("sit.npz", "")],
 )
 def test_converted_models_give_the_authors_outputs(converted, file, suffix):
     golden, workdir = converted(file)
@@ -116,22 +121,62 @@ def test_the_origin_is_recorded(converted, fixture_file):
         "sha256": hashlib.sha256((workdir.parent / "source").read_bytes()).hexdigest(),
         "format": "state dict (safetensors)",
         "weights": "only",
+        "image_size": 128,
         "flowdcn_jax": flowdcn_jax.__version__,
     }
 
 
-def test_sit_at_another_resolution(fixture_file, tmp_path):
-    """The table of positions in the source is of its training; ours goes on beyond it."""
+@pytest.mark.parametrize(
+    "file, weights", [("pth", "ema"), ("ckpt", "ema"), ("ckpt", "model")], ids=" ".join
+)
+def test_the_authors_files_give_their_outputs(golden, converted, tmp_path, file, weights):
+    """Through PyTorch; the fixture's EMA is half of each parameter."""
+    pytest.importorskip("torch", reason="PyTorch, which only its own files need")
+    source = FIXTURES / f"official_tiny.{file}"
+    origin = convert(source, official.run_config(golden), tmp_path / "run", weights=weights)
+    assert origin["weights"] == ("only" if file == "pth" else weights)
+    model, _ = flowdcn_jax.load_model(tmp_path / "run")
+    expected, tolerance = official.nhwc(golden["out"]), FLOAT32_TOLERANCE["model.npz"]
+    if (file, weights) == ("ckpt", "ema"):
+        graphdef, _ = models.abstract_model(flowdcn_jax.load_model(tmp_path / "run")[1].model)
+        halves = jax.tree.map(lambda leaf: leaf / 2, official.to_tree(golden))
+        expected = run(golden, nnx.merge(graphdef, halves))
+        assert relative_error(expected, official.nhwc(golden["out"])) > 0.1
+        tolerance = 1e-6
+    assert relative_error(run(golden, model), expected) < tolerance
+
+
+def test_another_resolution_than_the_trainings_is_refused(fixture_file, tmp_path):
+    """By SiT's positions; FlowDCN's tensors do not tell it."""
     golden = fixture_file("sit.npz")
     source = official.write_safetensors(tmp_path / "source", official.state_dict(golden))
     config = official.run_config(golden)
     config.data.image_size *= 2
-    convert(source, config, tmp_path / "run")
-    model, saved = flowdcn_jax.load_model(tmp_path / "run")
-    assert saved.data.image_size == 256
-    assert relative_error(run(golden, model), official.nhwc(golden["out"])) < 1e-5
-    export(tmp_path / "run", tmp_path / "large.safetensors")
-    assert load_file(tmp_path / "large.safetensors")["pos_embed"].shape == (1, 256, 48)
+    with pytest.raises(PublishedWeightsError) as caught:
+        convert(source, config, tmp_path / "run")
+    assert str(caught.value) == (
+        "the source was trained on images of 128 pixels a side (pos_embed has 8x8 tokens), and "
+        "config.data.image_size is 256; convert with the config of the training's resolution, and "
+        "draw other sizes with sample.py --image_size=HxW"
+    )
+
+
+def test_what_a_files_name_tells_against_the_config_is_pointed_out(
+    golden, tensors, tmp_path, caplog
+):
+    config = official.run_config(golden)  # 128 pixels a side
+    names = {
+        "FlowDCN-XL-2M-R256.pth": "trained on images of 256 pixels a side, and .* is 128; if so",
+        "DiT-XL-2-256x256.pt": "published DiT weights have SiT's tensors, but predict noise",
+        "FlowDCN-R128.pth": None,
+        "edited_traditional.pth": None,
+    }
+    for number, (name, message) in enumerate(names.items()):
+        caplog.clear()
+        source = official.write_safetensors(tmp_path / name, tensors)
+        origin = convert(source, config, tmp_path / f"run{number}")
+        assert origin["image_size"] == 128
+        assert re.search(message, caplog.text) if message else not caplog.text
 
 
 def changed(tensors, name, value):
@@ -143,6 +188,7 @@ def without(tensors, name):
 
 
 BIAS = "blocks.1.attn.out.bias"
+FIXTURES = Path(__file__).parent.parent / "fixtures"
 PRIOR = "blocks.2.attn.deformables_prior"
 FAULTS = {
     "extra": (
@@ -173,6 +219,18 @@ FAULTS = {
     "another prior": (
         lambda t: changed(t, PRIOR, t[PRIOR][..., ::-1].copy()),
         f"{PRIOR} of the source differs by up to 2 from the constant",
+    ),
+    "16-bit EMA of a float32 checkpoint": (
+        lambda t: official.lightning(t, {k: v.astype(np.float16) for k, v in t.items()}),
+        "not float32: .*float16.* and 59 more. Published",
+    ),
+    "no number of a block": (
+        lambda t: {"blocks.norm.weight": t[BIAS]},
+        r"x_embedder.proj.weight is missing .*; and 63 more$",
+    ),
+    "another prefix": (
+        lambda t: official.under("net.", t),
+        r"all names of the source begin with net.; expected them without it; x_embedder.* missing",
     ),
     "half of the blocks": (
         lambda t: {name: value for name, value in t.items() if not name.startswith("blocks.2")},
@@ -251,9 +309,50 @@ def test_a_failure_while_writing_leaves_nothing(golden, tensors, write, monkeypa
 def test_a_full_disk_is_found_before_the_work(golden, tensors, write, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
     source = write(tensors)
-    with pytest.raises(PublishedWeightsError, match="has 0 MB free; expected 1 MB, as"):
+    with pytest.raises(PublishedWeightsError, match="run has 0 MB free; expected 2 MB, as"):
         convert(source, official.run_config(golden), source.parent / "new" / "run")
     assert list(source.parent.iterdir()) == [source]
+
+
+def test_exports_are_checked_before_the_work(converted, tmp_path, monkeypatch):
+    _, workdir = converted("model.npz")
+    (tmp_path / "file").touch()
+    target = tmp_path / "new" / "x.safetensors"
+    with monkeypatch.context() as patch:  # nothing is restored for a bad target
+        patch.setattr(checkpoint, "restore_ema", None)
+        with pytest.raises(PublishedWeightsError, match="--export=.* is a folder; expected a"):
+            export(workdir, tmp_path)
+        with pytest.raises(PublishedWeightsError, match="cannot be made a folder: .* a file"):
+            export(workdir, tmp_path / "file" / "x.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+        with pytest.raises(PublishedWeightsError, match="safetensors has 0 MB free; expected 1 MB"):
+            export(workdir, target)
+    assert not target.parent.exists()
+
+    def fail(*args, **options):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(conversion, "save_file", fail)
+    with pytest.raises(PublishedWeightsError, match="x.safetensors cannot be written: No sp"):
+        export(workdir, target)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_a_disk_that_fills_while_orbax_writes_is_one_line(
+    golden, tensors, write, monkeypatch, caplog
+):
+    """Orbax raises a ValueError, and logs a page in each of its threads."""
+
+    def fail(workdir, params, config):
+        logging.getLogger("absl").error("a page")
+        raise ValueError("RESOURCE_EXHAUSTED: ... [No space left on device] ... ")
+
+    monkeypatch.setattr(checkpoint, "save_weights", fail)
+    source = write(tensors)
+    with pytest.raises(PublishedWeightsError, match="run cannot be written: No space left on dev"):
+        convert(source, official.run_config(golden), source.parent / "run")
+    assert list(source.parent.iterdir()) == [source] and "page" not in caplog.text
 
 
 def test_bad_configs_are_refused(golden, tensors, write):
@@ -261,6 +360,10 @@ def test_bad_configs_are_refused(golden, tensors, write):
     config.data.image_size = 100
     with pytest.raises(ConfigError, match="image_size is 100; expected a multiple of 16"):
         convert(write(tensors), config, "unused")
+    config = official.run_config(golden)
+    config.model.max_scale = 3.0
+    with pytest.raises(PublishedWeightsError, match="max_scale is 3.0; expected 6.0, with which"):
+        convert("unused", config, "unused")
     with pytest.raises(PublishedWeightsError, match="weights is 'best'; expected ema or model"):
         convert("unused", config, "unused", weights="best")
 
@@ -336,6 +439,23 @@ def test_fine_tuning_keeps_the_model(exported, tmp_path):
     assert tiny.steps(tmp_path / "run") == [0]
 
 
+def test_the_converted_weights_outlive_the_checkpoints_of_fine_tuning(exported, tmp_path):
+    """sample.py --step=0 compares with them; they are no place to go on from, though."""
+    workdir = shutil.copytree(exported / "converted", tmp_path / "run")
+    config = tiny.config(model__boundary="truncate")
+    state = initial_state(config, make_mesh(1, 1, jax.devices()[:1]))
+    checkpointer = checkpoint.Checkpointer(str(workdir), keep=1, keep_every_steps=None)
+    for step in (2, 4, 6):
+        checkpointer.save(state._replace(step=np.int32(step)), config, None)
+    checkpointer.close()
+    assert tiny.steps(workdir) == [0, 6]
+    assert_same(params_of(workdir, 0), params_of(exported / "run", 7))
+    (workdir / "checkpoints" / "6" / "state" / "manifest.ocdbt").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match="step 6: .*starts afresh from the conv"):
+        loop.train(config, str(workdir))
+    assert tiny.steps(workdir) == [0, 6]
+
+
 def test_converted_weights_are_sampled(exported, tmp_path):
     settings = sampling.Settings(num_steps=1, image_size=(6, 10))
     sampling.sample_to_folder(exported / "converted", settings, num_images=2, out=tmp_path)
@@ -344,12 +464,11 @@ def test_converted_weights_are_sampled(exported, tmp_path):
 
 
 def test_exports_that_cannot_be_right_are_named(exported, tmp_path, caplog):
-    config = tiny.config()
+    config = tiny.config(model__max_scale=3.0)
     checkpoint.save_weights(tmp_path / "run", params_of(exported / "run", 7), config)
     with caplog.at_level(logging.WARNING):
         export(tmp_path / "run", tmp_path / "out.safetensors")
-    assert "boundary='zeros'; the authors' code truncates" in caplog.text
-    with pytest.raises(PublishedWeightsError, match="--export=.*cannot be written"):
-        export(tmp_path / "run", tmp_path / "out.safetensors" / "x")
+    assert "boundary='zeros'; the authors' code has 'truncate'" in caplog.text
+    assert "max_scale=3.0; the authors' code has 6.0" in caplog.text
     with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoints"):
         export(tmp_path / "nowhere", tmp_path / "x.safetensors")
