@@ -38,6 +38,7 @@ def main(argv: list[str]) -> int:
         from flowdcn_jax import published_weights
 
         jax.config.update("jax_platforms", "cpu")  # files in, files out
+        published_weights.give_back_freed_arrays()
         if _EXPORT.value:
             step = published_weights.export(
                 _WORKDIR.value,
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> int:
             )
             print(f"{_EXPORT.value}: the {_WEIGHTS.value} weights of step {step}")
             return 0
+        published_weights.warn_of_dit(flags.FLAGS["config"].config_filename)
         origin = published_weights.convert(
             _SOURCE.value, _CONFIG.value, _WORKDIR.value, weights=_WEIGHTS.value, progress=True
         )

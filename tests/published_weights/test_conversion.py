@@ -126,9 +126,7 @@ def test_the_origin_is_recorded(converted, fixture_file):
     }
 
 
-@pytest.mark.parametrize(
-    "file, weights", [("pth", "ema"), ("ckpt", "ema"), ("ckpt", "model")], ids=" ".join
-)
+@pytest.mark.parametrize("file, weights", [("pth", "ema"), ("ckpt", "ema"), ("ckpt", "model")])
 def test_the_authors_files_give_their_outputs(golden, converted, tmp_path, file, weights):
     """Through PyTorch; the fixture's EMA is half of each parameter."""
     pytest.importorskip("torch", reason="PyTorch, which only its own files need")
@@ -177,6 +175,8 @@ def test_what_a_files_name_tells_against_the_config_is_pointed_out(
         origin = convert(source, config, tmp_path / f"run{number}")
         assert origin["image_size"] == 128
         assert re.search(message, caplog.text) if message else not caplog.text
+    conversion.warn_of_dit("configs/dit_xl2.py")
+    assert "dit_xl2.py: published DiT weights" in caplog.text
 
 
 def changed(tensors, name, value):
