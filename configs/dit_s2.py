@@ -4,7 +4,8 @@
 
 DiT and SiT are one network and differ in the objective. Here both are trained with SiT's, the
 velocity of the linear path, so this run is that of sit_s2.py. DiT's published figures come from its
-own objective, noise prediction on a variance-preserving path.
+own objective, noise prediction on a variance-preserving path. So do its published weights: they
+have SiT's tensors, but converted with this config they would draw noise.
 """
 
 from configs import sit_s2

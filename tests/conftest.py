@@ -35,6 +35,11 @@ def pytest_unconfigure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("-m") != "slow":
+        skip_slow = pytest.mark.skip(reason="takes minutes; needs the option -m slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip_slow)
     if config.getoption("-m") == "gpu" and jax.default_backend() == "gpu":
         return
     skip = pytest.mark.skip(reason="needs a GPU, and the option -m gpu")

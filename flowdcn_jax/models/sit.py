@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.extend import backend
 
 from flowdcn_jax.models import layers
 from flowdcn_jax.models.velocity_network import AdaLNBlock, VelocityNetwork
+from pallas_kernels.devices import why_no_nvidia_kernels
 
 POSITION_MAX_PERIOD = 10_000.0
 CUDNN_MAX_HEAD_DIM = 128  # of cuDNN's fused attention on every GPU since Ampere
@@ -40,16 +40,17 @@ def position_embedding(h: int, w: int, width: int) -> np.ndarray:
 def attention_implementation(dtype, head_dim: int) -> str:
     """What jax.nn.dot_product_attention is asked for: "cudnn" or "xla".
 
-    cuDNN's fused kernel, which never holds the tokens x tokens matrix, for the 16-bit types on
-    NVIDIA GPUs and the head sizes that it takes (multiples of 8 up to 128, which all published
-    models are within). XLA otherwise: cuDNN has no float32, and no other platform has cuDNN.
+    cuDNN's fused kernel, which never holds the tokens x tokens matrix, for the 16-bit types where
+    the default device is an NVIDIA GPU of compute capability 8.0 or higher, and the head sizes that
+    it takes (multiples of 8 up to 128, which all published models are within). XLA otherwise: cuDNN
+    has no float32, and no other platform has cuDNN.
 
     The gradient of cuDNN's kernel adds its terms in any order, unless XLA is told to exclude such
     operations (XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true).
     """
     fits = head_dim % 8 == 0 and head_dim <= CUDNN_MAX_HEAD_DIM
-    on_cuda = "cuda" in backend.get_backend().platform_version
-    return "cudnn" if on_cuda and fits and dtype in (jnp.bfloat16, jnp.float16) else "xla"
+    cudnn = fits and dtype in (jnp.bfloat16, jnp.float16) and why_no_nvidia_kernels() is None
+    return "cudnn" if cudnn else "xla"
 
 
 class Attention(nnx.Module):

@@ -1,6 +1,8 @@
 """Does a set of weights belong to the model that a config describes? In one message, if not."""
 
 import math
+import os
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -40,7 +42,9 @@ def check_tensors(
                 f"{name} has shape {tensor.shape} in the source; expected {official[name].shape}"
             )
     if problems:
-        differences = _differences(stored, config) if len(problems) > MAX_LISTED else ""
+        differences = ""
+        if len(problems) > MAX_LISTED:
+            differences = _other_prefix(stored, official) or _differences(stored, config)
         raise PublishedWeightsError(
             f"the source does not fit the config: {differences}{_listed(problems)}"
         )
@@ -71,6 +75,17 @@ def _listed(problems: list[str]) -> str:
     return "; ".join(problems[:MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
 
 
+def _other_prefix(
+    stored: Mapping[str, StoredTensor], official: Mapping[str, OfficialTensor]
+) -> str:
+    """What all names of the source begin with, if the model's follow it."""
+    common, dot, _ = os.path.commonprefix(list(stored)).rpartition(".")
+    prefix = common + dot
+    if not prefix or official.keys().isdisjoint(name.removeprefix(prefix) for name in stored):
+        return ""
+    return f"all names of the source begin with {prefix}; expected them without it; "
+
+
 def _differences(stored: Mapping[str, StoredTensor], config) -> str:
     """The keys of config.model to which the source's shapes give other values."""
     found = _model_of(stored)
@@ -93,9 +108,9 @@ def _model_of(stored: Mapping[str, StoredTensor]) -> dict:
     stem = shapes.get("x_embedder.proj.weight", ())
     if len(stem) == 4:
         found |= {"width": stem[0], "in_channels": stem[1], "patch_size": stem[2]}
-    numbers = [int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")]
-    if numbers:
-        found["depth"] = 1 + max(numbers)
+    blocks = [match for match in map(re.compile(r"blocks\.(\d+)\.").match, shapes) if match]
+    if blocks:
+        found["depth"] = 1 + max(int(block[1]) for block in blocks)
     scales = [shape for name, shape in shapes.items() if name.endswith("deformables_scale")]
     if scales:
         found["num_groups"] = math.prod(scales[0])

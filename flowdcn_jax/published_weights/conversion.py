@@ -1,17 +1,21 @@
 """From published weights to a workdir, and from a workdir to the authors' names."""
 
+import contextlib
 import copy
 import hashlib
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
@@ -20,14 +24,27 @@ from flowdcn_jax.files import atomic_folder, atomic_path
 from flowdcn_jax.models import abstract_model
 from flowdcn_jax.published_weights.checks import check_constant, check_tensors
 from flowdcn_jax.published_weights.errors import PublishedWeightsError
-from flowdcn_jax.published_weights.names import POSITIONS, official_tensors, pop, put
-from flowdcn_jax.published_weights.source import Source, open_source, select_weights
+from flowdcn_jax.published_weights.names import (
+    POSITIONS,
+    OfficialTensor,
+    official_tensors,
+    pop,
+    put,
+)
+from flowdcn_jax.published_weights.selection import select_weights, warn_of_unused
+from flowdcn_jax.published_weights.source import StoredTensor, open_source
 from flowdcn_jax.training import checkpoint
 from flowdcn_jax.training.sharding import make_mesh, with_sharding
 from flowdcn_jax.validation import validate
 
 ORIGIN_FILE = "origin.json"
+AUTHORS_MODEL = {"boundary": "truncate", "max_scale": 6.0}  # of FlowDCN: no tensor tells them
 WEIGHTS = ("ema", "model")
+WORKDIR_BYTES = 2**20  # of a workdir beside its weights, at most
+REMEDY = (
+    "convert with the config of the training's resolution, and draw other sizes with sample.py "
+    "--image_size=HxW"
+)
 
 
 def convert(
@@ -36,13 +53,19 @@ def convert(
     """Writes a workdir with the weights of `source` as checkpoint 0, for sampling and fine-tuning.
 
     Nothing is written before every tensor is found to fit; `workdir` is then there as a whole or
-    not at all. Memory: the weights and a few tensors.
+    not at all.
+
+    Memory: the weights, and 0.3 GB for libraries and some copies of a tensor on its way to the disk
+    (after `give_back_freed_arrays`; 0.5 GB without). For XL/2, 2.48 GB of weights, the command took
+    30 s of CPU time and 3.0 GB in all, Python included (python -m tests.published_weights.measure
+    xl2; jax 0.10.2, two CPU cores, 2026-11-23).
 
     Args:
         source: a state dict (.pth, .pt), a Lightning checkpoint of FlowDCN's training, one of SiT's
             training, or safetensors of any of them (keys joined by dots).
-        config: of the model, with the resolution that it is to be used at. FlowDCN's model.boundary
-            becomes "truncate", which its weights were trained with.
+        config: of the model, with the resolution that it was trained at (data.image_size), from
+            which S_max adjustments start; other sizes are drawn with sample.py --image_size.
+            FlowDCN's model.boundary becomes "truncate", which its weights were trained with.
         workdir: a folder that is empty or not there.
         weights: "ema" or "model"; a file with one set has neither, and that one is taken.
         progress: show a progress bar.
@@ -59,13 +82,18 @@ def convert(
     validate(config, num_devices=1, num_processes=1)
     config = copy.deepcopy(config)
     if config.model.name == "flowdcn":
-        config.model.boundary = "truncate"
+        config.model.boundary = AUTHORS_MODEL["boundary"]
+    _check_max_scale(config.model)
     _check_free(Path(workdir))
+    warn_of_dit(source.name)
+    _warn_of_side(source.name, config)
     opened = open_source(source)
-    official = official_tensors(config.model, tokens_per_side=_trained_side(opened, config))
+    official = official_tensors(config.model, tokens_per_side=_config_side(config))
     chosen = select_weights(opened, weights, official)
+    _check_side(chosen.tensors, config)
     check_tensors(chosen.tensors, official, config.model)
-    _check_space(Path(workdir), sum(4 * math.prod(t.shape) for t in official.values()))
+    warn_of_unused(chosen)
+    _check_space("workdir", Path(workdir), _size_bytes(official) + WORKDIR_BYTES)
 
     params: dict = {}
     for name, tensor in tqdm(official.items(), unit="tensor", disable=not progress):
@@ -83,15 +111,13 @@ def convert(
         "sha256": _sha256(source),
         "format": f"{chosen.format} ({opened.kind})",
         "weights": chosen.which,
+        "image_size": config.data.image_size,
         "flowdcn_jax": flowdcn_jax.__version__,
     }
-    try:
-        with atomic_folder(Path(workdir)) as folder:
-            checkpoint.save_weights(folder, params, config)
-            text = json.dumps(origin, indent=2) + "\n"
-            (folder / ORIGIN_FILE).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise PublishedWeightsError(f"--workdir={workdir} cannot be written: {error}") from error
+    with _as_one_line("workdir", workdir), atomic_folder(Path(workdir)) as folder:
+        checkpoint.save_weights(folder, params, config)
+        text = json.dumps(origin, indent=2) + "\n"
+        (folder / ORIGIN_FILE).write_text(text, encoding="utf-8")
     return origin
 
 
@@ -119,6 +145,9 @@ def export(
         flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
     _check_choice(weights)
+    _check_can_be_made("export", Path(file).parent)
+    if Path(file).is_dir():
+        raise PublishedWeightsError(f"--export={file} is a folder; expected a file")
     mesh = make_mesh(devices=jax.local_devices()[:1])
     restore = {"ema": checkpoint.restore_ema, "model": checkpoint.restore_params}[weights]
     saved = restore(
@@ -126,23 +155,24 @@ def export(
     )
     model = saved.config.model
     official = official_tensors(model, tokens_per_side=_config_side(saved.config))
-    if model.name == "flowdcn" and model.boundary != "truncate":
-        logging.warning(
-            "these weights were trained with model.boundary=%r; the authors' code truncates, so "
-            "it gives other outputs",
-            model.boundary,
-        )
+    for key, value in AUTHORS_MODEL.items():
+        if model.name == "flowdcn" and model[key] != value:
+            logging.warning(
+                "these weights were trained with model.%s=%r; the authors' code has %r, so it "
+                "gives other outputs",
+                key,
+                model[key],
+                value,
+            )
+    _check_space("export", Path(file), _size_bytes(official))
     tensors = {}
     for name, tensor in tqdm(official.items(), unit="tensor", disable=not progress):
         if tensor.path is None:
             tensors[name] = tensor.constant
         else:
             tensors[name] = tensor.to_theirs(np.asarray(pop(saved.params, tensor.path)))
-    try:
-        with atomic_path(Path(file)) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-    except OSError as error:
-        raise PublishedWeightsError(f"--export={file} cannot be written: {error}") from error
+    with _as_one_line("export", file), atomic_path(Path(file)) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
     return saved.step
 
 
@@ -157,22 +187,44 @@ def _check_free(workdir: Path) -> None:
         raise PublishedWeightsError(
             f"--workdir={workdir} is not empty; expected a new or empty folder"
         )
-    above = _existing_part(workdir)
+    _check_can_be_made("workdir", workdir)
+
+
+def _check_can_be_made(flag: str, folder: Path) -> None:
+    above = _existing_part(folder)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise PublishedWeightsError(
-            f"--workdir={workdir} cannot be made a folder: {above} is "
+            f"--{flag}: {folder} cannot be made a folder: {above} is "
             + ("not writable" if above.is_dir() else "a file")
         )
 
 
-def _check_space(workdir: Path, needed_bytes: int) -> None:
-    """Found out now, for Orbax tells a full disk in a hundred lines."""
-    free_bytes = shutil.disk_usage(_existing_part(workdir)).free
+def _check_space(flag: str, path: Path, needed_bytes: int) -> None:
+    """Found out now, and not after the work."""
+    free_bytes = shutil.disk_usage(_existing_part(path)).free
     if free_bytes < needed_bytes:
         raise PublishedWeightsError(
-            f"--workdir={workdir} has {free_bytes / 1e6:,.0f} MB free; expected "
+            f"--{flag}={path} has {free_bytes / 1e6:,.0f} MB free; expected "
             f"{needed_bytes / 1e6:,.0f} MB, as the weights need"
         )
+
+
+@contextlib.contextmanager
+def _as_one_line(flag: str, path: str | Path) -> Iterator[None]:
+    """What the file system refuses, which Orbax and safetensors have types of their own for."""
+    orbax_log = logging.getLogger("absl")  # each of its threads would log a page
+    level = orbax_log.level
+    orbax_log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except Exception as error:
+        system = re.search(r"No space left on device|Disk quota exceeded", str(error))
+        if not system and not isinstance(error, OSError | SafetensorError):
+            raise
+        cause = system[0] if system else error
+        raise PublishedWeightsError(f"--{flag}={path} cannot be written: {cause}") from error
+    finally:
+        orbax_log.setLevel(level)
 
 
 def _existing_part(path: Path) -> Path:
@@ -184,17 +236,55 @@ def _config_side(config) -> int:
     return config.data.image_size // (config.autoencoder.downsampling * config.model.patch_size)
 
 
-def _trained_side(source: Source, config) -> int:
-    """Tokens per side of the images that SiT was trained on, by its table of positions.
+def _size_bytes(official: Mapping[str, OfficialTensor]) -> int:
+    return sum(4 * math.prod(tensor.shape) for tensor in official.values())
 
-    It may be smaller than the config's: positions are integers at any size.
-    """
-    for name, tensor in source.tensors.items():
-        if name.split(".")[-1] == POSITIONS and len(tensor.shape) == 3:
-            side = math.isqrt(tensor.shape[1])
-            if side**2 == tensor.shape[1]:
-                return side
-    return _config_side(config)
+
+def _check_max_scale(model) -> None:
+    """Of FlowDCN; its other constants are checked with the tensors."""
+    if model.name == "flowdcn" and model.max_scale != AUTHORS_MODEL["max_scale"]:
+        raise PublishedWeightsError(
+            f"config.model.max_scale is {model.max_scale}; expected {AUTHORS_MODEL['max_scale']}, "
+            "with which the published weights were trained"
+        )
+
+
+def _check_side(tensors: Mapping[str, StoredTensor], config) -> None:
+    """SiT's table of positions tells the resolution of training. FlowDCN's tensors do not."""
+    shape = tensors[POSITIONS].shape if POSITIONS in tensors else ()
+    side, expected = math.isqrt(shape[1]) if len(shape) == 3 else 0, _config_side(config)
+    if config.model.name != "sit" or not side or side**2 != shape[1] or side == expected:
+        return
+    stride = config.data.image_size // expected
+    raise PublishedWeightsError(
+        f"the source was trained on images of {side * stride} pixels a side ({POSITIONS} has "
+        f"{side}x{side} tokens), and config.data.image_size is {config.data.image_size}; {REMEDY}"
+    )
+
+
+def warn_of_dit(file: str) -> None:
+    """Warns if the name of a weight file or config says DiT: the tensors can't."""
+    name = Path(file).name
+    if re.search(r"(?<![a-z])dit(?![a-z])", name, re.IGNORECASE):
+        logging.warning(
+            "%s: published DiT weights have SiT's tensors, but predict noise at times of 0 to 999: "
+            "here they draw noise. Weights trained with SiT's objective are right",
+            name,
+        )
+
+
+def _warn_of_side(name: str, config) -> None:
+    """FlowDCN's tensors do not tell the resolution of training, but the authors' file names do."""
+    side = re.search(r"(?:^|[-_.])R(\d+)(?=[-_.x]|$)", name)
+    if side and int(side[1]) != config.data.image_size:
+        logging.warning(
+            "%s looks like weights trained on images of %s pixels a side, and "
+            "config.data.image_size is %s; if so, %s",
+            name,
+            side[1],
+            config.data.image_size,
+            REMEDY,
+        )
 
 
 def _sha256(path: Path) -> str:

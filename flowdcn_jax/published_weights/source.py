@@ -6,23 +6,21 @@ name in either kind of file, such as `state_dict.denoiser.final_layer.linear.bia
 
 import argparse
 import functools
-import logging
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from flowdcn_jax.published_weights.errors import PublishedWeightsError
-from flowdcn_jax.published_weights.names import OfficialTensor
 
-LIGHTNING_STATE = "state_dict."
-LIGHTNING_EMA = "optimizer_states.0.ema."
-LIGHTNING_PREFIX = "denoiser."
-SIT_SETS = {"ema": "ema.", "model": "model."}
+MIN_TORCH = (2, 5)  # the first with safe_globals
 REMAP_BYTES = 2**27
+READ_BYTES = 2**20
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -41,20 +39,13 @@ class Source(NamedTuple):
     tensors: dict[str, StoredTensor]  # torch: in the order in which they were saved
 
 
-class Weights(NamedTuple):
-    """One set of weights of a file, by the authors' names."""
-
-    format: str  # what the file is
-    which: str  # ema or model; only: the file holds no other
-    tensors: dict[str, StoredTensor]
-
-
 def open_source(path: Path) -> Source:
     """The tensors of a file, by what it begins with, whatever its name.
 
     Raises:
-        PublishedWeightsError: no such file, neither of the two kinds, damaged, asking for code to
-            be run, or PyTorch is missing for a file of its own.
+        PublishedWeightsError: no such file, neither of the two kinds, damaged (PyTorch's files of
+            1.6 and later carry checksums; the others do not), asking for code to be run, or PyTorch
+            is missing, or too old, for a file of its own.
     """
     try:
         with open(path, "rb") as file:
@@ -64,94 +55,13 @@ def open_source(path: Path) -> Source:
     if head[8:9] == b"{":  # after the header's length, which can be any bytes
         return _open_safetensors(path)
     if head[:2] == b"PK":
-        return _open_torch(path, mmap=True)
+        return _open_torch(path, is_zip=True)
     if head[:1] == b"\x80":  # a pickle: PyTorch's form of before 1.6
-        return _open_torch(path, mmap=False)
+        return _open_torch(path, is_zip=False)
     raise PublishedWeightsError(
         f"--source={path} is neither a PyTorch file (.pth, .pt, .ckpt) nor safetensors: it begins "
         f"with {head[:8]!r}"
     )
-
-
-def select_weights(source: Source, which: str, official: Mapping[str, OfficialTensor]) -> Weights:
-    """One of the sets of weights in a file.
-
-    A file with one set has neither "ema" nor "model": that one is taken.
-
-    Args:
-        which: "ema" or "model".
-        official: the tensors of the model, in the order of the authors' `parameters()`.
-
-    Raises:
-        PublishedWeightsError: the file has several sets but not that one, or its nameless EMA list
-            does not go with its state dict.
-    """
-    tensors = source.tensors
-    state = _below(tensors, LIGHTNING_STATE)
-    if state:
-        state = {name.removeprefix(LIGHTNING_PREFIX): state[name] for name in state}
-        if which == "ema":
-            state = _name_ema(source, state, official)
-        return Weights("Lightning checkpoint", which, state)
-    sets = {name: _below(tensors, prefix) for name, prefix in SIT_SETS.items()}
-    if any(sets.values()):
-        if not sets[which]:
-            raise PublishedWeightsError(f"the source holds no {SIT_SETS[which]}* tensors")
-        return Weights("SiT checkpoint", which, sets[which])
-    bare = {name.removeprefix(LIGHTNING_PREFIX): tensor for name, tensor in tensors.items()}
-    return Weights("state dict", "only", bare)
-
-
-def _name_ema(
-    source: Source,
-    state: Mapping[str, StoredTensor],
-    official: Mapping[str, OfficialTensor],
-) -> dict[str, StoredTensor]:
-    """The nameless EMA list, named by the order of `parameters()`: that of the state dict.
-
-    Safetensors files keep no order, so there the official one stands in for it. Constants come from
-    the state dict: they were never trained, so there is no average of them to take.
-    """
-    ema = _below(source.tensors, LIGHTNING_EMA)
-    if not ema:
-        raise PublishedWeightsError(
-            f"the source's {LIGHTNING_EMA}* holds no EMA; --weights=model takes the other weights"
-        )
-    names = list(state)
-    if source.kind == "safetensors":
-        names = [name for name in official if name in state] + sorted(
-            state.keys() - official.keys()
-        )
-    if len(ema) != len(names):
-        raise PublishedWeightsError(
-            f"the source's EMA list has {len(ema)} tensors and its state dict {len(names)}; "
-            "expected as many, in the same order"
-        )
-    named = {name: ema[str(place)] for place, name in enumerate(names)}
-    for place, (name, tensor) in enumerate(named.items()):
-        if tensor.shape != state[name].shape:
-            raise PublishedWeightsError(
-                f"tensor {place} of the source's EMA list has shape {tensor.shape}; expected "
-                f"{state[name].shape}, as {name} has, which is at that place of the state dict"
-            )
-    constants = [name for name in named if name in official and official[name].path is None]
-    moved = [n for n in constants if not np.array_equal(named[n].read(), state[n].read())]
-    if moved:
-        logging.warning(
-            "the EMA list has other values for constants, such as %s; those of the state dict, "
-            "with which the model was trained, are used",
-            moved[0],
-        )
-    return named | {name: state[name] for name in constants}
-
-
-def _below(tensors: Mapping[str, StoredTensor], prefix: str) -> dict[str, StoredTensor]:
-    """The tensors whose names begin with `prefix`, without it."""
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
 
 
 def _open_safetensors(path: Path) -> Source:
@@ -168,7 +78,7 @@ def _open_safetensors(path: Path) -> Source:
                 code = tensor.get_dtype()
                 dtype = SAFETENSORS_DTYPES.get(code, code.lower())
                 shape = tuple(tensor.get_shape())
-                tensors[name] = StoredTensor(shape, dtype, functools.partial(read, name))
+                tensors[name] = StoredTensor(shape, dtype, functools.partial(_read, read, name))
     except SafetensorError as error:
         raise PublishedWeightsError(
             f"--source={path} is not a whole safetensors file: {error}"
@@ -176,24 +86,91 @@ def _open_safetensors(path: Path) -> Source:
     return Source("safetensors", tensors)
 
 
-def _open_torch(path: Path, *, mmap: bool) -> Source:
-    file = _TorchFile(path, mmap)
+def _open_torch(path: Path, *, is_zip: bool) -> Source:
+    torch = _import_torch(path)
+    if is_zip:
+        _check_zip(path)
+    file = _TorchFile(path, torch, mmap=is_zip)
     tensors = {
         name: StoredTensor(
             tuple(tensor.shape),
             str(tensor.dtype).removeprefix("torch."),
-            functools.partial(file.read, name),
+            functools.partial(_read, file.read, name),
         )
         for name, tensor in file.tensors.items()
     }
     return Source("torch", tensors)
 
 
+def _read(read: Callable[[str], np.ndarray], name: str) -> np.ndarray:
+    """read(name); whatever that raises becomes an error that names the tensor."""
+    try:
+        return read(name)
+    except (MemoryError, PublishedWeightsError):
+        raise
+    except Exception as error:  # a sparse tensor, one without data, a type unknown to NumPy
+        raise PublishedWeightsError(
+            f"{name} of the source cannot be read as an array: {_first_line(error)}"
+        ) from error
+
+
+def _import_torch(path: Path) -> ModuleType:
+    """PyTorch, once it is found to be there and new enough."""
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise _broken_torch(path, error) from error
+        raise PublishedWeightsError(
+            f"--source={path} is a PyTorch file, and PyTorch, which nothing else here needs, is "
+            "not installed. Install its CPU build (pip install torch --index-url "
+            "https://download.pytorch.org/whl/cpu), or give the weights as safetensors"
+        ) from error
+    except (ImportError, OSError) as error:  # OSError: one of its libraries
+        raise _broken_torch(path, error) from error
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < MIN_TORCH:
+        raise PublishedWeightsError(
+            f"--source={path} is a PyTorch file, and PyTorch {torch.__version__} is installed; "
+            f"expected {'.'.join(map(str, MIN_TORCH))} or later, or the weights as safetensors"
+        )
+    return torch
+
+
+def _broken_torch(path: Path, error: Exception) -> PublishedWeightsError:
+    return PublishedWeightsError(
+        f"--source={path} is a PyTorch file, and the PyTorch that is installed cannot be loaded: "
+        f"{_first_line(error)}"
+    )
+
+
+def _check_zip(path: Path) -> None:
+    """The file holds what was saved: PyTorch does not look at the checksums when it maps a file.
+
+    Raises:
+        PublishedWeightsError: it names the part of the file that was changed.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            for entry in file.infolist():
+                if not entry.CRC:  # PyTorch can be told to save without (set_crc32_options)
+                    continue
+                with file.open(entry) as part:
+                    while part.read(READ_BYTES):  # checked at the end of the part
+                        pass
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a damaged file makes zipfile raise
+        raise PublishedWeightsError(
+            f"--source={path} cannot be read: it is truncated or damaged ({_first_line(error)})"
+        ) from error
+
+
 class _TorchFile:
     """A file of PyTorch's, mapped to memory if its format allows (that of 1.6 and later does)."""
 
-    def __init__(self, path: Path, mmap: bool):
+    def __init__(self, path: Path, torch: ModuleType, *, mmap: bool):
         self.path = path
+        self.torch = torch
         self.mmap = mmap
         self.tensors = self._load()
         self.read_bytes = 0  # since the file was mapped
@@ -209,21 +186,20 @@ class _TorchFile:
 
     def _load(self) -> dict:
         """The tensors by their joined keys."""
-        try:
-            import torch
-        except ImportError as error:
-            raise PublishedWeightsError(
-                f"--source={self.path} is a PyTorch file, and PyTorch, which nothing else here "
-                "needs, is not installed. Install its CPU build (pip install torch --index-url "
-                "https://download.pytorch.org/whl/cpu), or give the weights as safetensors"
-            ) from error
-        try:
-            # SiT's training script keeps its arguments beside the weights.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                tree = torch.load(self.path, "cpu", weights_only=True, mmap=self.mmap)
-        except Exception as error:  # whatever a damaged file makes it raise
-            raise PublishedWeightsError(f"--source={self.path} {_explain(error)}") from error
-        return dict(_flatten(tree, torch.Tensor))
+        # SiT's training script keeps its arguments beside the weights.
+        with self.torch.serialization.safe_globals([argparse.Namespace]):
+            try:
+                tree = self.torch.load(self.path, "cpu", weights_only=True, mmap=self.mmap)
+            except MemoryError:
+                raise
+            except Exception as error:  # whatever a damaged file makes it raise
+                raise PublishedWeightsError(f"--source={self.path} {_explain(error)}") from error
+        tensors: dict = {}
+        for name, tensor in _flatten(tree, self.torch.Tensor):
+            if name in tensors:
+                raise PublishedWeightsError(f"--source={self.path} holds two tensors named {name}")
+            tensors[name] = tensor
+        return tensors
 
 
 def _explain(error: Exception) -> str:
@@ -232,13 +208,19 @@ def _explain(error: Exception) -> str:
     if code:
         return (
             f"is refused: besides weights it holds code or objects ({code[1]}), and files of "
-            "strangers are read for weights alone. Nothing of it was run"
+            "strangers are read for weights alone. Nothing of it was run. If you trust its "
+            'author, save the weights alone: tree = torch.load(FILE, "cpu", weights_only=False); '
+            'keys = ("state_dict", "optimizer_states"); '
+            "torch.save({key: tree[key] for key in keys}, NEW_FILE)"
         )
-    first_line = (str(error).splitlines() or [""])[0]
     return (
-        f"cannot be read: it is truncated or damaged, or no PyTorch file ({type(error).__name__}: "
-        f"{first_line[:200]})"
+        "cannot be read: it is truncated or damaged, or no PyTorch file "
+        f"({type(error).__name__}: {_first_line(error)})"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
 
 
 def _flatten(tree: Any, leaf_type: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

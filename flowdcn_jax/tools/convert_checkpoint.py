@@ -34,6 +34,7 @@ def main() -> None:
     from flowdcn_jax import published_weights
 
     jax.config.update("jax_platforms", "cpu")  # files in, files out
+    published_weights.give_back_freed_arrays()
     if _EXPORT.value:
         step = published_weights.export(
             _WORKDIR.value, _EXPORT.value, weights=_WEIGHTS.value, step=_STEP.value, progress=True
@@ -42,6 +43,7 @@ def main() -> None:
         return
     config = _CONFIG.value
     changed = _fit_config(config)
+    published_weights.warn_of_dit(flags.FLAGS["config"].config_filename)
     origin = published_weights.convert(
         _SOURCE.value, config, _WORKDIR.value, weights=_WEIGHTS.value, progress=True
     )

@@ -145,9 +145,13 @@ def measure(
 
 def check(names: list[str], image_sizes: list[int], batch_sizes: list[int]) -> None:
     """Raises a UserError for the first value that cannot be used."""
+    if not names:
+        raise UserError(f"--models is empty; expected some of {', '.join(MODELS)}")
     for name in names:
         if name not in MODELS:
             raise UserError(f"--models names {name!r}; expected some of {', '.join(MODELS)}")
+        if names.count(name) > 1:
+            raise UserError(f"--models names {name!r} {names.count(name)} times; expected once")
         config = load_config(name)
         stride = config.autoencoder.downsampling * config.model.patch_size
         for size in image_sizes:

@@ -7,6 +7,7 @@ devices before saving and again after restoring, so a flipped bit anywhere on th
 whatever the number of devices on either side.
 
 A workdir of converted weights has a checkpoint 0 without `state`: training starts from its `ema`.
+It is never deleted: what was trained from it is compared with it.
 """
 
 import json
@@ -27,6 +28,7 @@ from flowdcn_jax.errors import UserError
 from flowdcn_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
+WEIGHTS_STEP = 0  # of converted weights; training saves later ones
 DAMAGED_FOLDER = "damaged_checkpoints"
 
 
@@ -35,11 +37,17 @@ class CheckpointError(UserError, RuntimeError):
 
 
 class Checkpointer:
-    """Saves a run's states in the background and restores the newest one that is whole."""
+    """Saves a run's states in the background and restores the newest one that is whole.
+
+    It keeps the newest `keep`, every `keep_every_steps`th, and converted weights.
+    """
 
     def __init__(self, workdir: str, *, keep: int, keep_every_steps: int | None):
         self.workdir = Path(workdir).absolute()
-        policies = [ocp.checkpoint_managers.LatestN(keep)]
+        policies = [
+            ocp.checkpoint_managers.LatestN(keep),
+            ocp.checkpoint_managers.CustomSteps([WEIGHTS_STEP]),
+        ]
         if keep_every_steps is not None:
             policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every_steps))
         self._manager = ocp.CheckpointManager(
@@ -82,6 +90,11 @@ class Checkpointer:
         self._manager.reload()
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
+            if step == WEIGHTS_STEP and damaged:
+                raise CheckpointError(
+                    f"{_none_whole(self.workdir, damaged)}; with these steps moved away, training "
+                    "starts afresh from the converted weights"
+                )
             state, error = None, ""
             try:
                 wanted = {"ema": abstract.ema}
@@ -176,14 +189,14 @@ def save_weights(workdir: str | Path, params: dict, config) -> None:
     Arrays are compressed a few at a time, so that it takes little memory beside the weights.
     """
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
-    handler = ocp.StandardCheckpointHandler(save_concurrent_gb=2 * largest / 1e9)
+    handler = ocp.StandardCheckpointHandler(save_concurrent_gb=1.01 * largest / 1e9)
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     registry.add("ema", ocp.args.StandardSave, handler)
     registry.add("run", ocp.args.JsonSave)
     registry.add("checksums", ocp.args.JsonSave)
     folder = Path(workdir).absolute() / FOLDER
     with ocp.CheckpointManager(folder, handler_registry=registry) as manager:
-        manager.save(0, args=_save_args({"ema": params}, config, None, None))
+        manager.save(WEIGHTS_STEP, args=_save_args({"ema": params}, config, None, None))
 
 
 class Weights(NamedTuple):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.deformable_conv.points import Multiscale, Offsets, Points
 from pallas_kernels.deformable_conv.xla import deformable_aggregate_xla
+from pallas_kernels.devices import why_no_nvidia_kernels
 
 BOUNDARIES = ("zeros", "truncate")
 IMPLEMENTATIONS = ("pallas", "xla")
@@ -136,17 +137,8 @@ def _aggregate(values, points: Points, boundary: str, implementation: str | None
 
 def why_not_pallas() -> str | None:
     """Why the Pallas kernels can't run on JAX's default device; None if they can."""
-    device = jax.config.jax_default_device or jax.devices()[0]
-    if isinstance(device, str):  # a platform
-        device = jax.devices(device)[0]
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
-        return f"it needs an NVIDIA GPU, and the default device is {device}; take 'xla'"
-    if float(device.compute_capability) < 8.0:
-        return (
-            f"it needs compute capability 8.0 or higher, and {device.device_kind} has "
-            f"{device.compute_capability}; take 'xla'"
-        )
-    return None
+    reason = why_no_nvidia_kernels()
+    return reason and f"{reason}; take 'xla'"
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

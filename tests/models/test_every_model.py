@@ -76,17 +76,18 @@ def test_it_trains_and_samples(name, quick_programs):
 
 @pytest.mark.parametrize("name", ["s2", "sit_s2", "sit_s2_plus", "flowcnn_5x5"])
 def test_macs_are_those_that_xla_counts(name, monkeypatch):
-    """XLA counts two FLOPs a MAC, and elementwise work: in models so narrow, up to 5 % more.
+    """XLA counts two FLOPs a MAC, and elementwise work: in models so wide, up to 0.6 % more.
 
-    It leaves out what a convolution's kernel takes from the padding, and counts the product with
-    one-hot rows that looks up the class.
+    With so many channels the first and the last layer, too, are 2 % of the work or more. XLA leaves
+    out what a convolution's kernel takes from the padding, and counts the product with one-hot rows
+    that looks up the class.
     """
     use_aggregate(monkeypatch, elementwise_aggregate)
-    config, tokens = shrunk(name, width=128, depth=2, in_channels=4), 16
+    config, tokens = shrunk(name, width=512, depth=2, in_channels=64), 16
     graphdef, params = models.abstract_model(config)
     arguments = [
         jax.ShapeDtypeStruct(shape, dtype)
-        for shape, dtype in (((1, 32, 32, 4), "float32"), ((1,), "float32"), ((1,), "int32"))
+        for shape, dtype in (((1, 32, 32, 64), "float32"), ((1,), "float32"), ((1,), "int32"))
     ]
     forward = jax.jit(functools.partial(models.apply_model, graphdef))
     flops = forward.lower(params, *arguments).compile().cost_analysis()["flops"]
@@ -95,4 +96,4 @@ def test_macs_are_those_that_xla_counts(name, monkeypatch):
         kernel = 5 * 5 * config.width**2 // config.num_groups
         reached = (5 * tokens - 2 * (1 + 2)) / (5 * tokens)  # along an axis, inside the image
         macs -= round(config.depth * tokens**2 * kernel * (1 - reached**2))
-    assert 1 <= flops / (2 * macs) < 1.05
+    assert 1 <= flops / (2 * macs) < 1.01

@@ -12,6 +12,7 @@ from flowdcn_jax import models
 from flowdcn_jax.models import sit
 from tests.comparison import relative_error
 from tests.official import model_config, nhwc, to_tree
+from tests.pallas_kernels.test_devices import fake_device
 
 
 @pytest.fixture(scope="module")
@@ -89,22 +90,20 @@ def test_float32_attention_is_not_rounded_to_tf32(golden, params):
 
 
 @pytest.mark.parametrize(
-    "platform, dtype, head_dim, expected",
+    "device, dtype, head_dim, expected",
     [
-        ("cuda 13000", jnp.bfloat16, 64, "cudnn"),
-        ("cuda 13000", jnp.bfloat16, 72, "cudnn"),
-        ("cuda 13000", jnp.bfloat16, 20, "xla"),
-        ("cuda 13000", jnp.bfloat16, 136, "xla"),
-        ("cuda 13000", jnp.float32, 64, "xla"),
-        ("rocm 70000", jnp.bfloat16, 64, "xla"),
-        ("cpu", jnp.bfloat16, 64, "xla"),
+        (fake_device(), jnp.bfloat16, 64, "cudnn"),
+        (fake_device(), jnp.bfloat16, 72, "cudnn"),
+        (fake_device(), jnp.bfloat16, 20, "xla"),
+        (fake_device(), jnp.bfloat16, 136, "xla"),
+        (fake_device(), jnp.float32, 64, "xla"),
+        (fake_device(capability="7.5"), jnp.bfloat16, 64, "xla"),
+        (fake_device(version="rocm 70000"), jnp.bfloat16, 64, "xla"),
+        (fake_device(platform="cpu"), jnp.bfloat16, 64, "xla"),
     ],
 )
-def test_where_cudnn_is_used(monkeypatch, platform, dtype, head_dim, expected):
-    class Backend:
-        platform_version = platform
-
-    monkeypatch.setattr(sit.backend, "get_backend", Backend)
+def test_where_cudnn_is_used(monkeypatch, device, dtype, head_dim, expected):
+    monkeypatch.setattr(jax, "devices", lambda: [device])
     assert sit.attention_implementation(jnp.dtype(dtype), head_dim) == expected
     assert sit.attention_implementation(dtype, head_dim) == expected
 

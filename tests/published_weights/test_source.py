@@ -1,22 +1,26 @@
 """Reading weight files: every form gives the same tensors, and what cannot be read is named."""
 
 import argparse
+import builtins
 import logging
 import os
 import pickle
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from flowdcn_jax.published_weights import PublishedWeightsError, source
 from flowdcn_jax.published_weights.names import official_tensors
-from flowdcn_jax.published_weights.source import open_source, select_weights
+from flowdcn_jax.published_weights.selection import select_weights, warn_of_unused
+from flowdcn_jax.published_weights.source import open_source
 from tests import official
 from tests.official import half, lightning, under
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
+BIAS = "blocks.1.attn.out.bias"
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +31,7 @@ def expected(golden):
 def read(path, which, expected):
     """(format, which, arrays by name)."""
     weights = select_weights(open_source(path), which, expected)
+    warn_of_unused(weights)
     arrays = {name: tensor.read() for name, tensor in weights.tensors.items()}
     for name, tensor in weights.tensors.items():
         assert arrays[name].shape == tensor.shape and str(arrays[name].dtype) == tensor.dtype
@@ -72,8 +77,23 @@ def test_a_checkpoint_of_sits_training(tensors, write, expected):
     assert (form, found) == ("SiT checkpoint", "ema")
     assert_same(arrays, half(tensors))
     assert_same(read(path, "model", expected)[2], tensors)
-    with pytest.raises(PublishedWeightsError, match=r"holds no ema\.\* tensors"):
+    only = r"one set of weights, model\.\*; --weights=model takes it"
+    with pytest.raises(PublishedWeightsError, match=only):
         read(write(under("model.", tensors)), "ema", expected)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "ema."])
+def test_a_state_dict_with_a_name_of_sits_sets_is_a_state_dict(tensors, write, expected, prefix):
+    more = {f"{prefix}extra": np.zeros(3, np.float32)}
+    form, found, arrays = read(write(tensors | more), "ema", expected)
+    assert (form, found) == ("state dict", "only") and arrays.keys() == (tensors | more).keys()
+
+
+@pytest.mark.parametrize("beyond", ["", "state_dict."])
+def test_a_tensor_with_two_names_is_refused(tensors, write, expected, beyond):
+    twice = under(f"{beyond}denoiser.", tensors) | {f"{beyond}{BIAS}": tensors[BIAS] + 7}
+    with pytest.raises(PublishedWeightsError, match=f"holds {BIAS} twice, with the prefix denoi"):
+        read(write(twice), "model", expected)
 
 
 def test_an_ema_list_that_does_not_go_with_the_state_dict(tensors, write, expected):
@@ -90,8 +110,20 @@ def test_an_ema_list_that_does_not_go_with_the_state_dict(tensors, write, expect
         caught.value
     )
     assert "t_embedder.mlp.0.weight" in str(caught.value)
-    with pytest.raises(PublishedWeightsError, match="holds no EMA; --weights=model"):
+    one_set = r"one set of weights, state_dict\.\*, and no EMA .*; --weights=model takes it"
+    with pytest.raises(PublishedWeightsError, match=one_set):
         read(write(under("state_dict.denoiser.", tensors)), "ema", expected)
+
+
+def test_an_ema_that_is_no_list_is_refused(tensors, write, expected):
+    state = under("state_dict.denoiser.", tensors)
+    by_name = state | under("optimizer_states.0.ema.", tensors)
+    with pytest.raises(PublishedWeightsError, match="EMA has a tensor 'blocks.0.*; expected a li"):
+        read(write(by_name), "ema", expected)
+    gap = lightning(tensors, tensors)
+    gap["optimizer_states.0.ema.99"] = gap.pop("optimizer_states.0.ema.64")
+    with pytest.raises(PublishedWeightsError, match="tensor '99' among its 65; .* are 0 to 64"):
+        read(write(gap), "ema", expected)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.00001, 0.001, 0.5, 0.999999])
@@ -122,6 +154,25 @@ def test_without_pytorch_its_files_name_it(monkeypatch):
 @pytest.fixture
 def torch():
     return pytest.importorskip("torch", reason="PyTorch, which only its own files need")
+
+
+def test_an_old_pytorch_is_named(monkeypatch):
+    """And the file is not called damaged."""
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__version__="2.4.1+cpu"))
+    with pytest.raises(PublishedWeightsError, match=r"2.4.1\+cpu is installed; expected 2.5 or"):
+        open_source(FIXTURES / "official_tiny.pth")
+
+
+def test_a_pytorch_that_does_not_load_is_named(monkeypatch):
+    def import_(name, *args):
+        if name == "torch":
+            raise OSError("libgomp.so.1: cannot open shared object file")
+        return original(name, *args)
+
+    original = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", import_)
+    with pytest.raises(PublishedWeightsError, match="installed cannot be loaded: libgomp.so.1"):
+        open_source(FIXTURES / "official_tiny.pth")
 
 
 def test_the_authors_files(torch, tensors, expected):
@@ -172,6 +223,48 @@ def test_truncated_pytorch_files(torch, tmp_path, share):
         open_source(tmp_path / "cut.pth")
 
 
+@pytest.mark.parametrize("file", ["official_tiny.pth", "official_tiny.ckpt"])
+def test_a_changed_bit_in_a_pytorch_file_is_found(torch, tensors, tmp_path, file):
+    """PyTorch itself reads such a file without a word."""
+    content = bytearray((FIXTURES / file).read_bytes())
+    content[content.find(tensors["blocks.0.mlp.w1.weight"].tobytes()) + 3] ^= 0x40
+    (tmp_path / file).write_bytes(content)
+    torch.load(tmp_path / file, weights_only=True, mmap=True)
+    with pytest.raises(PublishedWeightsError, match=r"truncated or damaged \(Bad CRC-32.*/data/"):
+        open_source(tmp_path / file)
+
+
+def test_pytorch_files_that_were_saved_without_checksums_are_read(torch, tmp_path):
+    torch.serialization.set_crc32_options(False)
+    torch.save({"weight": torch.ones(3)}, tmp_path / "x.pth")
+    torch.serialization.set_crc32_options(True)
+    np.testing.assert_array_equal(open_source(tmp_path / "x.pth").tensors["weight"].read(), 1)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "without data"])
+def test_tensors_that_are_no_arrays_are_named(torch, tmp_path, kind):
+    tensor = torch.zeros(64)
+    tensor = tensor.to_sparse() if kind == "sparse" else tensor.to("meta")
+    torch.save({BIAS: tensor}, tmp_path / "x.pth")
+    with pytest.raises(PublishedWeightsError, match=f"{BIAS} of the source cannot be read as an"):
+        open_source(tmp_path / "x.pth").tensors[BIAS].read()
+
+
+def test_names_that_nesting_makes_equal_are_refused(torch, tmp_path):
+    torch.save({"a": {"b": torch.zeros(2)}, "a.b": torch.ones(2)}, tmp_path / "x.pth")
+    with pytest.raises(PublishedWeightsError, match="x.pth holds two tensors named a.b"):
+        open_source(tmp_path / "x.pth")
+
+
+def test_running_out_of_memory_is_not_called_damage(torch, monkeypatch):
+    def exhausted(*args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", exhausted)
+    with pytest.raises(MemoryError):
+        open_source(FIXTURES / "official_tiny.pth")
+
+
 class Bomb:
     """Unpickled, it makes a folder."""
 
@@ -191,6 +284,7 @@ def test_code_in_a_file_is_refused_and_not_run(torch, tmp_path):
             open_source(tmp_path / name)
         assert f"{name} is refused" in str(caught.value)
         assert "mkdir" in str(caught.value) and "\n" not in str(caught.value)
+        assert "save the weights alone: tree = torch.load(FILE" in str(caught.value)
     assert not (tmp_path / "harm").exists()
     pickle.loads((tmp_path / "plain.pth").read_bytes())  # it would have
     assert (tmp_path / "harm").exists()
