@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from pallas_kernels.deformable_conv.shared_image import why_not
 from pallas_kernels.deformable_conv.tiles import Grid
 
 LOAD_BYTES = 16  # of one load instruction of one thread
@@ -24,10 +25,7 @@ class Gather(NamedTuple):
 
 
 class SharedImage(NamedTuple):
-    """shared_image.forward, shared_image.point_gradients; for Hopper GPUs.
-
-    `choose` does not take it yet, for it has not been measured. `tune` measures it.
-    """
+    """shared_image.forward, shared_image.point_gradients; for Hopper GPUs."""
 
     num_warps: int  # a multiple of 4
 
@@ -58,8 +56,8 @@ class Blocks(NamedTuple):
     values_gradient: TransposedProduct
 
 
-def choose(h: int, w: int, num_points: int, dtype) -> Blocks:
-    """The block sizes for images of h x w tokens."""
+def choose(h: int, w: int, channels: int, num_points: int, dtype, *, hopper: bool) -> Blocks:
+    """The block sizes for images of h x w tokens, on a Hopper GPU or another one."""
     wide = jnp.dtype(dtype).itemsize > 2
     token_tile = tile(TOKEN_TILE, 16, w)
     token_tiles = Grid(h, w, *token_tile).tiles
@@ -70,7 +68,10 @@ def choose(h: int, w: int, num_points: int, dtype) -> Blocks:
     else:
         forward = Gather(tile(16 if wide else 32, 8, w), chunk=32, num_warps=4)
 
-    if wide:
+    fits = why_not(h, w, channels, dtype, in_parts=False) is None and channels <= MAX_CHANNELS
+    if hopper and fits and not few_tiles:
+        point_gradients = SharedImage(num_warps=16)
+    elif wide:
         point_gradients = Product(token_tile, token_tile, num_warps=4)
     elif few_tiles:
         whole = max(TOKEN_TILE, _power_of_two(token_tiles) * TOKEN_TILE)

@@ -32,6 +32,7 @@ from pallas_kernels.deformable_conv.points import (
     flatten_tokens,
 )
 from pallas_kernels.deformable_conv.tiles import Grid
+from pallas_kernels.devices import is_hopper
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -69,7 +70,7 @@ deformable_aggregate_pallas.defvjp(_vjp_forward, _vjp_backward)
 
 
 def _forward(values, *fields, form: type, boundary: str, interpret: bool) -> tuple[jax.Array]:
-    values_flat, points, blocks = _prepare(values, form(*fields))
+    values_flat, points, blocks = _prepare(values, form(*fields), interpret)
     h, w = values.shape[1:3]
     tiling = blocks.forward
     options = dict(boundary=boundary, num_warps=tiling.num_warps, interpret=interpret)
@@ -95,7 +96,7 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
     *fields, d_out = fields_and_d_out
     inputs = (values, *form(*fields).per_query)
     h, w = values.shape[1:3]
-    values, points, blocks = _prepare(values, form(*fields))
+    values, points, blocks = _prepare(values, form(*fields), interpret)
     d_out_parts = _channel_parts(flatten_tokens(d_out))
     options = dict(boundary=boundary, interpret=interpret)
 
@@ -144,8 +145,10 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
     )
 
 
-def _prepare(values, points: Points) -> tuple[jax.Array, Points, Blocks]:
-    blocks = choose(*values.shape[1:3], points.weights.shape[-1], values.dtype)
+def _prepare(values, points: Points, interpret: bool) -> tuple[jax.Array, Points, Blocks]:
+    h, w, _, channels = values.shape[1:]
+    num_points, hopper = points.weights.shape[-1], is_hopper() and not interpret
+    blocks = choose(h, w, channels, num_points, values.dtype, hopper=hopper)
     return flatten_tokens(values), flatten_points(points), blocks
 
 

@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels.deformable_conv import blocks, gather, products, shared_image, tent
@@ -19,6 +18,7 @@ from pallas_kernels.deformable_conv.api import VALUE_DTYPES, why_not_pallas
 from pallas_kernels.deformable_conv.named_shapes import NAMED_SHAPES, model_inputs
 from pallas_kernels.deformable_conv.points import flatten_points, flatten_tokens
 from pallas_kernels.deformable_conv.tiles import Grid
+from pallas_kernels.devices import is_hopper
 from pallas_kernels.timing import compile_calls, milliseconds
 
 DEFAULT_SHAPE = ",".join(map(str, NAMED_SHAPES["XL at 256"]))
@@ -92,9 +92,8 @@ def _candidates(shape, dtype) -> Iterator[tuple[str, object, Callable]]:
 
 def why_not_shared_image(kernel: str, shape, dtype) -> str | None:
     """Why `shared_image.py` can't do the kernel here; None if it can."""
-    capability = jax.devices()[0].compute_capability
-    if not capability.startswith("9."):
-        return f"it is for compute capability 9.0, and this GPU has {capability}"
+    if not is_hopper():
+        return "it is for GPUs of compute capability 9"
     return shared_image.why_not(*shape[1:3], shape[4], dtype, in_parts=kernel == "forward")
 
 
@@ -136,7 +135,7 @@ def main() -> None:
         if calls is not None:
             ms = milliseconds(calls, *inputs[kernel], runs=3)
             times.setdefault(kernel, []).append((ms, sizes))
-    chosen = blocks.choose(*shape[1:3], shape[5], args.dtype)._asdict()
+    chosen = blocks.choose(*shape[1:3], *shape[4:], args.dtype, hopper=is_hopper())._asdict()
     for kernel, found in times.items():
         print(f"{kernel}: now {chosen[kernel]}")
         for ms, sizes in sorted(found, key=lambda entry: entry[0])[: args.show]:
