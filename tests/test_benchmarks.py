@@ -69,7 +69,7 @@ def test_the_step_that_waits_for_data_is_that_of_training(quick_compilation):
 
 def test_training_is_not_timed_without_a_gpu():
     code, output = tiny.run([sys.executable, "-m", "benchmarks.data_wait"])
-    assert code == 1 and "needs a GPU, and there is none; with --step_ms=300 a sleep" in output
+    assert code == 2 and "needs a GPU, and there is none; with --step_ms=300 a sleep" in output
     assert "Traceback" not in output
 
 
@@ -87,7 +87,7 @@ def test_the_random_autoencoder_that_is_timed_tells_images_apart():
 def test_kernels_are_not_timed_without_a_gpu():
     for module in ("benchmarks.operators", "pallas_kernels.deformable_conv.tune"):
         code, output = tiny.run([sys.executable, "-m", module])
-        assert code == 1 and "needs an NVIDIA GPU" in output and "Traceback" not in output
+        assert code == 2 and "needs an NVIDIA GPU" in output and "Traceback" not in output
 
 
 def test_the_sampling_benchmark_measures_one_device_and_two(tmp_path, monkeypatch):
@@ -112,20 +112,20 @@ def test_the_sampling_benchmark_measures_one_device_and_two(tmp_path, monkeypatc
 
 def test_sampling_is_not_measured_on_devices_that_are_not_there():
     code, output = tiny.run([sys.executable, "-m", "benchmarks.sampling", "--devices=1,3"])
-    assert code == 1 and "--devices names 3; expected at most 1" in output
+    assert code == 2 and "--devices names 3; expected at most 1" in output
     assert "Traceback" not in output
 
 
 # The benchmark on a FlowDCN and a SiT so small that a step takes no time.
 SMALL_TRAINING = """
-from absl import app
 from benchmarks import training
 from configs import s2, sit_s2
+from flowdcn_jax import command
 for module, parts in ((s2, "num_groups"), (sit_s2, "num_heads")):
     config = module.get_config()
     config.model.update({"width": 16, "depth": 1, parts: 2})
     module.get_config = config.copy_and_resolve_references
-app.run(training.main)
+command.run(training.main)
 """
 
 
@@ -162,5 +162,5 @@ def test_the_training_benchmark_compares_models(tmp_path, monkeypatch):
 def test_bad_flags_of_benchmarks_are_one_line(command, message):
     module, *options = command
     code, output = tiny.run([sys.executable, "-m", f"benchmarks.{module}", *options])
-    assert code == 1 and message in output and "Traceback" not in output, output
+    assert code == 2 and message in output and "Traceback" not in output, output
     assert len(output.splitlines()) == 1, output

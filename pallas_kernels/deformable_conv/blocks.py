@@ -70,7 +70,7 @@ def choose(h: int, w: int, channels: int, num_points: int, dtype, *, hopper: boo
 
     fits = why_not(h, w, channels, dtype, in_parts=False) is None and channels <= MAX_CHANNELS
     if hopper and fits and not few_tiles:
-        point_gradients = SharedImage(num_warps=16)
+        point_gradients = SharedImage(num_warps=16 if h * w >= 1024 else 12)
     elif wide:
         point_gradients = Product(token_tile, token_tile, num_warps=4)
     elif few_tiles:

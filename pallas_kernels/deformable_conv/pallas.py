@@ -3,7 +3,8 @@
 The forward multiplies by the interpolation matrix (`tent.py`) where there are few tokens, and
 gathers (`gather.py`) elsewhere. Backward, the gradient of the values is a product with the
 transposed matrix (`tent.py`), and those of the sampling points come from products of rows
-(`products.py`). Nothing is added up in an order that changes from run to run.
+(`products.py`), on Hopper also with an image in shared memory (`shared_image.py`). `blocks.choose`
+decides. Nothing is added up in an order that changes from run to run.
 """
 
 import functools
