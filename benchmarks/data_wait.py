@@ -15,7 +15,7 @@ GPUs is not, either.
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from tqdm import trange
 
 from benchmarks.random_latents import reader_rate, write_random_latents
+from benchmarks.steps import Step, stand_in, training_step
 from flowdcn_jax import command, config_flag, data
 from flowdcn_jax.command import file_to_write, write_json
 from flowdcn_jax.environment import describe_machine
@@ -35,8 +36,6 @@ from flowdcn_jax.errors import UserError
 from flowdcn_jax.training.loop import DEVICE_PREFETCH, on_devices
 from flowdcn_jax.training.metrics import Stopwatch
 from flowdcn_jax.training.sharding import make_mesh
-from flowdcn_jax.training.state import initial_state
-from flowdcn_jax.training.step import make_train_step
 from flowdcn_jax.validation import validate
 
 _CONFIG = config_flag.define_config_flag(default="configs/xl2.py")
@@ -48,8 +47,6 @@ _WARM_UP = flags.DEFINE_integer("warm_up", 20, "Steps before them.", 1)
 _SECONDS = flags.DEFINE_float("seconds", 5.0, "How long the reader's own rate is measured.", 0)
 _MEGABYTES = flags.DEFINE_integer("megabytes", 400, "Latents to write.", 1)
 _OUT = flags.DEFINE_string("out", None, "JSON file to write.")
-
-Step = Callable[[dict[str, jax.Array]], Any]  # of a batch on the devices; returns when it is done
 
 
 def main() -> None:
@@ -97,23 +94,6 @@ def _check_flags() -> ConfigDict:
             "300 ms takes its place"
         )
     return config
-
-
-def stand_in(seconds: float) -> Step:
-    """What takes the training step's place: like it, it leaves the CPUs to the reader."""
-    return lambda batch: time.sleep(seconds)
-
-
-def training_step(config: ConfigDict, mesh: Mesh) -> Step:
-    """Trains on a batch, and gives its metrics once that is done; the first call compiles."""
-    train_step, state = make_train_step(config, mesh), initial_state(config, mesh)
-
-    def run(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        nonlocal state
-        state, metrics = jax.block_until_ready(train_step(state, batch))
-        return metrics
-
-    return run
 
 
 def _measure(config: ConfigDict, source: data.Source, run_step: Step, mesh: Mesh) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.random_autoencoder import random_kl
+from benchmarks.steps import training_step
 from flowdcn_jax.autoencoders import kl
 from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
@@ -57,8 +58,6 @@ def test_a_step_that_takes_no_time_waits_for_data(tmp_path):
 
 
 def test_the_step_that_waits_for_data_is_that_of_training(quick_compilation):
-    from benchmarks.data_wait import training_step
-
     config = tiny.config(model=tiny.SIT, train__batch_size=2)
     run_step = training_step(config, make_mesh(devices=jax.devices()[:1]))
     batch = {"image": np.full((2, 8, 8, 1), 9, np.uint8), "label": np.zeros(2, np.int32)}

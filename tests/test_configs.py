@@ -48,6 +48,7 @@ def test_config_is_whole_and_says_what_it_costs(name):
     module = importlib.import_module(f"configs.{name}")
     config, default = module.get_config(), importlib.import_module("configs.default").get_config()
     assert set(config.model) == set(models.model_options(config.model.name))
+    default.unlock()
     del default.model
     assert set(keys(config)) - {f"model.{key}" for key in config.model} == set(keys(default))
     validate(config, num_devices=8, num_processes=2)

@@ -108,7 +108,7 @@ def main() -> None:
     if len(shape) != 6 or min(shape) < 1:
         parser.error(f"--shape is {args.shape!r}; expected six positive numbers B,h,w,G,C,K")
     if reason := why_not_pallas():
-        parser.exit(1, f"can't tune here: {reason}\n")
+        parser.exit(2, f"can't tune here: {reason}\n")
 
     values, points, d_out = model_inputs(shape, args.dtype)
     values, points, d_out = flatten_tokens(values), flatten_points(points), flatten_tokens(d_out)

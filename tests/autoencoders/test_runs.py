@@ -147,10 +147,13 @@ def test_what_cannot_decode_the_latents_is_refused(trained, tmp_path):
     (folder / "config.json").chmod(0o644)
     sizes = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(sizes | dict(scaling_factor=0.13025)))
-    sampling.load_trained(trained, autoencoder="sd_vae", autoencoder_weights=SD_VAE)  # one space
+    model = sampling.load_trained(trained, autoencoder="sd_vae", autoencoder_weights=SD_VAE)
+    assert model.autoencoder.name == "sd_vae"  # one space
     message = "taesd with scale 1 .* sd_vae with scale 0.13025"
     with pytest.raises(ConfigError, match=message):
-        sampling.load_trained(trained, autoencoder="sd_vae", autoencoder_weights=folder)
+        _ = sampling.load_trained(
+            trained, autoencoder="sd_vae", autoencoder_weights=folder
+        ).autoencoder
     config = latents_config(trained.parent)
     config.autoencoder.update(name="sd_vae", weights=str(folder))
     with pytest.raises(ConfigError, match=message):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flowdcn_jax.sampling import run
+from flowdcn_jax.sampling import trained_model
 from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
 
@@ -18,7 +18,7 @@ def test_the_python_blocks_run(workdir, monkeypatch):
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     sampling, operator = blocks
     one_device = make_mesh(devices=jax.devices()[:1])  # compiles faster than eight
-    monkeypatch.setattr(run, "make_mesh", lambda: one_device)
+    monkeypatch.setattr(trained_model, "make_mesh", lambda: one_device)
     space = {"x": jnp.zeros((2, 8, 8, 1)), "t": jnp.zeros(2), "y": jnp.array([3, 7])}
     space["noise"] = space["x"]
     exec(sampling.replace('"runs/digits"', repr(str(workdir))), space)

@@ -92,4 +92,4 @@ def test_bad_numbers_and_files_end_in_one_line(tmp_path):
         (f"--json={tmp_path}", "is a folder; expected a file"),
     ):
         code, output = tiny.run([*COMMAND, flag])
-        assert code == 1 and message in output and "Traceback" not in output
+        assert code == 2 and message in output and "Traceback" not in output

@@ -43,5 +43,5 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
     write(tmp_path / "run", [10])
     command = [sys.executable, "-m", "flowdcn_jax.tools.plot_metrics", f"--workdir={tmp_path}/run"]
     code, output = tiny.run([*command, "--out=/proc/x.png"])
-    assert code == 1 and output.startswith("error: --out=/proc/x.png cannot be written: ")
+    assert code == 2 and output.startswith("error: --out=/proc/x.png cannot be written: ")
     assert len(output.splitlines()) == 1

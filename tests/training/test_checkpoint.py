@@ -166,7 +166,7 @@ def test_load_model_reads_the_ema_alone(workdir):
         shutil.rmtree(workdir / "checkpoints" / str(step) / "state")
     model, config = flowdcn_jax.load_model(workdir)
     np.testing.assert_array_equal(model.stem.kernel[...], state_at(3).ema["stem"]["kernel"])
-    assert config.model == CONFIG.model
+    assert config.model.to_dict() == CONFIG.model.to_dict()
     x = np.ones((2, 8, 8, 1), np.float32)
     assert model(x, np.zeros(2, np.float32), np.array([0, 10])).shape == x.shape
     model, _ = flowdcn_jax.load_model(workdir, step=1)
