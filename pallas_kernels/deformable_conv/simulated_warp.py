@@ -1,7 +1,9 @@
 """`warp.Warp` on NumPy arrays: what a GPU would compute, for tests on machines that have none."""
 
+import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,6 +22,7 @@ class SimulatedWarp:
         self.block, self.warp, self.lane = block, warp, lane
         self.thread = warp * LANES + lane
         self._shared = np.zeros((num_blocks, shared_bytes), np.uint8)
+        self._active = np.ones(self.lane.shape, bool)  # lanes that are not in a branch not taken
 
     def constant(self, number):
         kind = np.float32 if isinstance(number, float) else np.int32
@@ -49,7 +52,7 @@ class SimulatedWarp:
         return ref.ndim
 
     def load(self, ref, index, count: int = 1):
-        ref = ref.reshape(-1)
+        ref, index = ref.reshape(-1), np.where(self._active, index, 0)
         numbers = tuple(ref[_inside(ref, index + i)].astype(np.float32) for i in range(count))
         return numbers if count > 1 else numbers[0]
 
@@ -60,7 +63,7 @@ class SimulatedWarp:
 
     def store(self, ref, index, *numbers, mask):
         ref = ref.reshape(-1)
-        mask = np.broadcast_to(True if mask is None else mask, self.lane.shape)
+        mask = self._active & (True if mask is None else mask)
         assert not (index[mask] % len(numbers)).any(), "not aligned"
         for i, number in enumerate(numbers):
             ref[_inside(ref, index[mask] + i)] = number[mask].astype(ref.dtype)
@@ -75,7 +78,7 @@ class SimulatedWarp:
 
     def copy_to_shared(self, address, ref, index, *, mask):
         ref = ref.reshape(-1)
-        mask = np.broadcast_to(True if mask is None else mask, self.lane.shape)
+        mask = self._active & (True if mask is None else mask)
         index = index[mask][:, None] + np.arange(16 // ref.itemsize)
         assert not (index[:, 0] * ref.itemsize % 16).any(), "not aligned"
         where = self._bytes(self.block[mask], address[mask])
@@ -84,8 +87,55 @@ class SimulatedWarp:
     def wait_for_copies(self):
         pass
 
+    def load_bits(self, ref, index):
+        ref, index = ref.reshape(-1), np.where(self._active, index, 0)
+        return ref[_inside(ref, index)]
+
+    def load_shared(self, address, count: int = 1):
+        words = self._words(address, count)
+        numbers = [self._shared.view(np.float32)[self.block, word] for word in words]
+        return numbers if count > 1 else numbers[0]
+
+    def load_shared_bits(self, address):
+        (word,) = self._words(address, 1)
+        return self._shared.view(np.int32)[self.block, word]
+
+    def store_shared(self, address, *numbers):
+        for word, number in zip(self._words(address, len(numbers)), numbers, strict=True):
+            place = self.block[self._active], word[self._active]
+            self._shared.view(np.int32)[place] = number.view(np.int32)[self._active]
+
+    def _words(self, address, count: int):
+        address = np.where(self._active, address, 0)
+        assert not (address % (4 * count)).any(), "not aligned"
+        assert address.min() >= 0 and address.max() + 4 * count <= self._shared.shape[1], "outside"
+        return [address // 4 + i for i in range(count)]
+
+    def wait_for_lanes(self):
+        pass
+
+    def wait_for_block(self):
+        pass
+
+    def ballot(self, condition):
+        bits = np.packbits(condition & self._active, axis=-1, bitorder="little")
+        return np.broadcast_to(bits.view(np.int32), self.lane.shape)
+
+    def union(self, bits):
+        bits = np.where(self._active, bits, 0)
+        return np.broadcast_to(np.bitwise_or.reduce(bits, axis=-1, keepdims=True), bits.shape)
+
+    def popcount(self, bits):
+        return np.bitwise_count(bits.view(np.uint32)).astype(np.int32)
+
+    def nth_bit(self, bits, n):
+        is_set = bits[..., None] >> np.arange(LANES) & 1
+        found = is_set & (np.cumsum(is_set, axis=-1) == n[..., None] + 1)
+        return np.where(found.any(axis=-1), found.argmax(axis=-1), -1).astype(np.int32)
+
     def load_matrices(self, address, *, offset: int, count: int, transposed: bool):
         lanes = slice(0, 8 * count)
+        address = np.where(self._active, address, -offset)
         where = self._bytes(self.block[..., lanes], address[..., lanes] + offset)
         matrices = self._shared[where].view(np.uint16)
         matrices = matrices.reshape(*self.lane.shape[:2], count, 8, 8)
@@ -109,9 +159,23 @@ class SimulatedWarp:
             for j in range(2)
         ]
 
-    def loop(self, count: int, body: Callable, carry=()):
-        for i in range(count):
-            carry = body(self.constant(i), carry)
+    def when(self, condition, body: Callable, carry=()):
+        outside, self._active = self._active, self._active & condition
+        if self._active.any():
+            after = body(carry)
+            if jax.tree.leaves(carry):
+                carry = jax.tree.map(lambda x, y: np.where(self._active, x, y), after, carry)
+        self._active = outside
+        return carry
+
+    def loop(self, count, body: Callable, carry=()):
+        dynamic = not isinstance(count, int)
+        for i in range(int(count.max()) if dynamic else count):
+            now = self.constant(i)
+            if dynamic:
+                carry = self.when(now < count, functools.partial(body, now), carry)
+            else:
+                carry = body(now, carry)
         return carry
 
     def _bytes(self, block, address):

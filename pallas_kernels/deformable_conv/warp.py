@@ -55,6 +55,9 @@ class Lanes:
     def __and__(self, other):
         return Lanes(arith.andi(self.value, _like(self, other)))
 
+    def __or__(self, other):
+        return Lanes(arith.ori(self.value, _like(self, other)))
+
     def __rshift__(self, other):
         return Lanes(arith.shrui(self.value, _like(self, other)))
 
@@ -116,6 +119,27 @@ class Warp:
         kind = "f" if x.is_float else "r"
         text = f"shfl.sync.idx.b32 $0, $1, $2, 0x1f, {ALL_LANES};"
         return _assemble(text, x.value.type, f"={kind},{kind},r", x, source, ordered=True)
+
+    def ballot(self, condition: Lanes) -> Lanes:
+        """A bit for each lane: where the condition holds."""
+        number = Lanes(arith.extui(_type("i32"), condition.value))
+        text = (
+            "{.reg .pred p; setp.ne.u32 p, $1, 0; "
+            f"vote.sync.ballot.b32 $0, p, {ALL_LANES};}}"
+        )
+        return _assemble(text, _type("i32"), "=r,r", number, ordered=True)
+
+    def union(self, bits: Lanes) -> Lanes:
+        """The bits that any lane has."""
+        text = f"redux.sync.or.b32 $0, $1, {ALL_LANES};"
+        return _assemble(text, _type("i32"), "=r,r", bits, ordered=True)
+
+    def popcount(self, bits: Lanes) -> Lanes:
+        return _assemble("popc.b32 $0, $1;", _type("i32"), "=r,r", bits)
+
+    def nth_bit(self, bits: Lanes, n: Lanes) -> Lanes:
+        """The place of the set bit number n, counted from 0; -1 if there are no more."""
+        return _assemble("fns.b32 $0, $1, 0, $2;", _type("i32"), "=r,r,r", bits, n + 1)
 
     def pack(self, low: Lanes, high: Lanes, dtype) -> Lanes:
         """Two float32 numbers in the 16 bits of `dtype` each."""
@@ -181,6 +205,49 @@ class Warp:
 
         _where(mask, copy)
 
+    def load_shared(self, address: Lanes, count: int = 1) -> list:
+        """`count` (1 or 4) neighbouring float32 numbers at a byte address in shared memory."""
+        width = ".v4" if count == 4 else ""
+        names = ",".join(f"${i}" for i in range(count))
+        return _assemble(
+            f"ld.shared{width}.f32 {'{' + names + '}' if width else names}, [${count}];",
+            [_type("f32")] * count if width else _type("f32"),
+            "=f," * count + "r,~{memory}",
+            address,
+            ordered=True,
+        )
+
+    def load_shared_bits(self, address: Lanes) -> Lanes:
+        """32 bits at a byte address in shared memory."""
+        constraints = "=r,r,~{memory}"
+        return _assemble("ld.shared.b32 $0, [$1];", _type("i32"), constraints, address, ordered=True)
+
+    def store_shared(self, address: Lanes, *numbers: Lanes) -> None:
+        """1 or 4 neighbouring numbers of 32 bits at a byte address in shared memory."""
+        names = ",".join(f"${i + 1}" for i in range(len(numbers)))
+        names = f"{{{names}}}" if len(numbers) == 4 else names
+        width = ".v4" if len(numbers) == 4 else ""
+        kinds = ["f" if x.is_float else "r" for x in numbers]
+        _assemble(
+            f"st.shared{width}.b32 [$0], {names};",
+            None,
+            ",".join(["r", *kinds, "~{memory}"]),
+            address,
+            *numbers,
+            ordered=True,
+        )
+
+    def load_bits(self, ref: ir.Value, index: Lanes) -> Lanes:
+        """A number of 32 bits of the flattened `ref`, as it is."""
+        return self.load_pair(ref, index)
+
+    def wait_for_lanes(self) -> None:
+        """What any lane of the warp has stored before, all lanes load after."""
+        _assemble(f"bar.warp.sync {ALL_LANES};", None, "~{memory}", ordered=True)
+
+    def wait_for_block(self) -> None:
+        gpu.barrier()
+
     def wait_for_copies(self) -> None:
         _assemble("cp.async.wait_all;", None, "~{memory}", ordered=True)
         gpu.barrier()
@@ -229,10 +296,25 @@ class Warp:
             *total,
         )
 
-    def loop(self, count: int, body: Callable, carry=()):
-        """The last of carry = body(i, carry), a pytree of lanes, for each i below `count`."""
+    def when(self, condition: Lanes, body: Callable, carry=()):
+        """body(carry) if the condition holds, else carry; all lanes of the warp must agree."""
         leaves, tree = jax.tree.flatten(carry)
-        first, end, step = (arith.constant(_type("i32"), x) for x in (0, count, 1))
+        branch = scf.IfOp(condition.value, [x.value.type for x in leaves], hasElse=bool(leaves))
+        with ir.InsertionPoint(branch.then_block):
+            scf.yield_([x.value for x in jax.tree.leaves(body(carry))])
+        if leaves:
+            with ir.InsertionPoint(branch.else_block):
+                scf.yield_([x.value for x in leaves])
+        return jax.tree.unflatten(tree, [Lanes(x) for x in branch.results])
+
+    def loop(self, count: int | Lanes, body: Callable, carry=()):
+        """The last of carry = body(i, carry), a pytree of lanes, for each i below `count`.
+
+        All lanes of the warp must agree on `count`.
+        """
+        leaves, tree = jax.tree.flatten(carry)
+        first, step = (arith.constant(_type("i32"), x) for x in (0, 1))
+        end = count.value if isinstance(count, Lanes) else arith.constant(_type("i32"), count)
         loop = scf.ForOp(first, end, step, [leaf.value for leaf in leaves])
         with ir.InsertionPoint(loop.body):
             now = jax.tree.unflatten(tree, [Lanes(x) for x in loop.inner_iter_args])
