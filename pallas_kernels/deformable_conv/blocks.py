@@ -30,6 +30,13 @@ class SharedImage(NamedTuple):
     num_warps: int  # a multiple of 4
 
 
+class SparseMatrix(NamedTuple):
+    """The three functions of sparse_matrix.py; for Hopper GPUs. `choose` does not take it yet."""
+
+    window: int  # blocks of 16 columns in shared memory; a power of two
+    num_warps: int  # a multiple of 4; for values_gradient, at most `window`
+
+
 class Product(NamedTuple):
     """tent.forward, products.point_gradients."""
 
@@ -51,9 +58,9 @@ class TransposedProduct(NamedTuple):
 class Blocks(NamedTuple):
     """Block sizes of one call."""
 
-    forward: Gather | Product | SharedImage
-    point_gradients: Product | SharedImage
-    values_gradient: TransposedProduct
+    forward: Gather | Product | SharedImage | SparseMatrix
+    point_gradients: Product | SharedImage | SparseMatrix
+    values_gradient: TransposedProduct | SparseMatrix
 
 
 def choose(h: int, w: int, channels: int, num_points: int, dtype, *, hopper: bool) -> Blocks:

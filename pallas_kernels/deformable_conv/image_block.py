@@ -68,7 +68,7 @@ class Block:
 
     def __init__(self, warp: Warp, image: Image, shared):
         self.warp, self.image = warp, image
-        self.shared = warp.shared_memory(shared)
+        self.shared = shared
         number, part = warp.block // image.parts, warp.block % image.parts
         self.group = number % image.groups
         self._first = (number // image.groups) * (image.tokens * image.groups) + self.group
@@ -274,7 +274,8 @@ def _read(field, k, *index):
     return field[index[0]] if index else field
 
 
-def _located(points: Points, query_x, query_y, image: Image):
+def located(points: Points, query_x, query_y, image: Image):
+    """(the lane's point, its corners along x, along y)."""
     point = points.point(_read, 0)
     x, y = discard_non_finite(point.dx + query_x, point.dy + query_y)
     return point, corners(x, image.w, image.boundary), corners(y, image.h, image.boundary)
@@ -282,7 +283,7 @@ def _located(points: Points, query_x, query_y, image: Image):
 
 def _corners(points: Points, query_x, query_y, *, image: Image):
     """(where the rows of the four corners begin, in bytes; their weights), row by row."""
-    point, columns, rows = _located(points, query_x, query_y, image)
+    point, columns, rows = located(points, query_x, query_y, image)
     offsets, weights = [], []
     for j in range(2):
         row = rows.index[j] * (image.w * image.pitch)
@@ -295,7 +296,7 @@ def _corners(points: Points, query_x, query_y, *, image: Image):
 
 def gradients_of_point(points: Points, query_x, query_y, products, *, image: Image):
     """The gradients of the point's fields from d out . v of its four corners."""
-    point, columns, rows = _located(points, query_x, query_y, image)
+    point, columns, rows = located(points, query_x, query_y, image)
     d_dx = d_dy = d_weight = 0.0
     for n, product in enumerate(products):
         j, i = divmod(n, 2)

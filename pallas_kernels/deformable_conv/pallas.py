@@ -16,12 +16,13 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels.deformable_conv import gather, products, shared_image, tent
+from pallas_kernels.deformable_conv import gather, products, shared_image, sparse_matrix, tent
 from pallas_kernels.deformable_conv.blocks import (
     MAX_CHANNELS,
     Blocks,
     Gather,
     SharedImage,
+    SparseMatrix,
     choose,
 )
 from pallas_kernels.deformable_conv.derivatives import differentiable_no_more
@@ -81,6 +82,10 @@ def _forward(values, *fields, form: type, boundary: str, interpret: bool) -> tup
         )
     elif isinstance(tiling, SharedImage):
         forward = functools.partial(shared_image.forward, h=h, w=w, **options)
+    elif isinstance(tiling, SparseMatrix):
+        forward = functools.partial(
+            sparse_matrix.forward, h=h, w=w, window=tiling.window, **options
+        )
     else:
         forward = functools.partial(
             tent.forward,
@@ -105,6 +110,10 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
     several = len(d_out_parts) > 1
     if isinstance(tiling, SharedImage):
         point_gradients = functools.partial(shared_image.point_gradients, h=h, w=w)
+    elif isinstance(tiling, SparseMatrix):
+        point_gradients = functools.partial(
+            sparse_matrix.point_gradients, h=h, w=w, window=tiling.window
+        )
     else:
         point_gradients = functools.partial(
             products.point_gradients,
@@ -125,20 +134,22 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
     d_points = jax.tree.map(lambda *parts: sum(parts), *d_points)
 
     tiling = blocks.values_gradient
-    if tiling.skip and isinstance(points, Multiscale):
-        points = points.to_offsets()  # each is wanted by several tiles of tokens
-    d_values = [
-        tent.values_gradient(
-            points,
-            part,
+    if isinstance(tiling, SparseMatrix):
+        values_gradient = functools.partial(
+            sparse_matrix.values_gradient, h=h, w=w, window=tiling.window
+        )
+    else:
+        if tiling.skip and isinstance(points, Multiscale):
+            points = points.to_offsets()  # each is wanted by several tiles of tokens
+        values_gradient = functools.partial(
+            tent.values_gradient,
             queries=Grid(h, w, *tiling.query_tile),
             tokens=Grid(h, w, *tiling.token_tile),
             tiles_per_program=tiling.tiles_per_program,
             skip=tiling.skip,
-            num_warps=tiling.num_warps,
-            **options,
         )
-        for part in d_out_parts
+    d_values = [
+        values_gradient(points, part, num_warps=tiling.num_warps, **options) for part in d_out_parts
     ]
     gradients = (jnp.concatenate(d_values, axis=-1), *d_points)
     return tuple(

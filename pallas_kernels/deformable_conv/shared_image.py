@@ -14,12 +14,10 @@ second in the upper half; or, of a last point alone, of its left and its right c
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.deformable_conv.image_block import (
     CHUNK,
@@ -30,13 +28,9 @@ from pallas_kernels.deformable_conv.image_block import (
     Sampler,
     gradients_of_point,
 )
-from pallas_kernels.deformable_conv.limits import check_indexable
+from pallas_kernels.deformable_conv.launch import MAX_SHARED_BYTES, launch
 from pallas_kernels.deformable_conv.points import Points
-from pallas_kernels.deformable_conv.simulated_warp import SimulatedWarp
 from pallas_kernels.deformable_conv.warp import Warp
-
-MAX_SHARED_BYTES = 226 * 1024  # that a block may have, less what Mosaic takes
-WARPS_OF_A_GROUP = 4  # Mosaic's unit of threads
 
 
 def parts(h: int, w: int, channels: int) -> int | None:
@@ -63,10 +57,11 @@ def why_not(h: int, w: int, channels: int, dtype, *, in_parts: bool) -> str | No
 def forward(values, points, *, h: int, w: int, boundary: str, num_warps: int, interpret: bool):
     """out [B, tokens, G, C] of values [B, tokens, G, C] and points with flattened tokens."""
     image = _image(values, points, h, w, boundary, parts(h, w, values.shape[-1]))
-    (out,) = _launch(
+    (out,) = launch(
         functools.partial(_forward_kernel, image=image),
         name="deformable_forward_shared_image",
-        image=image,
+        num_blocks=values.shape[0] * image.groups * image.parts,
+        shared_bytes=image.shared_bytes,
         points=points,
         inputs=(values,),
         outputs=(jax.ShapeDtypeStruct(values.shape, values.dtype),),
@@ -90,10 +85,11 @@ def point_gradients(
 ) -> list[jax.Array]:
     """The gradients of points.per_query, in `dtypes`; values and d_out are [B, tokens, G, C]."""
     image = _image(values, points, h, w, boundary, 1)
-    return _launch(
+    return launch(
         functools.partial(_point_gradients_kernel, image=image),
         name="deformable_point_gradients_shared_image",
-        image=image,
+        num_blocks=values.shape[0] * image.groups * image.parts,
+        shared_bytes=image.shared_bytes,
         points=points,
         inputs=(values, d_out),
         outputs=tuple(
@@ -224,62 +220,3 @@ def _point_gradients_kernel(
         sampler.for_each_pair(queries, write_gradients)
 
     block.for_each_tile(tile)
-
-
-# --- launching -----------------------------------------------------------------------------------
-
-
-def _launch(
-    kernel: Callable,
-    *,
-    name: str,
-    image: Image,
-    points: Points,
-    inputs: tuple[jax.Array, ...],
-    outputs: tuple[jax.ShapeDtypeStruct, ...],
-    num_warps: int,
-    interpret: bool,
-) -> list[jax.Array]:
-    """Runs kernel(warp, points, shared memory, *inputs, *outputs) on every group of every image."""
-    num_blocks = inputs[0].shape[0] * image.groups * image.parts
-    arrays = (*points, *inputs)
-    check_indexable(name, (*arrays, *outputs))
-
-    def run(warp, shared, refs):
-        fields, others = refs[: len(points)], refs[len(points) :]
-        kernel(warp, type(points)(*fields), shared, *others)
-
-    if interpret:
-
-        def simulate(*arrays):
-            out = [np.zeros(x.shape, x.dtype) for x in outputs]
-            refs = (*map(np.asarray, arrays), *out)
-            run(SimulatedWarp(num_blocks, num_warps, image.shared_bytes), None, refs)
-            return out
-
-        return list(jax.pure_callback(simulate, list(outputs), *arrays, vmap_method="sequential"))
-
-    def body(*refs):
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-        def inline(context, *refs):
-            del context
-            *refs, shared = refs
-            run(Warp(num_warps), shared, refs)
-
-        inline(*refs)
-
-    body.__name__ = name
-    warpgroups = num_warps // WARPS_OF_A_GROUP
-    threads = {} if warpgroups == 1 else dict(num_threads=warpgroups, thread_name="warpgroup")
-    return plgpu.kernel(
-        body,
-        out_type=list(outputs),
-        scratch_types=[plgpu.SMEM((image.shared_bytes // 2,), image.dtype)],
-        grid=(num_blocks,),
-        grid_names=("block",),
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
-        **threads,
-    )(*arrays)

@@ -151,7 +151,9 @@ class SimulatedWarp:
     def add_product(self, total, left, right, dtype):
         left, right = ([_matrix(x, dtype) for x in fragment] for fragment in (left, right))
         rows = [np.concatenate(left[i::2], axis=-1) for i in range(2)]
-        product = np.concatenate(rows, axis=-2) @ np.concatenate(right, axis=-1).swapaxes(-1, -2)
+        right = np.concatenate(right, axis=-1).swapaxes(-1, -2)
+        with np.errstate(invalid="ignore", over="ignore"):  # in branches that are not taken
+            product = np.concatenate(rows, axis=-2) @ right
         product = product.reshape(*product.shape[:-2], 2, 8, 4, 2)
         return [
             total[2 * i + j] + product[..., i, :, :, j].reshape(self.lane.shape)

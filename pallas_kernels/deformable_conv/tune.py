@@ -13,7 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 
-from pallas_kernels.deformable_conv import blocks, gather, products, shared_image, tent
+from pallas_kernels.deformable_conv import (
+    blocks,
+    gather,
+    products,
+    shared_image,
+    sparse_matrix,
+    tent,
+)
 from pallas_kernels.deformable_conv.api import VALUE_DTYPES, why_not_pallas
 from pallas_kernels.deformable_conv.named_shapes import NAMED_SHAPES, model_inputs
 from pallas_kernels.deformable_conv.points import flatten_points, flatten_tokens
@@ -46,6 +53,15 @@ _CHAINED = {
 }
 
 
+_KINDS = (
+    blocks.Gather,
+    blocks.SharedImage,
+    blocks.SparseMatrix,
+    blocks.Product,
+    blocks.TransposedProduct,
+)
+
+
 def _candidates(shape, dtype) -> Iterator[tuple[str, object, Callable]]:
     """(kernel, block sizes, function)."""
     h, w = shape[1:3]
@@ -71,6 +87,13 @@ def _candidates(shape, dtype) -> Iterator[tuple[str, object, Callable]]:
                     extra["dtypes"] = (jnp.dtype(dtype),) * 3
                 run = getattr(shared_image, kernel)
                 yield kernel, b, functools.partial(run, **extra, **options)
+    if is_hopper() and sparse_matrix.why_not(h, w, shape[4], shape[5], dtype) is None:
+        for kernel, b in _sparse_matrices(h, w, shape[4]):
+            extra = dict(h=h, w=w, **b._asdict())
+            if kernel == "point_gradients":
+                extra["dtypes"] = (jnp.dtype(dtype),) * 3
+            run = getattr(sparse_matrix, kernel)
+            yield kernel, b, functools.partial(run, **extra, **options)
     sizes = [(q, t, n) for q in (16, 32, 64, 128) for t in (32, 64, 128, 256) for n in (4, 8)]
     for q, t, num_warps in sizes:
         width = 16 if h * w <= 256 else 8
@@ -90,6 +113,18 @@ def _candidates(shape, dtype) -> Iterator[tuple[str, object, Callable]]:
                 yield "values_gradient", b, run
 
 
+def _sparse_matrices(h: int, w: int, channels: int) -> Iterator:
+    """(kernel, block sizes)."""
+    for window in (2, 4, 8, 16):
+        for num_warps in (4, 8, 12):
+            b = blocks.SparseMatrix(window, num_warps)
+            if sparse_matrix.image_fits(h, w, channels, **b._asdict()):
+                yield "forward", b
+                yield "point_gradients", b
+            if window % num_warps == 0:
+                yield "values_gradient", b
+
+
 def why_not_shared_image(kernel: str, shape, dtype) -> str | None:
     """Why `shared_image.py` can't do the kernel here; None if it can."""
     if not is_hopper():
@@ -102,6 +137,8 @@ def main() -> None:
     parser.add_argument("--shape", default=DEFAULT_SHAPE, help="B,h,w,G,C,K")
     parser.add_argument("--dtype", default="bfloat16", choices=VALUE_DTYPES)
     parser.add_argument("--kernel", choices=blocks.Blocks._fields, help="only this one")
+    kinds = [kind.__name__ for kind in _KINDS]
+    parser.add_argument("--kind", choices=kinds, help="only block sizes of this one")
     parser.add_argument("--show", type=int, default=8, help="candidates to print of each kernel")
     args = parser.parse_args()
     shape = tuple(int(size) for size in args.shape.split(","))
@@ -117,7 +154,7 @@ def main() -> None:
     candidates = [
         candidate
         for candidate in _candidates(shape, args.dtype)
-        if args.kernel in (None, candidate[0])
+        if args.kernel in (None, candidate[0]) and args.kind in (None, type(candidate[1]).__name__)
     ]
 
     def compiled(candidate) -> Callable | None:

@@ -123,10 +123,7 @@ class Warp:
     def ballot(self, condition: Lanes) -> Lanes:
         """A bit for each lane: where the condition holds."""
         number = Lanes(arith.extui(_type("i32"), condition.value))
-        text = (
-            "{.reg .pred p; setp.ne.u32 p, $1, 0; "
-            f"vote.sync.ballot.b32 $0, p, {ALL_LANES};}}"
-        )
+        text = f"{{.reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 $0, p, {ALL_LANES};}}"
         return _assemble(text, _type("i32"), "=r,r", number, ordered=True)
 
     def union(self, bits: Lanes) -> Lanes:
@@ -220,7 +217,9 @@ class Warp:
     def load_shared_bits(self, address: Lanes) -> Lanes:
         """32 bits at a byte address in shared memory."""
         constraints = "=r,r,~{memory}"
-        return _assemble("ld.shared.b32 $0, [$1];", _type("i32"), constraints, address, ordered=True)
+        return _assemble(
+            "ld.shared.b32 $0, [$1];", _type("i32"), constraints, address, ordered=True
+        )
 
     def store_shared(self, address: Lanes, *numbers: Lanes) -> None:
         """1 or 4 neighbouring numbers of 32 bits at a byte address in shared memory."""
@@ -299,7 +298,7 @@ class Warp:
     def when(self, condition: Lanes, body: Callable, carry=()):
         """body(carry) if the condition holds, else carry; all lanes of the warp must agree."""
         leaves, tree = jax.tree.flatten(carry)
-        branch = scf.IfOp(condition.value, [x.value.type for x in leaves], hasElse=bool(leaves))
+        branch = scf.IfOp(condition.value, [x.value.type for x in leaves], has_else=bool(leaves))
         with ir.InsertionPoint(branch.then_block):
             scf.yield_([x.value for x in jax.tree.leaves(body(carry))])
         if leaves:

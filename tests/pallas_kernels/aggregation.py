@@ -1,10 +1,15 @@
 """What the tests of the deformable aggregation share."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.deformable_conv.named_shapes import NAMED_SHAPES, model_inputs
+from pallas_kernels.deformable_conv.points import Multiscale, Offsets
+from pallas_kernels.deformable_conv.reference import deformable_aggregate_reference
 from tests.comparison import relative_error
 
 
@@ -46,3 +51,52 @@ def check_released(file, case, function, *, tolerance=1e-5, product_tolerance=1e
     product = np.vdot(np.float64(golden["cotangent"]), np.float64(golden["out"]))
     inner = np.vdot(np.float64(golden["values"]), np.float64(d_values))
     assert inner == pytest.approx(product, rel=product_tolerance)
+
+
+def inputs(shape, form, dtype, points_dtype):
+    """(values, points, d out): values and d out in `dtype`, `points_dtype` for the points."""
+    values, points, d_out = model_inputs(shape)
+    if form == "offsets":
+        points = points.to_offsets()
+    per_query = [jnp.asarray(x, points_dtype) for x in points.per_query]
+    points = type(points)(*per_query, *points.per_group, *points.constant)
+    return jnp.asarray(values, dtype), points, jnp.asarray(d_out, dtype)
+
+
+@functools.partial(
+    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
+)
+def _differentiated(boundary, values, points, d_out):
+    def function(values, points):
+        if not isinstance(points, Offsets):
+            points = points.to_offsets()
+        return deformable_aggregate_reference(values, *points, boundary=boundary)
+
+    out, vjp = jax.vjp(function, values, points)
+    return out, *vjp(d_out)
+
+
+def reference(boundary, *arrays):
+    """(output, gradient of the values, those of the points), in float64."""
+    with jax.enable_x64(True):
+        arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), arrays)
+        return jax.device_get(_differentiated(boundary, *arrays))
+
+
+def named_structs(shape, dtype):
+    """Shapes and dtypes of the values and points of one of NAMED_SHAPES."""
+    b, h, w, g, c, k = NAMED_SHAPES[shape]
+    struct = jax.ShapeDtypeStruct
+    points = Multiscale(
+        struct((b, h, w, g, k, 2), dtype),
+        struct((b, h, w, g, k), dtype),
+        struct((b, h, w, g, k), dtype),
+        struct((g,), jnp.float32),
+        struct((k, 2), jnp.float32),
+        struct((2,), jnp.float32),
+    )
+    return struct((b, h, w, g, c), dtype), points
+
+
+def lowered_for_cuda(function, *args) -> str:
+    return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()

@@ -8,15 +8,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels.deformable_conv import shared_image
-from pallas_kernels.deformable_conv.named_shapes import NAMED_SHAPES, model_inputs
-from pallas_kernels.deformable_conv.points import (
-    Multiscale,
-    Offsets,
-    flatten_points,
-    flatten_tokens,
-)
-from pallas_kernels.deformable_conv.reference import deformable_aggregate_reference
+from pallas_kernels.deformable_conv.named_shapes import NAMED_SHAPES
+from pallas_kernels.deformable_conv.points import Offsets, flatten_points, flatten_tokens
 from tests.comparison import relative_error
+from tests.pallas_kernels.aggregation import inputs, lowered_for_cuda, named_structs, reference
 
 SHAPES = [
     ((2, 8, 8, 2, 16, 9), "multiscale", "zeros", 4),  # a last point alone
@@ -25,35 +20,6 @@ SHAPES = [
     ((2, 1, 1, 1, 8, 1), "offsets", "zeros", 4),
     ((1, 6, 16, 1, 24, 25), "multiscale", "zeros", 16),
 ]
-
-
-def inputs(shape, form, dtype, points_dtype):
-    values, points, d_out = model_inputs(shape)
-    if form == "offsets":
-        points = points.to_offsets()
-    per_query = [jnp.asarray(x, points_dtype) for x in points.per_query]
-    points = type(points)(*per_query, *points.per_group, *points.constant)
-    return jnp.asarray(values, dtype), points, jnp.asarray(d_out, dtype)
-
-
-@functools.partial(
-    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
-)
-def differentiated(boundary, values, points, d_out):
-    def function(values, points):
-        if not isinstance(points, Offsets):
-            points = points.to_offsets()
-        return deformable_aggregate_reference(values, *points, boundary=boundary)
-
-    out, vjp = jax.vjp(function, values, points)
-    return out, vjp(d_out)[1]
-
-
-def reference(boundary, *arrays):
-    """(output, gradients of the points), in float64."""
-    with jax.enable_x64(True):
-        arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), arrays)
-        return jax.device_get(differentiated(boundary, *arrays))
 
 
 def forward(values, points, boundary, num_warps, interpret=True):
@@ -93,7 +59,7 @@ def point_gradients(values, points, d_out, boundary, num_warps, interpret=True):
 def test_matches_the_definition(shape, form, boundary, num_warps):
     """Forward, weights are rounded to 16 bits. In the gradients of float32 points nothing is."""
     values, points, d_out = inputs(shape, form, jnp.bfloat16, jnp.float32)
-    out, expected = reference(boundary, values, points, d_out)
+    out, _, expected = reference(boundary, values, points, d_out)
     assert relative_error(forward(values, points, boundary, num_warps), out) < 1e-2
     actual = point_gradients(values, points, d_out, boundary, num_warps)
     for a, b in zip(actual, expected, strict=False):
@@ -107,14 +73,14 @@ def test_forward_takes_the_right_rows(boundary):
     offsets = jnp.round(points.offsets * 8) / 8
     weights = jnp.exp2(jnp.round(points.weights))
     points = Offsets(offsets, weights)
-    out, _ = reference(boundary, values, points, values)
+    out, _, _ = reference(boundary, values, points, values)
     assert relative_error(forward(values, points, boundary, 4), out) < 2**-10
 
 
 def test_channels_in_parts():
     values, points, _ = inputs((1, 40, 40, 2, 128, 2), "multiscale", jnp.bfloat16, jnp.bfloat16)
     assert shared_image.parts(40, 40, 128) == 2
-    out, _ = reference("zeros", values, points, values)
+    out, _, _ = reference("zeros", values, points, values)
     assert relative_error(forward(values, points, "zeros", 16), out) < 1e-2
 
 
@@ -156,26 +122,13 @@ def test_what_it_cannot_take():
     [*((shape, "bfloat16") for shape in NAMED_SHAPES), ("XL at 256", "float16")],
 )
 def test_every_named_shape_lowers_for_cuda(shape, dtype):
-    b, h, w, g, c, k = NAMED_SHAPES[shape]
-    struct = jax.ShapeDtypeStruct
-    values = struct((b, h, w, g, c), dtype)
-    points = Multiscale(
-        struct((b, h, w, g, k, 2), dtype),
-        struct((b, h, w, g, k), dtype),
-        struct((b, h, w, g, k), dtype),
-        struct((g,), jnp.float32),
-        struct((k, 2), jnp.float32),
-        struct((2,), jnp.float32),
-    )
-
-    def lowered(function, *args):
-        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-
+    values, points = named_structs(shape, dtype)
+    h, w, _, c = values.shape[1:]
     run = functools.partial(forward, boundary="zeros", num_warps=16, interpret=False)
-    assert lowered(run, values, points).count("custom_call @mosaic_gpu") == 1
+    assert lowered_for_cuda(run, values, points).count("custom_call @mosaic_gpu") == 1
     if shared_image.why_not(h, w, c, dtype, in_parts=False) is None:
         run = functools.partial(point_gradients, boundary="zeros", num_warps=4, interpret=False)
-        assert lowered(run, values, points, values).count("custom_call @mosaic_gpu") == 1
+        assert lowered_for_cuda(run, values, points, values).count("custom_call @mosaic_gpu") == 1
 
 
 @pytest.mark.gpu

@@ -1,0 +1,210 @@
+"""The kernels that build the matrix in shared memory: simulated, lowered for CUDA, and on a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.deformable_conv import pallas, sparse_matrix
+from pallas_kernels.deformable_conv.blocks import Blocks, SparseMatrix
+from pallas_kernels.deformable_conv.named_shapes import NAMED_SHAPES
+from pallas_kernels.deformable_conv.points import Offsets, flatten_points, flatten_tokens
+from tests.comparison import relative_error
+from tests.pallas_kernels.aggregation import (
+    check_released,
+    inputs,
+    lowered_for_cuda,
+    named_structs,
+    output_and_gradients,
+    reference,
+)
+
+SHAPES = [
+    ((2, 8, 8, 2, 16, 9), "multiscale", "zeros", 4),
+    ((1, 5, 7, 3, 72, 4), "multiscale", "truncate", 4),  # chunks left over; queries left over
+    ((2, 1, 1, 1, 8, 1), "offsets", "zeros", 4),
+    ((1, 20, 20, 1, 24, 9), "multiscale", "zeros", 4),  # seven windows, the last one not full
+    ((1, 9, 48, 1, 8, 9), "multiscale", "truncate", 8),
+]
+
+
+def run(function, values, points, *others, boundary, window, interpret=True, **options):
+    h, w = values.shape[1:3]
+    return function(
+        *others,
+        h=h,
+        w=w,
+        boundary=boundary,
+        window=window,
+        num_warps=4,
+        interpret=interpret,
+        **options,
+    )
+
+
+def forward(values, points, **options):
+    flat = flatten_tokens(values), flatten_points(points)
+    return run(sparse_matrix.forward, values, points, *flat, **options).reshape(values.shape)
+
+
+def point_gradients(values, points, d_out, **options):
+    like = points.per_query
+    flat = flatten_tokens(values), flatten_points(points), flatten_tokens(d_out)
+    dtypes = tuple(x.dtype for x in like)
+    gradients = run(sparse_matrix.point_gradients, values, points, *flat, dtypes=dtypes, **options)
+    return [x.reshape(y.shape) for x, y in zip(gradients, like, strict=True)]
+
+
+def values_gradient(values, points, d_out, **options):
+    flat = flatten_points(points), flatten_tokens(d_out)
+    gradient = run(sparse_matrix.values_gradient, values, points, *flat, **options)
+    return gradient.reshape(values.shape)
+
+
+@pytest.mark.parametrize("shape, form, boundary, window", SHAPES)
+def test_matches_the_definition(shape, form, boundary, window):
+    """The matrix is rounded to 16 bits. In the gradients of float32 points nothing is."""
+    values, points, d_out = inputs(shape, form, jnp.bfloat16, jnp.float32)
+    out, d_values, expected = reference(boundary, values, points, d_out)
+    options = dict(boundary=boundary, window=window)
+    assert relative_error(forward(values, points, **options), out) < 5e-3
+    assert relative_error(values_gradient(values, points, d_out, **options), d_values) < 5e-3
+    for a, b in zip(point_gradients(values, points, d_out, **options), expected, strict=False):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_offsets_far_wider_than_a_window():
+    values, points, d_out = inputs((1, 16, 16, 1, 16, 9), "offsets", jnp.float16, jnp.float32)
+    points = points._replace(offsets=points.offsets * 5)
+    out, d_values, expected = reference("zeros", values, points, d_out)
+    options = dict(boundary="zeros", window=4)
+    assert relative_error(forward(values, points, **options), out) < 1e-3
+    assert relative_error(values_gradient(values, points, d_out, **options), d_values) < 1e-3
+    for a, b in zip(point_gradients(values, points, d_out, **options), expected, strict=False):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_points_at_whole_tokens_and_at_the_border():
+    """Of a point's corners those without weight, moved inside, lie on others."""
+    values, points, d_out = inputs((1, 4, 8, 1, 8, 9), "offsets", jnp.float16, jnp.float32)
+    points = points._replace(offsets=jnp.round(points.offsets * 2) / 2)
+    out, d_values, expected = reference("zeros", values, points, d_out)
+    options = dict(boundary="zeros", window=4)
+    assert relative_error(forward(values, points, **options), out) < 1e-3
+    assert relative_error(values_gradient(values, points, d_out, **options), d_values) < 1e-3
+    for a, b in zip(point_gradients(values, points, d_out, **options), expected, strict=False):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_points_that_are_not_finite_add_nothing():
+    values, points, d_out = inputs((1, 4, 8, 1, 8, 3), "offsets", jnp.bfloat16, jnp.float32)
+    offsets = np.array(points.offsets)
+    bad = offsets.copy()
+    bad[0, 0, 0, 0, 1] = np.nan, 0
+    bad[0, 1, 2, 0, 0] = np.inf, 1
+    bad[0, 3, 7, 0, 2] = -3e38, 3e38
+    weights = np.array(points.weights)
+    weights[np.any(bad != offsets, axis=-1)] = 0
+    without = Offsets(jnp.asarray(offsets), jnp.asarray(weights))
+    points = Offsets(jnp.asarray(bad), points.weights)
+    options = dict(boundary="zeros", window=4)
+    for function, others in ((forward, ()), (values_gradient, (d_out,))):
+        actual, expected = (function(values, p, *others, **options) for p in (points, without))
+        np.testing.assert_array_equal(actual, expected)
+    for gradient in point_gradients(values, points, d_out, **options):
+        assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("boundary", ["zeros", "truncate"])
+def test_touched_windows_hold_every_corner(boundary):
+    """Each is in a window that is marked, and most windows are not."""
+    _, points, _ = inputs((1, 32, 32, 2, 8, 9), "multiscale", jnp.bfloat16, jnp.float32)
+    options = dict(h=32, w=32, boundary=boundary, window=8)
+    bits = sparse_matrix.touched_windows(flatten_points(points), **options)
+    offsets = np.asarray(points.to_offsets().offsets)  # [1, h, w, G, K, 2]
+    y, x = np.indices((32, 32))[:, None, :, :, None, None]
+    base = {"zeros": np.floor, "truncate": np.trunc}[boundary]
+    x, y = base(x + offsets[..., 0]), base(y + offsets[..., 1])
+    for row in (y, y + 1):
+        for column in (x, x + 1):
+            inside = (row >= 0) & (row < 32) & (column >= 0) & (column < 32)
+            window = np.where(inside, (row * 32 + column) // 128, 0).astype(int)
+            tiles = window.reshape(1, 32, 32, 2, 9)  # a tile is a row of the image
+            found = np.asarray(bits)[0].T[None, :, None, :, None] >> tiles & 1
+            assert (found == 1)[inside].all()
+    assert 1 < np.bitwise_count(np.asarray(bits).view(np.uint32)).mean() < 7
+
+
+@pytest.mark.parametrize("case", ["case0", "case1"])
+def test_operator_matches_official(case, fixture_file, monkeypatch):
+    """All three at once, where a choice of blocks takes them."""
+    sparse = SparseMatrix(window=4, num_warps=4)
+    monkeypatch.setattr(pallas, "choose", lambda *_, **__: Blocks(sparse, sparse, sparse))
+
+    def run(values, offsets, weights, cotangent):
+        def function(values, points):
+            return pallas.deformable_aggregate_pallas(values, points, "truncate", True)
+
+        channels = values.shape[-1]
+        pad = [(0, 0)] * 4 + [(0, -channels % 8)]
+        values, cotangent = (jnp.asarray(np.pad(x, pad), jnp.float16) for x in (values, cotangent))
+        points = Offsets(jnp.asarray(offsets), jnp.asarray(weights))
+        out, d_values, *d_points = output_and_gradients(function, values, points, cotangent)
+        return out[..., :channels], d_values[..., :channels], *d_points
+
+    tolerances = dict(tolerance=2e-3, product_tolerance=2e-3)
+    check_released(fixture_file("op.npz"), case, run, **tolerances)
+
+
+def test_what_it_cannot_take():
+    assert sparse_matrix.why_not(16, 16, 72, 9, jnp.bfloat16) is None
+    assert "float32" in sparse_matrix.why_not(16, 16, 72, 9, jnp.float32)
+    assert "12 channels" in sparse_matrix.why_not(16, 16, 12, 9, jnp.bfloat16)
+    assert "25 points" in sparse_matrix.why_not(16, 16, 72, 25, jnp.bfloat16)
+    assert sparse_matrix.image_fits(32, 32, 72, window=4, num_warps=8)
+    assert not sparse_matrix.image_fits(64, 64, 72, window=4, num_warps=4)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [*((shape, "bfloat16") for shape in NAMED_SHAPES), ("XL at 256", "float16")],
+)
+def test_every_named_shape_lowers_for_cuda(shape, dtype):
+    values, points = named_structs(shape, dtype)
+    h, w, _, c = values.shape[1:]
+    if sparse_matrix.why_not(h, w, c, 9, dtype) is not None:
+        pytest.skip(sparse_matrix.why_not(h, w, c, 9, dtype))
+    options = dict(boundary="zeros", window=4, interpret=False)
+    functions = [(values_gradient, (values,))]
+    if sparse_matrix.image_fits(h, w, c, window=4, num_warps=4):
+        functions += [(forward, ()), (point_gradients, (values,))]
+    for function, others in functions:
+        text = lowered_for_cuda(functools.partial(function, **options), values, points, *others)
+        assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape, form, boundary, window",
+    [
+        *SHAPES,
+        ((2, 16, 16, 16, 72, 9), "multiscale", "zeros", 8),
+        ((1, 32, 32, 4, 72, 9), "multiscale", "truncate", 4),
+    ],
+)
+def test_a_gpu_does_what_the_simulation_does(shape, form, boundary, window):
+    if not jax.devices()[0].compute_capability.startswith("9."):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    values, points, d_out = inputs(shape, form, jnp.bfloat16, jnp.float32)
+    options = dict(boundary=boundary, window=window)
+    for function, others, tolerance in (
+        (forward, (), 2e-3),
+        (values_gradient, (d_out,), 2e-3),
+        (point_gradients, (d_out,), 1e-5),
+    ):
+        actual = function(values, points, *others, interpret=False, **options)
+        simulated = function(values, points, *others, **options)
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(simulated), strict=True):
+            assert relative_error(a, b) < tolerance
