@@ -16,6 +16,41 @@ from pallas_kernels.deformable_conv.warp import LANES, Warp
 QUERIES = LANES  # that a warp takes at a time
 COLUMNS = 16  # tokens of a block of the matrix: of one product
 WORD = 4  # bytes
+TILES_OF_A_WARP = 4  # at least, where several blocks share an image
+NOWHERE = 1 << 24  # a token that no window has
+
+
+class Layout(NamedTuple):
+    """Where the values are: a group's image in shared memory, or, if not `resident`, of each warp
+    the touched blocks of a window, copied when they are wanted; then `parts` blocks share an image.
+    """
+
+    image: Image
+    matrix: "Matrix"
+    num_warps: int
+    resident: bool
+
+    @property
+    def parts(self) -> int:
+        tiles = -(-self.image.tokens // QUERIES)
+        return 1 if self.resident else -(-tiles // (TILES_OF_A_WARP * self.num_warps))
+
+    @property
+    def _own_bytes(self) -> int:
+        """Of a warp."""
+        stage = 0 if self.resident else self.matrix.columns * self.image.pitch
+        return self.matrix.bytes + stage
+
+    @property
+    def shared_bytes(self) -> int:
+        resident = image_bytes(self.image) if self.resident else 0
+        return resident + self.num_warps * self._own_bytes
+
+    def matrix_and_stage(self, shared, warp: Warp) -> tuple:
+        """Addresses of the warp's."""
+        resident = image_bytes(self.image) if self.resident else 0
+        matrix = shared + resident + warp.warp * self._own_bytes
+        return matrix, matrix + self.matrix.bytes
 
 
 def column_blocks(image: Image) -> int:
@@ -253,6 +288,47 @@ class Group:
             warp.select(inside, bit, warp.constant(0)),
         )
 
+    def touched_blocks(self, all_tokens, windows, window, matrix: Matrix):
+        """Bits of a window's blocks that any of the queries' tokens are in."""
+        warp = self.warp
+        first = window * matrix.columns
+        bits = warp.constant(0)
+        for tokens, touched in zip(all_tokens, windows, strict=True):
+
+            def add(bits, tokens=tokens):
+                return functools.reduce(
+                    lambda bits, token: bits | self.place(token, first, matrix)[2], tokens, bits
+                )
+
+            bits = warp.when(has_bit(touched, window & 31), add, bits)
+        return warp.union(bits)
+
+    def copy_blocks(self, values, window, bits, stage, matrix: Matrix):
+        """Begins to copy the channels of a window's touched blocks to `stage`, of this warp.
+
+        Rows beyond the last token are the last one's.
+        """
+        warp, image = self.warp, self.image
+        pieces = COLUMNS * image.chunks
+
+        def copy(block, _):
+            first = window * matrix.columns + block * COLUMNS
+            start = stage + block * (COLUMNS * image.pitch)
+            for step in range(-(-pieces // LANES)):
+                piece = warp.lane + step * LANES
+                row, chunk = piece // image.chunks, piece % image.chunks
+                warp.copy_to_shared(
+                    start + row * image.pitch + chunk * CHUNK_BYTES,
+                    values,
+                    self.channel(self.inside(first + row)) + chunk * CHUNK,
+                    mask=piece < pieces,
+                )
+
+        def copy_if_touched(block, _):
+            warp.when(has_bit(bits, block), lambda _: copy(block, _))
+
+        warp.loop(matrix.window, copy_if_touched)
+
     def scatter(self, corners, windows, window, matrix: Matrix, scratch):
         """Adds the weights of all corners in a window to the matrix; bits of touched blocks."""
         warp = self.warp
@@ -290,13 +366,13 @@ def has_bit(bits, n):
     return ((bits >> n) & 1) == 1
 
 
-def without_zeros(warp: Warp, tokens, weights, image: Image):
+def without_zeros(warp: Warp, tokens, weights):
     """Corners with a weight of 0 are moved to where nothing is.
 
     A corner outside the image was moved inside, possibly onto another one of the same point, which
     may not be stored to twice.
     """
-    nowhere = warp.constant(column_blocks(image) * COLUMNS * 2)
+    nowhere = warp.constant(NOWHERE)
     tokens = [
         warp.select(weight == 0, nowhere, token)
         for token, weight in zip(tokens, weights, strict=True)
@@ -304,18 +380,20 @@ def without_zeros(warp: Warp, tokens, weights, image: Image):
     return tokens, weights
 
 
-def for_each_tile(warp: Warp, image: Image, tile: Callable):
+def for_each_tile(warp: Warp, image: Image, tile: Callable, *, part=0, parts: int = 1):
+    """Calls tile(number) for each tile of 32 queries of one of `parts` parts; warps take turns."""
     tiles = -(-image.tokens // QUERIES)
-    steps = -(-tiles // warp.num_warps)
+    workers = warp.num_warps * parts
+    first = warp.warp + part * warp.num_warps
 
     def step(i, _):
-        number = i * warp.num_warps + warp.warp
-        if tiles % warp.num_warps:
+        number = i * workers + first
+        if tiles % workers:
             warp.when(number < tiles, lambda _: tile(number))
         else:
             tile(number)
 
-    warp.loop(steps, step)
+    warp.loop(-(-tiles // workers), step)
 
 
 # --- arithmetic of one lane's point, in JAX -------------------------------------------------------

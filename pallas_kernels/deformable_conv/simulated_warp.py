@@ -111,6 +111,9 @@ class SimulatedWarp:
         assert address.min() >= 0 and address.max() + 4 * count <= self._shared.shape[1], "outside"
         return [address // 4 + i for i in range(count)]
 
+    def wait_for_own_copies(self):
+        pass
+
     def wait_for_lanes(self):
         pass
 
@@ -154,12 +157,12 @@ class SimulatedWarp:
         right = np.concatenate(right, axis=-1).swapaxes(-1, -2)
         with np.errstate(invalid="ignore", over="ignore"):  # in branches that are not taken
             product = np.concatenate(rows, axis=-2) @ right
-        product = product.reshape(*product.shape[:-2], 2, 8, 4, 2)
-        return [
-            total[2 * i + j] + product[..., i, :, :, j].reshape(self.lane.shape)
-            for i in range(2)
-            for j in range(2)
-        ]
+            product = product.reshape(*product.shape[:-2], 2, 8, 4, 2)
+            return [
+                total[2 * i + j] + product[..., i, :, :, j].reshape(self.lane.shape)
+                for i in range(2)
+                for j in range(2)
+            ]
 
     def when(self, condition, body: Callable, carry=()):
         outside, self._active = self._active, self._active & condition

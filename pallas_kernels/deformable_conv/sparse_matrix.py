@@ -28,15 +28,16 @@ from pallas_kernels.deformable_conv.interpolation import BASES, discard_non_fini
 from pallas_kernels.deformable_conv.launch import MAX_SHARED_BYTES, launch
 from pallas_kernels.deformable_conv.matrix_rows import (
     COLUMNS,
+    NOWHERE,
     QUERIES,
     WORD,
     Group,
+    Layout,
     Matrix,
     Queries,
     column_blocks,
     for_each_tile,
     has_bit,
-    image_bytes,
     without_zeros,
 )
 from pallas_kernels.deformable_conv.points import Multiscale, Points
@@ -57,10 +58,19 @@ def why_not(h: int, w: int, channels: int, num_points: int, dtype) -> str | None
     return None
 
 
-def image_fits(h: int, w: int, channels: int, *, window: int, num_warps: int) -> bool:
-    """Whether a group's image fits into shared memory beside the warps' matrices."""
+def fits(h: int, w: int, channels: int, *, window: int, num_warps: int) -> bool:
+    """Whether the forward and the points' gradients find room in shared memory."""
     image = Image(1, h, w, channels, 1, 1, np.dtype(np.float16), "zeros")
-    return image_bytes(image) + num_warps * Matrix(window, COLUMNS).bytes <= MAX_SHARED_BYTES
+    return _layout(image, window, num_warps).shared_bytes <= MAX_SHARED_BYTES
+
+
+def _layout(image: Image, window: int, num_warps: int) -> Layout:
+    """With the image in shared memory if there is room."""
+    matrix = Matrix(window, padding=COLUMNS)
+    layout = Layout(image, matrix, num_warps, resident=True)
+    if layout.shared_bytes > MAX_SHARED_BYTES:
+        layout = layout._replace(resident=False)
+    return layout
 
 
 def forward(
@@ -68,12 +78,12 @@ def forward(
 ):
     """out [B, tokens, G, C] of values [B, tokens, G, C] and points with flattened tokens."""
     image = _image(values, points, h, w, boundary)
-    matrix = Matrix(window, padding=COLUMNS)
+    layout = _layout(image, window, num_warps)
     (out,) = launch(
-        functools.partial(_forward_kernel, image=image, matrix=matrix),
+        functools.partial(_forward_kernel, layout=layout),
         name="deformable_forward_sparse_matrix",
-        num_blocks=values.shape[0] * image.groups,
-        shared_bytes=image_bytes(image) + num_warps * matrix.bytes,
+        num_blocks=values.shape[0] * image.groups * layout.parts,
+        shared_bytes=layout.shared_bytes,
         points=points,
         inputs=(values,),
         outputs=(jax.ShapeDtypeStruct(values.shape, values.dtype),),
@@ -98,12 +108,12 @@ def point_gradients(
 ) -> list[jax.Array]:
     """The gradients of points.per_query, in `dtypes`; values and d_out are [B, tokens, G, C]."""
     image = _image(values, points, h, w, boundary)
-    matrix = Matrix(window, padding=COLUMNS)
+    layout = _layout(image, window, num_warps)
     return launch(
-        functools.partial(_point_gradients_kernel, image=image, matrix=matrix),
+        functools.partial(_point_gradients_kernel, layout=layout),
         name="deformable_point_gradients_sparse_matrix",
-        num_blocks=values.shape[0] * image.groups,
-        shared_bytes=image_bytes(image) + num_warps * matrix.bytes,
+        num_blocks=values.shape[0] * image.groups * layout.parts,
+        shared_bytes=layout.shared_bytes,
         points=points,
         inputs=(values, d_out),
         outputs=tuple(
@@ -180,35 +190,43 @@ def touched_windows(points: Points, *, h: int, w: int, boundary: str, window: in
 # --- kernels -------------------------------------------------------------------------------------
 
 
-def _forward_kernel(
-    warp: Warp, points: Points, shared, values, out, *, image: Image, matrix: Matrix
-):
-    group = Group(warp, image, warp.block, shared, points)
-    group.copy_image(values)
-    scratch = shared + image_bytes(image) + warp.warp * matrix.bytes
+def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: Layout):
+    image, matrix = layout.image, layout.matrix
+    group = Group(warp, image, warp.block // layout.parts, shared, points)
+    scratch, stage = layout.matrix_and_stage(shared, warp)
+    if layout.resident:
+        group.copy_image(values)
     group.clear(scratch, matrix.bytes)
     warp.wait_for_copies()
     # Columns 4 j to 4 j + 3 of a block are entries 2 j, 2 j + 1, 8 + 2 j, 9 + 2 j of a product's
     # sum, so that a lane's four lie side by side.
     in_matrix, matrix_number = warp.lane & 7, warp.lane >> 3
     token = (in_matrix >> 1) * 4 + (in_matrix & 1) + (matrix_number & 1) * 2
-    rows = shared + token * image.pitch + (matrix_number >> 1) * CHUNK_BYTES
+    rows = (shared if layout.resident else stage) + token * image.pitch
+    rows = rows + (matrix_number >> 1) * CHUNK_BYTES
 
     def tile(number):
         queries = group.queries(number)
         corners = group.corners(group.load_points(queries, scratch), queries)
         windows = [group.windows(tokens, matrix) for tokens, _ in corners]
-        corners = [without_zeros(warp, *both, image) for both in corners]
+        corners = [without_zeros(warp, *both) for both in corners]
         any_window = functools.reduce(lambda a, b: a | b, windows)
 
         def add_window(window, totals):
             def add(totals):
+                if not layout.resident:
+                    tokens = [tokens for tokens, _ in corners]
+                    bits = group.touched_blocks(tokens, windows, window, matrix)
+                    group.copy_blocks(values, window, bits, stage, matrix)
                 bits = group.scatter(corners, windows, window, matrix, scratch)
+                if not layout.resident:
+                    warp.wait_for_own_copies()
+                first = window * matrix.window if layout.resident else warp.constant(0)
 
                 def add_block(block, totals):
                     return warp.when(
                         has_bit(bits, block),
-                        lambda totals: multiply(window * matrix.window + block, block, totals),
+                        lambda totals: multiply(first + block, block, totals),
                         totals,
                     )
 
@@ -218,7 +236,7 @@ def _forward_kernel(
 
             return warp.when(has_bit(any_window, window & 31), add, totals)
 
-        def multiply(block_of_image, block, totals):
+        def multiply(block_of_rows, block, totals):
             place = scratch + group.row * matrix.pitch + (block * COLUMNS + group.column * 4) * WORD
             left = []
             for half in range(2):
@@ -234,7 +252,7 @@ def _forward_kernel(
                     ]
                 )
             totals = list(totals)
-            address = rows + block_of_image * (COLUMNS * image.pitch)
+            address = rows + block_of_rows * (COLUMNS * image.pitch)
             for chunks in group.chunk_pairs:
                 right = group.columns_of_rows(address, chunks)
                 for i, chunk in enumerate(chunks):
@@ -256,22 +274,26 @@ def _forward_kernel(
                 pair = warp.pack(total[2 * i], total[2 * i + 1], image.dtype)
                 warp.store_pair(out, index, pair, mask=query < image.tokens)
 
-    for_each_tile(warp, image, tile)
+    part = warp.block % layout.parts
+    for_each_tile(warp, image, tile, part=part, parts=layout.parts)
 
 
 def _point_gradients_kernel(
-    warp: Warp, points: Points, shared, values, d_out, *gradients, image: Image, matrix: Matrix
+    warp: Warp, points: Points, shared, values, d_out, *gradients, layout: Layout
 ):
-    group = Group(warp, image, warp.block, shared, points)
-    group.copy_image(values)
-    scratch = shared + image_bytes(image) + warp.warp * matrix.bytes
+    image, matrix = layout.image, layout.matrix
+    group = Group(warp, image, warp.block // layout.parts, shared, points)
+    scratch, stage = layout.matrix_and_stage(shared, warp)
+    if layout.resident:
+        group.copy_image(values)
     warp.wait_for_copies()
     # As in the forward, four columns of a block are side by side in a lane.
     in_matrix, matrix_number = warp.lane & 7, warp.lane >> 3
     token = (in_matrix >> 1) * 4 + (in_matrix & 1)
-    pair_rows = shared + (token + (matrix_number >> 1) * 2) * image.pitch
+    first_row = shared if layout.resident else stage
+    pair_rows = first_row + (token + (matrix_number >> 1) * 2) * image.pitch
     pair_rows = pair_rows + (matrix_number & 1) * CHUNK_BYTES
-    last_rows = shared + (token + (matrix_number & 1) * 2) * image.pitch
+    last_rows = first_row + (token + (matrix_number & 1) * 2) * image.pitch
 
     def tile(number):
         queries = group.queries(number)
@@ -293,8 +315,8 @@ def _point_gradients_kernel(
                 ]
             )
 
-        def multiply(block_of_image, block):
-            moved = block_of_image * (COLUMNS * image.pitch)
+        def multiply(block_of_rows, block):
+            moved = block_of_rows * (COLUMNS * image.pitch)
             zero = warp.constant(0.0)
             totals = [[[zero] * 4 for _ in range(2)] for _ in range(2)]
             for n, chunks in enumerate(group.chunk_pairs):
@@ -321,17 +343,14 @@ def _point_gradients_kernel(
             first = window * matrix.columns
 
             def visit(products):
-                bits = warp.constant(0)
-                for tokens in all_tokens:
-                    for token in tokens:
-                        bits = bits | group.place(token, first, matrix)[2]
-                bits = warp.union(bits)
+                bits = group.touched_blocks(all_tokens, windows, window, matrix)
+                if not layout.resident:
+                    group.copy_blocks(values, window, bits, stage, matrix)
+                    warp.wait_for_own_copies()
+                first_block = window * matrix.window if layout.resident else warp.constant(0)
 
                 def add_block(block, _):
-                    warp.when(
-                        has_bit(bits, block),
-                        lambda _: multiply(window * matrix.window + block, block),
-                    )
+                    warp.when(has_bit(bits, block), lambda _: multiply(first_block + block, block))
 
                 warp.loop(matrix.window, add_block)
                 warp.wait_for_lanes()
@@ -363,7 +382,8 @@ def _point_gradients_kernel(
         ]
         group.store_gradients(gradients, queries, pulled, scratch)
 
-    for_each_tile(warp, image, tile)
+    part = warp.block % layout.parts
+    for_each_tile(warp, image, tile, part=part, parts=layout.parts)
 
 
 def _values_gradient_kernel(
@@ -438,8 +458,8 @@ def _values_gradient_kernel(
         copy_rows(queries)
         corners = group.corners(group.load_points(queries, scratch), queries)
         windows = [group.windows(tokens, matrix) for tokens, _ in corners]
-        corners = [without_zeros(warp, *both, image) for both in corners]
-        nowhere = warp.constant(column_blocks(image) * COLUMNS * 2)
+        corners = [without_zeros(warp, *both) for both in corners]
+        nowhere = warp.constant(NOWHERE)
         corners = [
             (
                 [

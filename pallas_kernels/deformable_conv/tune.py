@@ -118,7 +118,7 @@ def _sparse_matrices(h: int, w: int, channels: int) -> Iterator:
     for window in (2, 4, 8, 16):
         for num_warps in (4, 8, 12):
             b = blocks.SparseMatrix(window, num_warps)
-            if sparse_matrix.image_fits(h, w, channels, **b._asdict()):
+            if sparse_matrix.fits(h, w, channels, **b._asdict()):
                 yield "forward", b
                 yield "point_gradients", b
             if window % num_warps == 0:

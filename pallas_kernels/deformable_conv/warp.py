@@ -240,6 +240,11 @@ class Warp:
         """A number of 32 bits of the flattened `ref`, as it is."""
         return self.load_pair(ref, index)
 
+    def wait_for_own_copies(self) -> None:
+        """Ends all copies that lanes of this warp have begun."""
+        _assemble("cp.async.wait_all;", None, "~{memory}", ordered=True)
+        self.wait_for_lanes()
+
     def wait_for_lanes(self) -> None:
         """What any lane of the warp has stored before, all lanes load after."""
         _assemble(f"bar.warp.sync {ALL_LANES};", None, "~{memory}", ordered=True)
