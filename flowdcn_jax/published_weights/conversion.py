@@ -55,10 +55,12 @@ def convert(
     Nothing is written before every tensor is found to fit; `workdir` is then there as a whole or
     not at all.
 
-    Memory: the weights, and 0.3 GB for libraries and some copies of a tensor on its way to the disk
-    (after `give_back_freed_arrays`; 0.5 GB without). For XL/2, 2.48 GB of weights, the command took
-    30 s of CPU time and 3.0 GB in all, Python included (python -m tests.published_weights.measure
-    xl2; jax 0.10.2, two CPU cores, 2026-11-23).
+    Memory, after `give_back_freed_arrays`: the weights, about two of the largest tensor (one is
+    copied and compressed on its way to the disk), and 0.36 GB of Python, libraries and compiled
+    code, which a model of narrow tensors takes too. For XL/2, 2476 MB of weights and 32 MB of
+    largest tensor, the command took 2877 MB: 48 to 57 MB more than the weights and the 0.36 GB; and
+    32 s of CPU time, 26 to 35 s by the clock (python -m tests.published_weights.measure xl2; jax
+    0.10.2, two CPU cores, 2026-11-23).
 
     Args:
         source: a state dict (.pth, .pt), a Lightning checkpoint of FlowDCN's training, one of SiT's

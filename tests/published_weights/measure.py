@@ -1,7 +1,7 @@
 """Time and memory of a conversion: python -m tests.published_weights.measure CONFIG
 
 Makes a safetensors file of random weights of a config's shapes (configs/CONFIG.py), has the command
-convert it, and prints what that took as JSON.
+convert it, and prints what that took as JSON, beside what a narrow model takes.
 """
 
 import importlib
@@ -35,29 +35,45 @@ def write_random(path: Path, tensors: dict) -> None:
             file.write(value.tobytes())
 
 
-def measure(name: str) -> dict:
-    """Megabytes are 10^6 bytes; peak_mb is the whole process's, Python and its libraries too."""
+def convert(name: str, folder: Path, width: int | None = None) -> dict:
+    """What the command takes for configs/`name`.py, or such a model of another width.
+
+    Megabytes are 10^6 bytes; peak_mb is the whole process's, Python and its libraries too.
+    """
     config = importlib.import_module(f"configs.{name}").get_config()
+    flags = [f"--config=configs/{name}.py"]
+    if width:
+        config.model.width = width
+        flags.append(f"--config.model.width={width}")
     tensors = official_tensors(config.model, tokens_per_side=16)
     sizes_mb = [4e-6 * np.prod(tensor.shape) for tensor in tensors.values()]
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "random.safetensors"
-        write_random(source, tensors)
-        start = time.perf_counter()
-        command = [sys.executable, "-m", "flowdcn_jax.tools.convert_checkpoint"]
-        flags = [f"--source={source}", f"--config=configs/{name}.py", f"--workdir={folder}/run"]
-        code, output = tiny.run([*command, *flags])
-        seconds = time.perf_counter() - start
+    source = folder / f"{width}.safetensors"
+    write_random(source, tensors)
+    flags += [f"--source={source}", f"--workdir={folder / f'run{width}'}"]
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    code, output = tiny.run([sys.executable, "-m", "flowdcn_jax.tools.convert_checkpoint", *flags])
+    seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     assert code == 0, output
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    peak_mb = used.ru_maxrss * 1024 / 1e6
     return dict(
         weights_mb=round(sum(sizes_mb)),
         largest_tensor_mb=round(max(sizes_mb), 1),
-        peak_mb=round(peak_mb),
-        beyond_weights_mb=round(peak_mb - sum(sizes_mb)),
+        peak_mb=round(used.ru_maxrss * 1024 / 1e6),  # of this child and those before it
         seconds=round(seconds, 1),
-        cpu_seconds=round(used.ru_utime + used.ru_stime, 1),
+        cpu_seconds=round(used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime, 1),
+    )
+
+
+def measure(name: str) -> dict:
+    """`convert`, and what its memory exceeds that of a model as deep, with narrow tensors, by.
+
+    That one needs Python, the libraries and what they keep of each tensor, but hardly any weights.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        narrow = convert(name, Path(folder), width=48)
+        wide = convert(name, Path(folder))
+    scales_mb = wide["peak_mb"] - narrow["peak_mb"] + narrow["weights_mb"]
+    return wide | dict(
+        narrow_peak_mb=narrow["peak_mb"], beyond_weights_mb=scales_mb - wide["weights_mb"]
     )
 
 

@@ -170,11 +170,16 @@ def test_the_ema_and_the_trained_weights_are_exported(exported):
 
 
 def test_fine_tuning_starts_from_the_weights_with_a_fresh_optimizer(exported, monkeypatch, caplog):
-    """With another batch size, seed and data than those that they were converted with."""
+    """With another resolution, batch size and seed than they were converted with, and remat."""
     started = []
     monkeypatch.setattr(loop._Run, "train", lambda run, state: started.append(state))
     config = tiny.config(
-        model__boundary="truncate", train__batch_size=8, data__num_threads=2, seed=5
+        model__boundary="truncate",
+        model__remat=True,
+        data__image_size=16,
+        data__num_threads=2,
+        train__batch_size=8,
+        seed=5,
     )
     loop.train(config, str(exported / "converted"))
     assert "starting from the converted weights" in caplog.text

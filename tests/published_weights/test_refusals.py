@@ -111,6 +111,13 @@ def test_a_wrong_size_is_named_in_one_message():
     assert len(str(caught.value)) < 700
 
 
+def test_a_wrong_size_is_refused_before_anything_is_written(tensors, write):
+    source = write(tensors)
+    with pytest.raises(PublishedWeightsError, match=r"width=64 \(config.model.width is 1152\)"):
+        convert(source, xl2.get_config(), source.parent / "run")
+    assert list(source.parent.iterdir()) == [source]
+
+
 def test_a_wrong_model_is_named_in_one_message(fixture_file, write, tensors):
     config = official.run_config(fixture_file("sit.npz"))
     with pytest.raises(

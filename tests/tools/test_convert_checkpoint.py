@@ -69,11 +69,9 @@ def test_bad_requests_end_in_one_line(flags, message):
     assert not (tiny.REPOSITORY / "unused").exists()
 
 
-@pytest.mark.parametrize(
-    "config, beyond_weights_mb", [("b2", 450), pytest.param("xl2", 600, marks=pytest.mark.slow)]
-)
-def test_memory_and_time(config, beyond_weights_mb):
-    """The weights, what Python and the libraries take (240 MB), and a few copies of a tensor.
+@pytest.mark.parametrize("config", ["b2", pytest.param("xl2", marks=pytest.mark.slow)])
+def test_memory_and_time(config):
+    """What grows with the tensors' sizes is the weights and the tensor on its way to the disk.
 
     XL/2 takes 5 GB of disk and two minutes:
     `python -m pytest -m slow tests/tools/test_convert_checkpoint.py`.
@@ -82,5 +80,7 @@ def test_memory_and_time(config, beyond_weights_mb):
     assert code == 0, output
     measured = json.loads(output.splitlines()[-1])
     assert measured["weights_mb"] > 450
-    assert measured["beyond_weights_mb"] < beyond_weights_mb, measured
+    # That tensor, its compressed copy, and what is not exact about the kernel's counting.
+    assert measured["beyond_weights_mb"] < 2 * measured["largest_tensor_mb"] + 10, measured
+    assert measured["narrow_peak_mb"] < 450, measured
     assert measured["cpu_seconds"] < 60, measured
