@@ -64,39 +64,33 @@ def values_gradient(values, points, d_out, **options):
     return gradient.reshape(values.shape)
 
 
+def check(values, points, d_out, tolerance, **options):
+    """Holds all three to the definition; the gradients of the points, in float32, to 1e-5."""
+    out, d_values, d_points = reference(options["boundary"], values, points, d_out)
+    assert relative_error(forward(values, points, **options), out) < tolerance
+    assert relative_error(values_gradient(values, points, d_out, **options), d_values) < tolerance
+    for a, b in zip(point_gradients(values, points, d_out, **options), d_points, strict=False):
+        assert relative_error(a, b) < 1e-5
+
+
 @pytest.mark.parametrize("shape, form, boundary, window", SHAPES)
 def test_matches_the_definition(shape, form, boundary, window):
     """The matrix is rounded to 16 bits. In the gradients of float32 points nothing is."""
     values, points, d_out = inputs(shape, form, jnp.bfloat16, jnp.float32)
-    out, d_values, expected = reference(boundary, values, points, d_out)
-    options = dict(boundary=boundary, window=window)
-    assert relative_error(forward(values, points, **options), out) < 5e-3
-    assert relative_error(values_gradient(values, points, d_out, **options), d_values) < 5e-3
-    for a, b in zip(point_gradients(values, points, d_out, **options), expected, strict=False):
-        assert relative_error(a, b) < 1e-5
+    check(values, points, d_out, 5e-3, boundary=boundary, window=window)
 
 
 def test_offsets_far_wider_than_a_window():
     values, points, d_out = inputs((1, 16, 16, 1, 16, 9), "offsets", jnp.float16, jnp.float32)
     points = points._replace(offsets=points.offsets * 5)
-    out, d_values, expected = reference("zeros", values, points, d_out)
-    options = dict(boundary="zeros", window=4)
-    assert relative_error(forward(values, points, **options), out) < 1e-3
-    assert relative_error(values_gradient(values, points, d_out, **options), d_values) < 1e-3
-    for a, b in zip(point_gradients(values, points, d_out, **options), expected, strict=False):
-        assert relative_error(a, b) < 1e-5
+    check(values, points, d_out, 1e-3, boundary="zeros", window=4)
 
 
 def test_points_at_whole_tokens_and_at_the_border():
     """Of a point's corners those without weight, moved inside, lie on others."""
     values, points, d_out = inputs((1, 4, 8, 1, 8, 9), "offsets", jnp.float16, jnp.float32)
     points = points._replace(offsets=jnp.round(points.offsets * 2) / 2)
-    out, d_values, expected = reference("zeros", values, points, d_out)
-    options = dict(boundary="zeros", window=4)
-    assert relative_error(forward(values, points, **options), out) < 1e-3
-    assert relative_error(values_gradient(values, points, d_out, **options), d_values) < 1e-3
-    for a, b in zip(point_gradients(values, points, d_out, **options), expected, strict=False):
-        assert relative_error(a, b) < 1e-5
+    check(values, points, d_out, 1e-3, boundary="zeros", window=4)
 
 
 def test_points_that_are_not_finite_add_nothing():
