@@ -31,7 +31,7 @@ class SharedImage(NamedTuple):
 
 
 class SparseMatrix(NamedTuple):
-    """The three functions of sparse_matrix.py; for Hopper GPUs. `choose` does not take it yet."""
+    """sparse_matrix.py, sparse_transpose.py; for Hopper GPUs. `choose` does not take it yet."""
 
     window: int  # blocks of 16 columns in shared memory; a power of two
     num_warps: int  # a multiple of 4; for values_gradient, at most `window`

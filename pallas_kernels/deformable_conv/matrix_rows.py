@@ -20,6 +20,12 @@ TILES_OF_A_WARP = 4  # at least, where several blocks share an image
 NOWHERE = 1 << 24  # a token that no window has
 
 
+def image_of(values, points: Points, h: int, w: int, boundary: str) -> Image:
+    """The sizes of values [B, tokens, G, C] and their points."""
+    groups, channels = values.shape[2:]
+    return Image(groups, h, w, channels, 1, points.weights.shape[-1], values.dtype, boundary)
+
+
 class Layout(NamedTuple):
     """Where the values are: a group's image in shared memory, or, if not `resident`, of each warp
     the touched blocks of a window, copied when they are wanted; then `parts` blocks share an image.

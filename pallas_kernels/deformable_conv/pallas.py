@@ -16,7 +16,14 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels.deformable_conv import gather, products, shared_image, sparse_matrix, tent
+from pallas_kernels.deformable_conv import (
+    gather,
+    products,
+    shared_image,
+    sparse_matrix,
+    sparse_transpose,
+    tent,
+)
 from pallas_kernels.deformable_conv.blocks import (
     MAX_CHANNELS,
     Blocks,
@@ -136,7 +143,7 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
     tiling = blocks.values_gradient
     if isinstance(tiling, SparseMatrix):
         values_gradient = functools.partial(
-            sparse_matrix.values_gradient, h=h, w=w, window=tiling.window
+            sparse_transpose.values_gradient, h=h, w=w, window=tiling.window
         )
     else:
         if tiling.skip and isinstance(points, Multiscale):

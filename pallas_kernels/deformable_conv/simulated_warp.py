@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.deformable_conv.warp import LANES, evaluate
+from pallas_kernels.deformable_conv.scalars import evaluate
+from pallas_kernels.deformable_conv.warp import LANES
 
 
 class SimulatedWarp:
@@ -57,7 +58,9 @@ class SimulatedWarp:
         return numbers if count > 1 else numbers[0]
 
     def load_pair(self, ref, index):
-        ref = ref.reshape(-1)
+        ref, index = ref.reshape(-1), np.where(self._active, index, 0)
+        if ref.itemsize == 4:
+            return ref[_inside(ref, index)]
         assert not (index % 2).any(), "not aligned"
         return np.stack([ref[_inside(ref, index + i)] for i in range(2)], -1).view(np.int32)[..., 0]
 
@@ -86,10 +89,6 @@ class SimulatedWarp:
 
     def wait_for_copies(self):
         pass
-
-    def load_bits(self, ref, index):
-        ref, index = ref.reshape(-1), np.where(self._active, index, 0)
-        return ref[_inside(ref, index)]
 
     def load_shared(self, address, count: int = 1):
         words = self._words(address, count)

@@ -19,6 +19,7 @@ from pallas_kernels.deformable_conv import (
     products,
     shared_image,
     sparse_matrix,
+    sparse_transpose,
     tent,
 )
 from pallas_kernels.deformable_conv.api import VALUE_DTYPES, why_not_pallas
@@ -92,7 +93,8 @@ def _candidates(shape, dtype) -> Iterator[tuple[str, object, Callable]]:
             extra = dict(h=h, w=w, **b._asdict())
             if kernel == "point_gradients":
                 extra["dtypes"] = (jnp.dtype(dtype),) * 3
-            run = getattr(sparse_matrix, kernel)
+            module = sparse_transpose if kernel == "values_gradient" else sparse_matrix
+            run = getattr(module, kernel)
             yield kernel, b, functools.partial(run, **extra, **options)
     sizes = [(q, t, n) for q in (16, 32, 64, 128) for t in (32, 64, 128, 256) for n in (4, 8)]
     for q, t, num_warps in sizes:

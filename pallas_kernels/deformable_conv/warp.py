@@ -11,9 +11,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils as mosaic
-from jax.extend.core import Literal
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf
+
+from pallas_kernels.deformable_conv.scalars import evaluate
 
 LANES = 32
 GLOBAL_MEMORY = 1  # LLVM's number of the address space
@@ -163,7 +164,7 @@ class Warp:
         return tuple(_to_float32(llvm.extractelement(pair, i)) for i in at)
 
     def load_pair(self, ref: ir.Value, index: Lanes) -> Lanes:
-        """Two neighbours of 16 bits of the flattened `ref`, as they are."""
+        """Two neighbours of 16 bits, or one number of 32, of the flattened `ref`, as they are."""
         return Lanes(llvm.load(_type("i32"), _element_and_pointer(ref, index)[1]))
 
     def store(self, ref: ir.Value, index: Lanes, *numbers: Lanes, mask: Lanes | None) -> None:
@@ -235,10 +236,6 @@ class Warp:
             *numbers,
             ordered=True,
         )
-
-    def load_bits(self, ref: ir.Value, index: Lanes) -> Lanes:
-        """A number of 32 bits of the flattened `ref`, as it is."""
-        return self.load_pair(ref, index)
 
     def wait_for_own_copies(self) -> None:
         """Ends all copies that lanes of this warp have begun."""
@@ -371,34 +368,6 @@ def _assemble(text: str, result, constraints: str, *args: Lanes, ordered: bool =
 
 
 # --- JAX scalars -> lanes ------------------------------------------------------------------------
-
-
-def evaluate(function: Callable, args, table: dict[str, Callable], dtype_of: Callable):
-    """function(*args) by the functions of `table`, one for each of JAX's primitives it uses.
-
-    dtype_of(x) is the dtype of a number among `args`.
-    """
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), dtype_of(x)), args)
-    jaxpr, out_shapes = jax.make_jaxpr(function, return_shape=True)(*shapes)
-    out = _evaluate_jaxpr(jaxpr.jaxpr, jaxpr.consts, jax.tree.leaves(args), table)
-    return jax.tree.unflatten(jax.tree.structure(out_shapes), out)
-
-
-def _evaluate_jaxpr(jaxpr, consts, args, table) -> list:
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-
-    def read(atom):
-        return atom.val if isinstance(atom, Literal) else values[atom]
-
-    for equation in jaxpr.eqns:
-        inputs = [read(atom) for atom in equation.invars]
-        inner = equation.params.get("jaxpr")
-        if inner is not None:
-            outputs = _evaluate_jaxpr(inner.jaxpr, inner.consts, inputs, table)
-        else:
-            outputs = [table[equation.primitive.name](*inputs, **equation.params)]
-        values.update(zip(equation.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
 
 
 def _dtype_of(x: Lanes):

@@ -1,0 +1,212 @@
+"""The gradient of the values, Aᵀ d out, by the matrix of `sparse_matrix.py`, for NVIDIA's Hopper.
+
+A block of threads has a window of tokens and visits all queries that touch it, of which a mask
+tells, in order, so every run gives the same bits. Each warp writes 32 queries' rows of A at a time;
+then each multiplies its own tokens' columns of all those rows.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.deformable_conv.image_block import CHUNK, CHUNK_BYTES, Image
+from pallas_kernels.deformable_conv.interpolation import BASES, discard_non_finite
+from pallas_kernels.deformable_conv.launch import launch
+from pallas_kernels.deformable_conv.matrix_rows import (
+    COLUMNS,
+    NOWHERE,
+    QUERIES,
+    WORD,
+    Group,
+    Matrix,
+    Queries,
+    column_blocks,
+    has_bit,
+    image_of,
+    without_zeros,
+)
+from pallas_kernels.deformable_conv.points import Multiscale, Points
+from pallas_kernels.deformable_conv.warp import LANES, Warp
+
+
+def values_gradient(
+    points, d_out, *, h: int, w: int, boundary: str, window: int, num_warps: int, interpret: bool
+):
+    """The gradient of the values, like d_out [B, tokens, G, C]."""
+    image = image_of(d_out, points, h, w, boundary)
+    matrix = Matrix(window, padding=COLUMNS // 2)
+    num_windows = -(-column_blocks(image) // window)
+    if num_windows <= 2:
+        shape = (d_out.shape[0], image.groups, -(-image.tokens // QUERIES))
+        touched = jnp.full(shape, -1, jnp.int32)
+    else:
+        touched = touched_windows(points, h=h, w=w, boundary=boundary, window=window)
+    (d_values,) = launch(
+        functools.partial(_values_gradient_kernel, image=image, matrix=matrix),
+        name="deformable_values_gradient_sparse_matrix",
+        num_blocks=d_out.shape[0] * image.groups * num_windows,
+        shared_bytes=num_warps * (matrix.bytes + QUERIES * image.pitch + WORD * 4),
+        points=points,
+        inputs=(d_out, touched),
+        outputs=(jax.ShapeDtypeStruct(d_out.shape, d_out.dtype),),
+        num_warps=num_warps,
+        interpret=interpret,
+    )
+    return d_values
+
+
+def touched_windows(points: Points, *, h: int, w: int, boundary: str, window: int) -> jax.Array:
+    """Bits of the windows (modulo 32) that 32 queries may touch; int32 [B, G, tiles].
+
+    Coordinates may be rounded otherwise here than in the kernels, hence a margin.
+    """
+    offsets = (points.to_offsets() if isinstance(points, Multiscale) else points).offsets
+    batch, tokens, groups = offsets.shape[:3]
+    query = jnp.arange(tokens)
+    x = offsets[..., 0].astype(jnp.float32) + (query % w).astype(jnp.float32)[:, None, None]
+    y = offsets[..., 1].astype(jnp.float32) + (query // w).astype(jnp.float32)[:, None, None]
+    x, y = discard_non_finite(x, y)
+    base = BASES[boundary]
+
+    def ends(x, size):
+        margin = 1e-3
+        low, high = jnp.clip(jnp.stack([base(x - margin), base(x + margin) + 1]), -1, size)
+        clipped = (jnp.clip(i, 0, size - 1).astype(jnp.int32) for i in (low, high))
+        return tuple(clipped)
+
+    bits = 0
+    for row in ends(y, h):
+        for column in ends(x, w):
+            number = (row * w + column) // (window * COLUMNS)
+            bits = bits | jnp.left_shift(jnp.int32(1), number & 31)
+    tiles = -(-tokens // QUERIES)
+    bits = jnp.pad(bits, ((0, 0), (0, tiles * QUERIES - tokens), (0, 0), (0, 0)))
+    bits = bits.reshape(batch, tiles, QUERIES, groups, -1)
+    bits = jax.lax.reduce(bits, jnp.int32(0), jax.lax.bitwise_or, (2, 4))
+    return bits.swapaxes(1, 2)
+
+
+def _values_gradient_kernel(
+    warp: Warp, points: Points, shared, d_out, touched, d_values, *, image: Image, matrix: Matrix
+):
+    num_windows = -(-column_blocks(image) // matrix.window)
+    window = warp.block % num_windows
+    group = Group(warp, image, warp.block // num_windows, shared, points)
+    first = window * matrix.columns
+    own_blocks = matrix.window // warp.num_warps
+    rows_bytes = QUERIES * image.pitch
+    all_rows = shared + warp.num_warps * matrix.bytes
+    all_bits = all_rows + warp.num_warps * rows_bytes
+    scratch = shared + warp.warp * matrix.bytes
+    rows = all_rows + warp.warp * rows_bytes
+    group.clear(scratch, matrix.bytes)
+    num_tiles = -(-image.tokens // QUERIES)
+    # Queries j and j + 4 are entries 2 j and 2 j + 1 of a product's sum, so that a load's rows of
+    # the matrix begin in different banks.
+    in_matrix, matrix_number = warp.lane & 7, warp.lane >> 3
+    query = (in_matrix >> 1) + (in_matrix & 1) * 4 + (matrix_number & 1) * 8
+    right_rows = all_rows + query * image.pitch + (matrix_number >> 1) * CHUNK_BYTES
+    place = shared + group.column * matrix.pitch
+    place = place + (warp.warp * (own_blocks * COLUMNS) + group.row) * WORD
+
+    def copy_rows(queries: Queries):
+        pieces = QUERIES * image.chunks
+        for step in range(-(-pieces // LANES)):
+            piece = warp.lane + step * LANES
+            row, chunk = piece // image.chunks, piece % image.chunks
+            warp.copy_to_shared(
+                rows + row * image.pitch + chunk * CHUNK_BYTES,
+                d_out,
+                group.channel(group.inside(queries.first + row)) + chunk * CHUNK,
+                mask=None,
+            )
+
+    def multiply(slot: int, totals):
+        totals = [list(x) for x in totals]
+        for half in range(2):
+            right = []
+            for chunks in group.chunk_pairs:
+                address = right_rows + (slot * rows_bytes + half * 16 * image.pitch)
+                right += group.columns_of_rows(address, chunks)
+            for block in range(own_blocks):
+                entries = [
+                    [
+                        warp.load_shared(
+                            place
+                            + (
+                                slot * matrix.bytes
+                                + (half * 16 + q) * matrix.pitch
+                                + (block * COLUMNS + t) * WORD
+                            )
+                        )
+                        for q in (0, 4, 8, 12)
+                    ]
+                    for t in (0, 8)
+                ]
+                left = [warp.pack(*e[i : i + 2], image.dtype) for i in (0, 2) for e in entries]
+                for chunk in range(image.chunks):
+                    totals[block][chunk] = warp.add_product(
+                        totals[block][chunk], left, right[2 * chunk : 2 * chunk + 2], image.dtype
+                    )
+        return totals
+
+    def visit_tiles(step, carry):
+        word, base, totals = carry
+        number = warp.nth_bit(word, step * warp.num_warps + warp.warp)
+        tile = warp.select(number < 0, warp.constant(0), base + number)
+        queries = group.queries(tile)
+        copy_rows(queries)
+        corners = group.corners(group.load_points(queries, scratch), queries)
+        windows = [group.windows(tokens, matrix) for tokens, _ in corners]
+        corners = [without_zeros(warp, *both) for both in corners]
+        nowhere = warp.constant(NOWHERE)
+        corners = [
+            (
+                [
+                    warp.select(number < 0, nowhere, warp.select(queries.exists, t, nowhere))
+                    for t in tokens
+                ],
+                weights,
+            )
+            for tokens, weights in corners
+        ]
+        bits = group.scatter(corners, windows, window, matrix, scratch)
+        warp.store_shared(all_bits + warp.warp * WORD, bits)
+        warp.wait_for_copies()
+        for slot in range(warp.num_warps):
+            bits = warp.load_shared_bits(all_bits + slot * WORD)
+            own = (bits >> (warp.warp * own_blocks)) & (2**own_blocks - 1)
+            totals = warp.when(warp.constant(0) < own, functools.partial(multiply, slot), totals)
+        warp.wait_for_block()
+        group.clear(scratch, matrix.bytes)
+        warp.wait_for_lanes()
+        return word, base, totals
+
+    def visit_tiles_of_word(number, totals):
+        base = number * LANES
+        tile = base + warp.lane
+        tile = warp.select(tile < num_tiles, tile, warp.constant(num_tiles - 1))
+        index = (warp.block // num_windows) * num_tiles + tile
+        touches = has_bit(warp.load_pair(touched, index), window & 31)
+        word = warp.ballot(touches)
+        if num_tiles % LANES:
+            left = warp.constant(num_tiles) - base
+            full = warp.constant(-1)
+            some = warp.select(left < LANES, (warp.constant(1) << (left & 31)) - 1, full)
+            word = word & some
+        count = (warp.popcount(word) + (warp.num_warps - 1)) // warp.num_warps
+        return warp.loop(count, visit_tiles, (word, base, totals))[2]
+
+    zero = warp.constant(0.0)
+    zeros = [[[zero] * 4 for _ in range(image.chunks)] for _ in range(own_blocks)]
+    totals = warp.loop(-(-num_tiles // LANES), visit_tiles_of_word, zeros)
+    for block in range(own_blocks):
+        for chunk in range(image.chunks):
+            for i in range(2):
+                token = (warp.warp * own_blocks + block) * COLUMNS + group.row + (8 * i)
+                token = token + first
+                index = group.channel(token) + group.column * 2 + CHUNK * chunk
+                pair = totals[block][chunk][2 * i : 2 * i + 2]
+                pair = warp.pack(*pair, image.dtype)
+                warp.store_pair(d_values, index, pair, mask=token < image.tokens)
