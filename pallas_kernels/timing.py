@@ -15,11 +15,12 @@ def compile_calls(function: Callable, chained: jax.Array, *args) -> Callable:
     function(chained, *args) returns an array, or a tuple of them, of which the first takes the
     place of `chained` in the next call: none can be left out or run beside another.
     """
+    once = jax.jit(function)  # so that it is traced and lowered once
 
     def many(chained, *args):
         others = []
         for _ in range(CALLS):
-            out = function(chained, *args)
+            out = once(chained, *args)
             chained, *rest = out if isinstance(out, tuple) else (out,)
             others.append(rest)
         return chained, others

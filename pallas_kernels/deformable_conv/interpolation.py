@@ -22,7 +22,8 @@ NOWHERE = -4.0  # a coordinate that samples nothing, whatever the boundary
 class Corners(NamedTuple):
     """The two tokens around each coordinate along one axis; arrays shaped like the coordinate."""
 
-    index: tuple[jax.Array, jax.Array]  # int32, moved inside where it lay outside
+    token: tuple[jax.Array, jax.Array]  # int32
+    index: tuple[jax.Array, jax.Array]  # the token, moved inside where it lay outside
     weight: tuple[jax.Array, jax.Array]  # float32; 0 where outside
     slope: tuple[jax.Array, jax.Array]  # d weight / d coordinate: -1, +1; 0 where outside
 
@@ -38,13 +39,14 @@ def corners(x: jax.Array, size: int, boundary: str) -> Corners:
     base = BASES[boundary](x)
     fraction = x - base
     first = jnp.clip(base, -2.0, float(size)).astype(jnp.int32)
+    tokens = first, first + 1
     indices, weights, slopes = [], [], []
-    for index, weight, slope in ((first, 1 - fraction, -1.0), (first + 1, fraction, 1.0)):
-        inside = (index >= 0) & (index < size)
-        indices.append(jnp.clip(index, 0, size - 1))
+    for token, weight, slope in zip(tokens, (1 - fraction, fraction), (-1.0, 1.0), strict=True):
+        inside = (token >= 0) & (token < size)
+        indices.append(jnp.clip(token, 0, size - 1))
         weights.append(jnp.where(inside, weight, 0.0))
         slopes.append(jnp.where(inside, slope, 0.0))
-    return Corners(tuple(indices), tuple(weights), tuple(slopes))
+    return Corners(tokens, tuple(indices), tuple(weights), tuple(slopes))
 
 
 def axis_weights(x: jax.Array, token: jax.Array, boundary: str, tent: Callable) -> jax.Array:

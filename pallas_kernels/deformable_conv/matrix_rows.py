@@ -10,12 +10,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.deformable_conv.image_block import CHUNK, CHUNK_BYTES, Image, located
+from pallas_kernels.deformable_conv.interpolation import corners, discard_non_finite
+from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD, PointRows
 from pallas_kernels.deformable_conv.points import Points
 from pallas_kernels.deformable_conv.warp import LANES, Warp
 
-QUERIES = LANES  # that a warp takes at a time
 COLUMNS = 16  # tokens of a block of the matrix: of one product
-WORD = 4  # bytes
+PADDING = 8  # columns of the matrix beyond a window's
 TILES_OF_A_WARP = 4  # at least, where several blocks share an image
 NOWHERE = 1 << 24  # a token that no window has
 
@@ -72,12 +73,11 @@ def image_bytes(image: Image) -> int:
 class Matrix(NamedTuple):
     """A warp's part of the matrix in shared memory: rows of queries, a window of columns.
 
-    The columns beyond the window are where entries go that are not in it. Their number makes
+    The columns beyond the window are where entries go that are not in it. Their number makes four
     neighbouring rows begin in different banks, as a product's loads need it.
     """
 
-    window: int  # blocks of columns; a power of two
-    padding: int  # columns
+    window: int  # blocks of columns; a power of two, at least 2
 
     @property
     def columns(self) -> int:
@@ -85,7 +85,7 @@ class Matrix(NamedTuple):
 
     @property
     def pitch(self) -> int:
-        return WORD * (self.columns + self.padding)
+        return WORD * (self.columns + PADDING)
 
     @property
     def bytes(self) -> int:
@@ -97,7 +97,7 @@ class Queries(NamedTuple):
 
     first: object
     token: object
-    exists: object
+    exists: object  # None if all do
     x: object  # float32
     y: object
 
@@ -106,16 +106,16 @@ class Group:
     """One group of one image, as one warp of a block sees it."""
 
     def __init__(self, warp: Warp, image: Image, number, shared, points: Points):
-        self.warp, self.image, self.points = warp, image, points
-        self.group = number % image.groups
-        self._first = (number // image.groups) * (image.tokens * image.groups) + self.group
+        self.warp, self.image = warp, image
+        group = number % image.groups
+        self._first = (number // image.groups) * (image.tokens * image.groups) + group
+        self.points = PointRows(warp, image, points, group, self._first)
         self.shared = shared
         # Of a matrix of a product, a lane holds two neighbours in this row and 8 rows below it.
         self.row = warp.lane >> 2
         self.column = warp.lane & 3  # of pairs of columns
         chunks = range(image.chunks)
         self.chunk_pairs = [chunks[n : n + 2] for n in chunks[::2]]  # the last one may be alone
-        self._per_group = [warp.load(ref, self.group) for ref in points.per_group]
 
     def entry(self, token):
         """Number of the token's entry for this group, in arrays [B, tokens, G, ...]."""
@@ -126,6 +126,9 @@ class Group:
         return self.entry(token) * self.image.channels
 
     def inside(self, token):
+        """The token, or the last one if it is beyond that, in a tile or block that exists."""
+        if self.image.tokens % QUERIES == 0:
+            return token
         last = self.warp.constant(self.image.tokens - 1)
         return self.warp.select(token < self.image.tokens, token, last)
 
@@ -170,7 +173,7 @@ class Group:
         warp, image = self.warp, self.image
         first = tile * QUERIES
         token = first + warp.lane
-        exists = token < image.tokens
+        exists = None if image.tokens % QUERIES == 0 else token < image.tokens
         token = self.inside(token)
         x, y = warp.apply(
             lambda x, y: (x.astype(jnp.float32), y.astype(jnp.float32)),
@@ -179,135 +182,52 @@ class Group:
         )
         return Queries(first, token, exists, x, y)
 
-    # --- sampling points: neighbouring lanes load neighbours, and exchange them -------------------
+    # --- a sampling point of the lane's query -----------------------------------------------------
 
-    def _elements(self, queries: Queries):
-        """(where in arrays [B, tokens, G, K], row, k, whether it is there) for each step."""
-        warp, num_points = self.warp, self.image.num_points
-        for step in range(num_points):
-            element = warp.lane + step * LANES
-            row, k = element // num_points, element % num_points
-            token = queries.first + row
-            exists = token < self.image.tokens
-            yield self.entry(self.inside(token)) * num_points + k, row, k, exists
+    def position(self, fields: Points, queries: Queries):
+        """(x, y, weight) of a point."""
+        return self.warp.apply(_position, fields, queries.x, queries.y)
 
-    def _fields(self):
-        """(which of points.per_query, its first word in a row, words an entry) of each, and all."""
-        rank, words, fields = self.warp.rank(self.points.weights), 0, []
-        for number, ref in enumerate(self.points.per_query):
-            count = 1 if self.warp.rank(ref) == rank else 2
-            fields.append((number, words, count))
-            words += count * self.image.num_points
-        return fields, words
+    def corners(self, position):
+        """(tokens, weights) of a point's four corners; a token whose weight is 0 is nowhere.
 
-    def _row_bytes(self, words: int) -> int:
-        return WORD * (words | 1)  # odd: a column's words are in different banks
-
-    def load_points(self, queries: Queries, scratch) -> list[Points]:
-        """The fields of the lane's query, for each point; `scratch` is left as zeros."""
-        warp, num_points = self.warp, self.image.num_points
-        fields, words = self._fields()
-        pitch = self._row_bytes(words)
-        loaded = []
-        for index, row, k, _ in self._elements(queries):
-            for number, first, count in fields:
-                numbers = warp.load(self.points.per_query[number], index * count, count)
-                numbers = numbers if count == 2 else (numbers,)
-                loaded.append((scratch + row * pitch + (k * count + first) * WORD, numbers))
-        for address, numbers in loaded:
-            for i, number in enumerate(numbers):
-                warp.store_shared(address + i * WORD, number)
-        warp.wait_for_lanes()
-
-        def word(n):
-            return warp.load_shared(scratch + warp.lane * pitch + n * WORD)
-
-        points = []
-        for k in range(num_points):
-            per_query = [
-                tuple(word(first + 2 * k + i) for i in range(2)) if count == 2 else word(first + k)
-                for _, first, count in fields
-            ]
-            points.append(type(self.points)(*per_query, *self._per_group, *self._constants(k)))
-        warp.wait_for_lanes()
-        self.clear(scratch, QUERIES * pitch)
-        warp.wait_for_lanes()
-        return points
-
-    def _constants(self, k: int) -> list:
+        No two tokens are the same, so that a lane may add to all four at a time.
+        """
         warp = self.warp
-        constants = []
-        for ref in self.points.constant:
-            if warp.rank(ref) == 1:
-                constants.append(warp.load(ref, warp.constant(0), 2))
-            else:  # [K, 2]
-                x, y = warp.load(ref, warp.constant(2 * k), 2)
-                constants.append({(0, 0): x, (0, 1): y})
-        return constants
+        tokens, weights = warp.apply(functools.partial(_corners, image=self.image), position)
+        nowhere = warp.constant(NOWHERE)
+        pairs = zip(tokens, weights, strict=True)
+        return [warp.select(weight == 0, nowhere, token) for token, weight in pairs], weights
 
-    def store_gradients(self, refs, queries: Queries, gradients: list, scratch):
-        """Writes, for each point, the gradients of the lane's per-query fields."""
-        warp = self.warp
-        fields, words = self._fields()
-        pitch = self._row_bytes(words)
-        warp.wait_for_lanes()
-        for k, gradient in enumerate(gradients):
-            for number, first, count in fields:
-                numbers = gradient[number] if count == 2 else (gradient[number],)
-                for i, x in enumerate(numbers):
-                    place = (k * count + first + i) * WORD
-                    warp.store_shared(scratch + warp.lane * pitch + place, x)
-        warp.wait_for_lanes()
-        for index, row, k, exists in self._elements(queries):
-            for number, first, count in fields:
-                place = scratch + row * pitch + (k * count + first) * WORD
-                numbers = [warp.load_shared(place + i * WORD) for i in range(count)]
-                warp.store(refs[number], index * count, *numbers, mask=exists)
-        warp.wait_for_lanes()
-
-    def corners(self, points: list[Points], queries: Queries) -> list:
-        """([tokens of the four corners], [their weights]) of each point."""
-        return [
-            self.warp.apply(functools.partial(_corners, image=self.image), p, queries.x, queries.y)
-            for p in points
-        ]
+    def tokens_inside(self, fields: Points, queries: Queries) -> list:
+        """The tokens of a point's corners, those outside the image moved inside."""
+        function = functools.partial(_tokens_inside, image=self.image)
+        return self.warp.apply(function, fields, queries.x, queries.y)
 
     # --- the matrix -----------------------------------------------------------------------------
 
     def windows(self, tokens, matrix: Matrix):
         """Bits of the windows (modulo 32) that the queries' tokens are in, of all lanes."""
         warp = self.warp
-        one = warp.constant(1)
-        bits = [one << ((token // matrix.columns) & 31) for token in tokens]
+        bits = []
+        for token in tokens:
+            bit = warp.constant(1) << ((token // matrix.columns) & 31)
+            bits.append(warp.select(token < NOWHERE, bit, warp.constant(0)))
         return warp.union(functools.reduce(lambda a, b: a | b, bits))
 
     def place(self, token, first, matrix: Matrix):
-        """(the column of a token in the window from token `first`, the bit of its block)."""
+        """(whether a token is in the window from token `first`, its column, its block's bit)."""
         warp = self.warp
         column = token - first
         inside = (column // matrix.columns) == 0  # as unsigned numbers
         bit = warp.constant(1) << ((column // COLUMNS) & (matrix.window - 1))
-        outside = warp.constant(matrix.columns)
+        # Lanes whose rows begin in the same bank have columns of their own.
+        outside = ((warp.lane >> 2) & (PADDING - 1)) + matrix.columns
         return (
             inside,
             warp.select(inside, column, outside),
             warp.select(inside, bit, warp.constant(0)),
         )
-
-    def touched_blocks(self, all_tokens, windows, window, matrix: Matrix):
-        """Bits of a window's blocks that any of the queries' tokens are in."""
-        warp = self.warp
-        first = window * matrix.columns
-        bits = warp.constant(0)
-        for tokens, touched in zip(all_tokens, windows, strict=True):
-
-            def add(bits, tokens=tokens):
-                return functools.reduce(
-                    lambda bits, token: bits | self.place(token, first, matrix)[2], tokens, bits
-                )
-
-            bits = warp.when(has_bit(touched, window & 31), add, bits)
-        return warp.union(bits)
 
     def copy_blocks(self, values, window, bits, stage, matrix: Matrix):
         """Begins to copy the channels of a window's touched blocks to `stage`, of this warp.
@@ -330,33 +250,38 @@ class Group:
                     mask=piece < pieces,
                 )
 
-        def copy_if_touched(block, _):
-            warp.when(has_bit(bits, block), lambda _: copy(block, _))
+        for_each_bit(warp, bits, matrix.window, copy)
 
-        warp.loop(matrix.window, copy_if_touched)
+    def bits(self, tokens, first, matrix: Matrix):
+        """Bits of a window's blocks that the lane's tokens are in."""
+        return functools.reduce(
+            lambda bits, token: bits | self.place(token, first, matrix)[2],
+            tokens,
+            self.warp.constant(0),
+        )
 
-    def scatter(self, corners, windows, window, matrix: Matrix, scratch):
-        """Adds the weights of all corners in a window to the matrix; bits of touched blocks."""
+    def add(self, tokens, weights, first, matrix: Matrix, scratch) -> None:
+        """Adds a point's weights to the lane's row of the window from token `first`."""
         warp = self.warp
-        first = window * matrix.columns
         row = scratch + warp.lane * matrix.pitch
-        bits = warp.constant(0)
-        for (tokens, weights), touched in zip(corners, windows, strict=True):
+        places = [row + self.place(token, first, matrix)[1] * WORD for token in tokens]
+        old = [warp.load_shared(place) for place in places]
+        for place, x, weight in zip(places, old, weights, strict=True):
+            warp.store_shared(place, x + weight)
 
-            def add(bits, tokens=tokens, weights=weights):
-                places = []
-                for token in tokens:
-                    _, column, bit = self.place(token, first, matrix)
-                    places.append(row + column * WORD)
-                    bits = bits | bit
-                old = [warp.load_shared(place) for place in places]
-                for place, x, weight in zip(places, old, weights, strict=True):
-                    warp.store_shared(place, x + weight)
-                return bits
+    def clear_blocks(self, bits, matrix: Matrix, scratch) -> None:
+        """Zeros the blocks of the warp's matrix that have a bit."""
+        warp = self.warp
+        eighth = warp.lane >> 2  # rows two apart are 16 banks apart
+        row = (eighth & 4) | ((eighth & 1) << 1) | ((eighth >> 1) & 1)
+        start = scratch + row * matrix.pitch + self.column * (4 * WORD)
 
-            bits = warp.when(has_bit(touched, window & 31), add, bits)
-        warp.wait_for_lanes()
-        return warp.union(bits)
+        def clear(block, _):
+            for i in range(QUERIES // 8):
+                place = start + block * (COLUMNS * WORD) + i * 8 * matrix.pitch
+                warp.store_shared(place, *[warp.constant(0.0)] * 4)
+
+        for_each_bit(warp, bits, matrix.window, clear)
 
     def columns_of_rows(self, address, chunks) -> list:
         """Of 16 rows of channels one or two chunks, transposed, as right sides of a product.
@@ -372,47 +297,66 @@ def has_bit(bits, n):
     return ((bits >> n) & 1) == 1
 
 
-def without_zeros(warp: Warp, tokens, weights):
-    """Corners with a weight of 0 are moved to where nothing is.
+def for_each_bit(warp: Warp, bits, count: int, visit: Callable, carry=()):
+    """The last of carry = visit(n, carry) for the bits below `count` that are set, on all lanes."""
 
-    A corner outside the image was moved inside, possibly onto another one of the same point, which
-    may not be stored to twice.
+    def visit_if_set(n, carry):
+        return warp.when(has_bit(bits, n), lambda carry: visit(n, carry), carry)
+
+    return warp.loop(count, visit_if_set, carry)
+
+
+def for_each_tile(
+    warp: Warp, rows: PointRows, tile: Callable, scratch, *, part=0, parts: int = 1, ready: Callable
+):
+    """Calls tile(number, words of the points) for each tile of 32 queries of one of `parts` parts.
+
+    Warps take turns. Points are loaded one tile ahead; ready() is called after the first load.
     """
-    nowhere = warp.constant(NOWHERE)
-    tokens = [
-        warp.select(weight == 0, nowhere, token)
-        for token, weight in zip(tokens, weights, strict=True)
-    ]
-    return tokens, weights
-
-
-def for_each_tile(warp: Warp, image: Image, tile: Callable, *, part=0, parts: int = 1):
-    """Calls tile(number) for each tile of 32 queries of one of `parts` parts; warps take turns."""
-    tiles = -(-image.tokens // QUERIES)
+    tiles = -(-rows.image.tokens // QUERIES)
     workers = warp.num_warps * parts
     first = warp.warp + part * warp.num_warps
+    last = warp.constant(tiles - 1)
+    loaded = rows.load(warp.select(first < tiles, first, last))
+    ready()
 
-    def step(i, _):
+    def step(i, loaded):
         number = i * workers + first
-        if tiles % workers:
-            warp.when(number < tiles, lambda _: tile(number))
-        else:
-            tile(number)
 
-    warp.loop(-(-tiles // workers), step)
+        def visit(loaded):
+            words = rows.exchange(loaded, scratch)
+            following = number + workers
+            loaded = warp.when(following < tiles, lambda _: rows.load(following), loaded)
+            tile(number, words)
+            return loaded
+
+        return warp.when(number < tiles, visit, loaded) if tiles % workers else visit(loaded)
+
+    warp.loop(-(-tiles // workers), step, loaded)
 
 
 # --- arithmetic of one lane's point, in JAX -------------------------------------------------------
 
 
-def _corners(points: Points, query_x, query_y, *, image: Image):
+def _position(points: Points, query_x, query_y):
+    point = points.point(lambda field, k, *index: field[index[0]] if index else field, 0)
+    return *discard_non_finite(point.dx + query_x, point.dy + query_y), point.weight
+
+
+def _corners(position, *, image: Image):
     """(tokens of the four corners, their weights), row by row."""
-    point, columns, rows = located(points, query_x, query_y, image)
+    x, y, point_weight = position
+    columns, rows = corners(x, image.w, image.boundary), corners(y, image.h, image.boundary)
     tokens, weights = [], []
     for j in range(2):
-        row = rows.index[j] * image.w
-        share = rows.weight[j] * point.weight
+        row = rows.token[j] * image.w
+        share = rows.weight[j] * point_weight
         for i in range(2):
-            tokens.append(row + columns.index[i])
+            tokens.append(row + columns.token[i])
             weights.append(share * columns.weight[i])
     return tokens, weights
+
+
+def _tokens_inside(points: Points, query_x, query_y, *, image: Image):
+    _, columns, rows = located(points, query_x, query_y, image)
+    return [rows.index[j] * image.w + columns.index[i] for j in range(2) for i in range(2)]

@@ -43,6 +43,16 @@ class SimulatedWarp:
         pair = np.stack([low, high], axis=-1).astype(dtype)
         return pair.view(np.int32)[..., 0]
 
+    def unpack(self, pair, dtype):
+        numbers = np.ascontiguousarray(pair)[..., None].view(dtype).astype(np.float32)
+        return numbers[..., 0], numbers[..., 1]
+
+    def as_float(self, bits):
+        return np.ascontiguousarray(bits).view(np.float32)
+
+    def opaque(self, numbers):
+        return numbers
+
     def permute_bytes(self, x, selector):
         own = np.ascontiguousarray(x)[..., None].view(np.uint8)
         choices = np.concatenate([own, np.zeros_like(own)], axis=-1)
@@ -52,6 +62,19 @@ class SimulatedWarp:
     def rank(self, ref) -> int:
         return ref.ndim
 
+    def dtype(self, ref) -> np.dtype:
+        return ref.dtype
+
+    def item_bytes(self, ref) -> int:
+        return ref.itemsize
+
+    def load_half(self, ref, index):
+        ref, index = ref.reshape(-1), np.where(self._active, index, 0)
+        return ref[_inside(ref, index)].view(np.uint16).astype(np.int32)
+
+    def store_half(self, ref, index, bits, *, mask):
+        self.store(ref, index, bits.astype(np.uint16).view(ref.dtype), mask=mask)
+
     def load(self, ref, index, count: int = 1):
         ref, index = ref.reshape(-1), np.where(self._active, index, 0)
         numbers = tuple(ref[_inside(ref, index + i)].astype(np.float32) for i in range(count))
@@ -60,7 +83,7 @@ class SimulatedWarp:
     def load_pair(self, ref, index):
         ref, index = ref.reshape(-1), np.where(self._active, index, 0)
         if ref.itemsize == 4:
-            return ref[_inside(ref, index)]
+            return ref[_inside(ref, index)].view(np.int32)
         assert not (index % 2).any(), "not aligned"
         return np.stack([ref[_inside(ref, index + i)] for i in range(2)], -1).view(np.int32)[..., 0]
 
@@ -77,7 +100,7 @@ class SimulatedWarp:
 
     def store_pair(self, ref, index, pair, *, mask):
         numbers = np.ascontiguousarray(pair)[..., None].view(ref.dtype)
-        self.store(ref, index, numbers[..., 0], numbers[..., 1], mask=mask)
+        self.store(ref, index, *np.moveaxis(numbers, -1, 0), mask=mask)
 
     def copy_to_shared(self, address, ref, index, *, mask):
         ref = ref.reshape(-1)

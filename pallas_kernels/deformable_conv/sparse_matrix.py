@@ -31,10 +31,10 @@ from pallas_kernels.deformable_conv.matrix_rows import (
     Layout,
     Matrix,
     column_blocks,
+    for_each_bit,
     for_each_tile,
     has_bit,
     image_of,
-    without_zeros,
 )
 from pallas_kernels.deformable_conv.points import Points
 from pallas_kernels.deformable_conv.warp import Warp
@@ -62,8 +62,7 @@ def fits(h: int, w: int, channels: int, *, window: int, num_warps: int) -> bool:
 
 def _layout(image: Image, window: int, num_warps: int) -> Layout:
     """With the image in shared memory if there is room."""
-    matrix = Matrix(window, padding=COLUMNS)
-    layout = Layout(image, matrix, num_warps, resident=True)
+    layout = Layout(image, Matrix(window), num_warps, resident=True)
     if layout.shared_bytes > MAX_SHARED_BYTES:
         layout = layout._replace(resident=False)
     return layout
@@ -131,60 +130,65 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
     if layout.resident:
         group.copy_image(values)
     group.clear(scratch, matrix.bytes)
-    warp.wait_for_copies()
-    # Columns 4 j to 4 j + 3 of a block are entries 2 j, 2 j + 1, 8 + 2 j, 9 + 2 j of a product's
-    # sum, so that a lane's four lie side by side.
-    in_matrix, matrix_number = warp.lane & 7, warp.lane >> 3
-    token = (in_matrix >> 1) * 4 + (in_matrix & 1) + (matrix_number & 1) * 2
+    # Matrices of 8 tokens by a chunk: two below one another, then those of the next chunk.
+    token = warp.lane & (COLUMNS - 1)
     rows = (shared if layout.resident else stage) + token * image.pitch
-    rows = rows + (matrix_number >> 1) * CHUNK_BYTES
+    rows = rows + (warp.lane >> 4) * CHUNK_BYTES
+    first_place = scratch + group.row * matrix.pitch + group.column * (2 * WORD)
 
-    def tile(number):
+    def tile(number, words):
+        group.clear(scratch, group.points.bytes)
+        warp.wait_for_lanes()
         queries = group.queries(number)
-        corners = group.corners(group.load_points(queries, scratch), queries)
-        windows = [group.windows(tokens, matrix) for tokens, _ in corners]
-        corners = [without_zeros(warp, *both) for both in corners]
-        any_window = functools.reduce(lambda a, b: a | b, windows)
+        positions = [
+            group.position(group.points.fields(x, k), queries) for k, x in enumerate(words)
+        ]
+        windows = [group.windows(group.corners(x)[0], matrix) for x in positions]
 
         def add_window(window, totals):
+            first = window * matrix.columns
+
             def add(totals):
+                bits = warp.constant(0)
+                for position, touched in zip(positions, windows, strict=True):
+
+                    def add_point(bits, position=position):
+                        tokens, weights = group.corners(warp.opaque(position))
+                        group.add(tokens, weights, first, matrix, scratch)
+                        return bits | group.bits(tokens, first, matrix)
+
+                    bits = warp.when(has_bit(touched, window & 31), add_point, bits)
+                bits = warp.union(bits)
                 if not layout.resident:
-                    tokens = [tokens for tokens, _ in corners]
-                    bits = group.touched_blocks(tokens, windows, window, matrix)
                     group.copy_blocks(values, window, bits, stage, matrix)
-                bits = group.scatter(corners, windows, window, matrix, scratch)
-                if not layout.resident:
                     warp.wait_for_own_copies()
-                first = window * matrix.window if layout.resident else warp.constant(0)
+                warp.wait_for_lanes()
+                first_block = window * matrix.window if layout.resident else warp.constant(0)
 
-                def add_block(block, totals):
-                    return warp.when(
-                        has_bit(bits, block),
-                        lambda totals: multiply(first + block, block, totals),
-                        totals,
-                    )
+                def multiply_block(block, totals):
+                    return multiply(first_block + block, block, totals)
 
-                totals = warp.loop(matrix.window, add_block, totals)
+                totals = for_each_bit(warp, bits, matrix.window, multiply_block, totals)
                 warp.wait_for_lanes()
                 return totals
 
+            any_window = functools.reduce(lambda a, b: a | b, windows)
             return warp.when(has_bit(any_window, window & 31), add, totals)
 
         def multiply(block_of_rows, block, totals):
-            place = scratch + group.row * matrix.pitch + (block * COLUMNS + group.column * 4) * WORD
             left = []
             for half in range(2):
-                quads = [place + (half * 16 + i * 8) * matrix.pitch for i in range(2)]
-                entries = [warp.load_shared(x, 4) for x in quads]
-                for x in quads:
-                    warp.store_shared(x, *[warp.constant(0.0)] * 4)
-                left.append(
-                    [
-                        warp.pack(*e[2 * i : 2 * i + 2], image.dtype)
-                        for i in range(2)
-                        for e in entries
-                    ]
-                )
+                places = [
+                    first_place
+                    + block * (COLUMNS * WORD)
+                    + ((half * 16 + i * 8) * matrix.pitch + part * 8 * WORD)
+                    for part in range(2)
+                    for i in range(2)
+                ]
+                entries = [warp.load_shared(x, 2) for x in places]
+                for x in places:
+                    warp.store_shared(x, *[warp.constant(0.0)] * 2)
+                left.append([warp.pack(*x, image.dtype) for x in entries])
             totals = list(totals)
             address = rows + block_of_rows * (COLUMNS * image.pitch)
             for chunks in group.chunk_pairs:
@@ -206,10 +210,13 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
                 query = queries.first + group.row + (16 * half + 8 * i)
                 index = group.channel(query) + group.column * 2 + CHUNK * chunk
                 pair = warp.pack(total[2 * i], total[2 * i + 1], image.dtype)
-                warp.store_pair(out, index, pair, mask=query < image.tokens)
+                mask = None if queries.exists is None else query < image.tokens
+                warp.store_pair(out, index, pair, mask=mask)
 
     part = warp.block % layout.parts
-    for_each_tile(warp, image, tile, part=part, parts=layout.parts)
+    for_each_tile(
+        warp, group.points, tile, scratch, part=part, parts=layout.parts, ready=warp.wait_for_copies
+    )
 
 
 def _point_gradients_kernel(
@@ -220,21 +227,17 @@ def _point_gradients_kernel(
     scratch, stage = layout.matrix_and_stage(shared, warp)
     if layout.resident:
         group.copy_image(values)
-    warp.wait_for_copies()
-    # As in the forward, four columns of a block are side by side in a lane.
+    # Matrices of 8 tokens by a chunk: two side by side, then those of the next tokens. A chunk that
+    # is alone has just the tokens' two.
     in_matrix, matrix_number = warp.lane & 7, warp.lane >> 3
-    token = (in_matrix >> 1) * 4 + (in_matrix & 1)
     first_row = shared if layout.resident else stage
-    pair_rows = first_row + (token + (matrix_number >> 1) * 2) * image.pitch
+    pair_rows = first_row + (in_matrix + (matrix_number >> 1) * 8) * image.pitch
     pair_rows = pair_rows + (matrix_number & 1) * CHUNK_BYTES
-    last_rows = first_row + (token + (matrix_number & 1) * 2) * image.pitch
+    last_rows = first_row + (in_matrix + (matrix_number & 1) * 8) * image.pitch
+    first_place = scratch + group.row * matrix.pitch + group.column * (2 * WORD)
 
-    def tile(number):
+    def tile(number, words):
         queries = group.queries(number)
-        loaded = group.load_points(queries, scratch)
-        all_tokens = [tokens for tokens, _ in group.corners(loaded, queries)]
-        windows = [group.windows(tokens, matrix) for tokens in all_tokens]
-        any_window = functools.reduce(lambda a, b: a | b, windows)
         d_rows = []  # left sides, by halves of the queries and pairs of chunks
         for half in range(2):
             starts = [
@@ -248,6 +251,13 @@ def _point_gradients_kernel(
                     for chunks in group.chunk_pairs
                 ]
             )
+
+        def tokens_of(k):
+            fields = group.points.fields(warp.opaque(words[k]), k)
+            return group.tokens_inside(fields, queries)
+
+        windows = [group.windows(tokens_of(k), matrix) for k in range(image.num_points)]
+        any_window = functools.reduce(lambda a, b: a | b, windows)
 
         def multiply(block_of_rows, block):
             moved = block_of_rows * (COLUMNS * image.pitch)
@@ -267,54 +277,73 @@ def _point_gradients_kernel(
                             right[part * size : (part + 1) * size],
                             image.dtype,
                         )
-            place = scratch + group.row * matrix.pitch + (block * COLUMNS + group.column * 4) * WORD
+            place = first_place + block * (COLUMNS * WORD)
             for half in range(2):
-                for i in range(2):
-                    numbers = [totals[half][part][2 * i + j] for part in range(2) for j in range(2)]
-                    warp.store_shared(place + (half * 16 + i * 8) * matrix.pitch, *numbers)
+                for part in range(2):
+                    for i in range(2):
+                        moved = (half * 16 + i * 8) * matrix.pitch + part * 8 * WORD
+                        numbers = totals[half][part][2 * i : 2 * i + 2]
+                        warp.store_shared(place + moved, *numbers)
 
         def visit_window(window, products):
             first = window * matrix.columns
 
+            def for_points(visit, carry):
+                """carry[k] = visit(tokens, carry[k]) of the points that may be in the window."""
+                return [
+                    warp.when(
+                        has_bit(touched, window & 31),
+                        lambda old, k=k: visit(tokens_of(k), old),
+                        old,
+                    )
+                    for k, (touched, old) in enumerate(zip(windows, carry, strict=True))
+                ]
+
             def visit(products):
-                bits = group.touched_blocks(all_tokens, windows, window, matrix)
+                none = [warp.constant(0)] * image.num_points
+                bits = for_points(lambda tokens, _: group.bits(tokens, first, matrix), none)
+                bits = warp.union(functools.reduce(lambda a, b: a | b, bits))
                 if not layout.resident:
                     group.copy_blocks(values, window, bits, stage, matrix)
                     warp.wait_for_own_copies()
                 first_block = window * matrix.window if layout.resident else warp.constant(0)
 
-                def add_block(block, _):
-                    warp.when(has_bit(bits, block), lambda _: multiply(first_block + block, block))
+                def multiply_block(block, _):
+                    multiply(first_block + block, block)
 
-                warp.loop(matrix.window, add_block)
+                for_each_bit(warp, bits, matrix.window, multiply_block)
                 warp.wait_for_lanes()
                 row = scratch + warp.lane * matrix.pitch
-                found = []
-                for tokens, olds, touched in zip(all_tokens, products, windows, strict=True):
 
-                    def look_up(olds, tokens=tokens):
-                        news = []
-                        for token, old in zip(tokens, olds, strict=True):
-                            inside, column, _ = group.place(token, first, matrix)
-                            new = warp.load_shared(row + column * WORD)
-                            news.append(warp.select(inside, new, old))
-                        return news
+                def look_up(tokens, olds):
+                    news = []
+                    for token, old in zip(tokens, olds, strict=True):
+                        inside, column, _ = group.place(token, first, matrix)
+                        new = warp.load_shared(row + column * WORD)
+                        news.append(warp.select(inside, new, old))
+                    return news
 
-                    found.append(warp.when(has_bit(touched, window & 31), look_up, olds))
+                products = for_points(look_up, products)
                 warp.wait_for_lanes()
-                return found
+                return products
 
             return warp.when(has_bit(any_window, window & 31), visit, products)
 
-        zeros = [[warp.constant(0.0)] * 4 for _ in all_tokens]
+        zeros = [[warp.constant(0.0)] * 4 for _ in words]
         products = warp.loop(-(-column_blocks(image) // matrix.window), visit_window, zeros)
         pulled = [
             warp.apply(
-                functools.partial(gradients_of_point, image=image), p, queries.x, queries.y, found
+                functools.partial(gradients_of_point, image=image),
+                group.points.fields(warp.opaque(words[k]), k),
+                queries.x,
+                queries.y,
+                found,
             )
-            for p, found in zip(loaded, products, strict=True)
+            for k, found in enumerate(products)
         ]
-        group.store_gradients(gradients, queries, pulled, scratch)
+        group.points.store_gradients(gradients, number, pulled, scratch)
 
     part = warp.block % layout.parts
-    for_each_tile(warp, image, tile, part=part, parts=layout.parts)
+    for_each_tile(
+        warp, group.points, tile, scratch, part=part, parts=layout.parts, ready=warp.wait_for_copies
+    )

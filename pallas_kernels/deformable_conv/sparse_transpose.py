@@ -15,17 +15,14 @@ from pallas_kernels.deformable_conv.interpolation import BASES, discard_non_fini
 from pallas_kernels.deformable_conv.launch import launch
 from pallas_kernels.deformable_conv.matrix_rows import (
     COLUMNS,
-    NOWHERE,
-    QUERIES,
-    WORD,
     Group,
     Matrix,
     Queries,
     column_blocks,
     has_bit,
     image_of,
-    without_zeros,
 )
+from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD
 from pallas_kernels.deformable_conv.points import Multiscale, Points
 from pallas_kernels.deformable_conv.warp import LANES, Warp
 
@@ -35,7 +32,7 @@ def values_gradient(
 ):
     """The gradient of the values, like d_out [B, tokens, G, C]."""
     image = image_of(d_out, points, h, w, boundary)
-    matrix = Matrix(window, padding=COLUMNS // 2)
+    matrix = Matrix(window)
     num_windows = -(-column_blocks(image) // window)
     if num_windows <= 2:
         shape = (d_out.shape[0], image.groups, -(-image.tokens // QUERIES))
@@ -151,40 +148,8 @@ def _values_gradient_kernel(
                     )
         return totals
 
-    def visit_tiles(step, carry):
-        word, base, totals = carry
-        number = warp.nth_bit(word, step * warp.num_warps + warp.warp)
-        tile = warp.select(number < 0, warp.constant(0), base + number)
-        queries = group.queries(tile)
-        copy_rows(queries)
-        corners = group.corners(group.load_points(queries, scratch), queries)
-        windows = [group.windows(tokens, matrix) for tokens, _ in corners]
-        corners = [without_zeros(warp, *both) for both in corners]
-        nowhere = warp.constant(NOWHERE)
-        corners = [
-            (
-                [
-                    warp.select(number < 0, nowhere, warp.select(queries.exists, t, nowhere))
-                    for t in tokens
-                ],
-                weights,
-            )
-            for tokens, weights in corners
-        ]
-        bits = group.scatter(corners, windows, window, matrix, scratch)
-        warp.store_shared(all_bits + warp.warp * WORD, bits)
-        warp.wait_for_copies()
-        for slot in range(warp.num_warps):
-            bits = warp.load_shared_bits(all_bits + slot * WORD)
-            own = (bits >> (warp.warp * own_blocks)) & (2**own_blocks - 1)
-            totals = warp.when(warp.constant(0) < own, functools.partial(multiply, slot), totals)
-        warp.wait_for_block()
-        group.clear(scratch, matrix.bytes)
-        warp.wait_for_lanes()
-        return word, base, totals
-
-    def visit_tiles_of_word(number, totals):
-        base = number * LANES
+    def visit_tiles_of_word(number_of_word, totals):
+        base = number_of_word * LANES
         tile = base + warp.lane
         tile = warp.select(tile < num_tiles, tile, warp.constant(num_tiles - 1))
         index = (warp.block // num_windows) * num_tiles + tile
@@ -195,8 +160,50 @@ def _values_gradient_kernel(
             full = warp.constant(-1)
             some = warp.select(left < LANES, (warp.constant(1) << (left & 31)) - 1, full)
             word = word & some
+
+        def number_of(step):
+            """(whether there is a tile for this warp in a step, its number)."""
+            number = warp.nth_bit(word, step * warp.num_warps + warp.warp)
+            exists = warp.constant(-1) < number
+            return exists, base + warp.select(exists, number, warp.constant(0))
+
+        def visit(step, carry):
+            loaded, totals = carry
+            exists, number = number_of(step)
+            queries = group.queries(number)
+            copy_rows(queries)
+            words = group.points.exchange(loaded, scratch)
+            _, following = number_of(step + 1)
+            loaded = group.points.load(following)
+            group.clear(scratch, group.points.bytes)
+            warp.wait_for_lanes()
+            if queries.exists is not None:
+                exists = warp.select(queries.exists, exists, queries.exists)
+            bits = warp.constant(0)
+            for k, x in enumerate(words):
+                x, y, weight = group.position(group.points.fields(x, k), queries)
+                weight = warp.select(exists, weight, warp.constant(0.0))
+                tokens, weights = group.corners((x, y, weight))
+                touched_by_point = warp.union(group.bits(tokens, first, matrix))
+                warp.when(
+                    warp.constant(0) != touched_by_point,
+                    lambda _, t=tokens, w=weights: group.add(t, w, first, matrix, scratch),
+                )
+                bits = bits | touched_by_point
+            warp.store_shared(all_bits + warp.warp * WORD, bits)
+            warp.wait_for_copies()
+            for slot in range(warp.num_warps):
+                others = warp.load_shared_bits(all_bits + slot * WORD)
+                own = (others >> (warp.warp * own_blocks)) & (2**own_blocks - 1)
+                totals = warp.when(own != 0, functools.partial(multiply, slot), totals)
+            warp.wait_for_block()
+            group.clear_blocks(bits, matrix, scratch)
+            warp.wait_for_lanes()
+            return loaded, totals
+
         count = (warp.popcount(word) + (warp.num_warps - 1)) // warp.num_warps
-        return warp.loop(count, visit_tiles, (word, base, totals))[2]
+        loaded = group.points.load(number_of(warp.constant(0))[1])
+        return warp.loop(count, visit, (loaded, totals))[1]
 
     zero = warp.constant(0.0)
     zeros = [[[zero] * 4 for _ in range(image.chunks)] for _ in range(own_blocks)]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic.gpu import utils as mosaic
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf
@@ -70,6 +71,9 @@ class Lanes:
 
     def __eq__(self, other):
         return _compare(self, other, "OEQ", "eq")
+
+    def __ne__(self, other):
+        return _compare(self, other, "UNE", "ne")
 
     __hash__ = None
 
@@ -144,6 +148,28 @@ class Warp:
         text = f"cvt.rn.{_short(dtype)}x2.f32 $0, $1, $2;"
         return _assemble(text, _type("i32"), "=r,f,f", high, low)
 
+    def unpack(self, pair: Lanes, dtype) -> tuple[Lanes, Lanes]:
+        """The float32 numbers of two of `dtype`'s 16 bits."""
+        if jnp.dtype(dtype) == jnp.bfloat16:
+            return self.as_float(pair << 16), self.as_float(pair & -65536)
+        text = "{.reg .f16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b;}"
+        return tuple(_assemble(text, [_type("f32")] * 2, "=f,=f,r", pair))
+
+    def as_float(self, bits: Lanes) -> Lanes:
+        """The float32 number that has these bits."""
+        return Lanes(arith.bitcast(_type("f32"), bits.value))
+
+    def opaque(self, numbers):
+        """The same pytree; what is computed of it is not shared with what was computed before."""
+
+        def move(x: Lanes) -> Lanes:
+            kind, name = ("f", "f32") if x.is_float else ("r", "b32")
+            return _assemble(
+                f"mov.{name} $0, $1;", x.value.type, f"={kind},{kind}", x, ordered=True
+            )
+
+        return jax.tree.map(move, numbers)
+
     def permute_bytes(self, x: Lanes, selector: Lanes) -> Lanes:
         """The bytes of x that the digits of `selector` name, lowest first; digit 4 gives zero."""
         text = "prmt.b32 $0, $1, 0, $2;"
@@ -153,6 +179,25 @@ class Warp:
 
     def rank(self, ref: ir.Value) -> int:
         return ir.MemRefType(ref.type).rank
+
+    def dtype(self, ref: ir.Value) -> np.dtype:
+        element = ir.MemRefType(ref.type).element_type
+        names = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+        return jnp.dtype(names[str(element)])
+
+    def item_bytes(self, ref: ir.Value) -> int:
+        return self.dtype(ref).itemsize
+
+    def load_half(self, ref: ir.Value, index: Lanes) -> Lanes:
+        """A number of 16 bits of the flattened `ref`, as it is, above it zeros."""
+        number = llvm.load(_type("i16"), _element_and_pointer(ref, index)[1])
+        return Lanes(arith.extui(_type("i32"), number))
+
+    def store_half(self, ref: ir.Value, index: Lanes, bits: Lanes, *, mask: Lanes | None) -> None:
+        """The lower 16 bits into the flattened `ref` where `mask` says so; None: everywhere."""
+        pointer = _element_and_pointer(ref, index)[1]
+        number = arith.trunci(_type("i16"), bits.value)
+        _where(mask, lambda: llvm.store(number, pointer))
 
     def load(self, ref: ir.Value, index: Lanes, count: int = 1):
         """`count` (1 or 2) neighbours of the flattened `ref`, as float32."""
@@ -204,8 +249,8 @@ class Warp:
         _where(mask, copy)
 
     def load_shared(self, address: Lanes, count: int = 1) -> list:
-        """`count` (1 or 4) neighbouring float32 numbers at a byte address in shared memory."""
-        width = ".v4" if count == 4 else ""
+        """`count` (1, 2 or 4) neighbouring float32 numbers at a byte address in shared memory."""
+        width = f".v{count}" if count > 1 else ""
         names = ",".join(f"${i}" for i in range(count))
         return _assemble(
             f"ld.shared{width}.f32 {'{' + names + '}' if width else names}, [${count}];",
@@ -223,10 +268,10 @@ class Warp:
         )
 
     def store_shared(self, address: Lanes, *numbers: Lanes) -> None:
-        """1 or 4 neighbouring numbers of 32 bits at a byte address in shared memory."""
+        """1, 2 or 4 neighbouring numbers of 32 bits at a byte address in shared memory."""
         names = ",".join(f"${i + 1}" for i in range(len(numbers)))
-        names = f"{{{names}}}" if len(numbers) == 4 else names
-        width = ".v4" if len(numbers) == 4 else ""
+        names = f"{{{names}}}" if len(numbers) > 1 else names
+        width = f".v{len(numbers)}" if len(numbers) > 1 else ""
         kinds = ["f" if x.is_float else "r" for x in numbers]
         _assemble(
             f"st.shared{width}.b32 [$0], {names};",
