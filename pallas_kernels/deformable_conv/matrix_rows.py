@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.deformable_conv.image_block import CHUNK, CHUNK_BYTES, Image, located
-from pallas_kernels.deformable_conv.interpolation import corners, discard_non_finite
 from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD, PointRows
 from pallas_kernels.deformable_conv.points import Points
 from pallas_kernels.deformable_conv.warp import LANES, Warp
@@ -18,7 +17,6 @@ from pallas_kernels.deformable_conv.warp import LANES, Warp
 COLUMNS = 16  # tokens of a block of the matrix: of one product
 PADDING = 8  # columns of the matrix beyond a window's
 TILES_OF_A_WARP = 4  # at least, where several blocks share an image
-NOWHERE = 1 << 24  # a token that no window has
 
 
 def image_of(values, points: Points, h: int, w: int, boundary: str) -> Image:
@@ -102,6 +100,30 @@ class Queries(NamedTuple):
     y: object
 
 
+class Corners(NamedTuple):
+    """The four tokens around a sampling point. Those outside the image have no weight."""
+
+    token: object  # the first; the next, and the two below; possibly outside
+    rows: tuple  # weights of the two rows, times the point's
+    columns: tuple
+
+
+class Extent(NamedTuple):
+    """Where the corners of a point begin, over all lanes."""
+
+    lowest: object
+    highest: object
+
+
+class Window(NamedTuple):
+    """A window of the matrix' columns."""
+
+    number: object
+    first: object  # token
+    size: object  # tokens
+    blocks: object  # a bit for each block that is there; None if all are
+
+
 class Group:
     """One group of one image, as one warp of a block sees it."""
 
@@ -182,54 +204,98 @@ class Group:
         )
         return Queries(first, token, exists, x, y)
 
-    # --- a sampling point of the lane's query -----------------------------------------------------
-
-    def position(self, fields: Points, queries: Queries):
-        """(x, y, weight) of a point."""
-        return self.warp.apply(_position, fields, queries.x, queries.y)
-
-    def corners(self, position):
-        """(tokens, weights) of a point's four corners; a token whose weight is 0 is nowhere.
-
-        No two tokens are the same, so that a lane may add to all four at a time.
-        """
-        warp = self.warp
-        tokens, weights = warp.apply(functools.partial(_corners, image=self.image), position)
-        nowhere = warp.constant(NOWHERE)
-        pairs = zip(tokens, weights, strict=True)
-        return [warp.select(weight == 0, nowhere, token) for token, weight in pairs], weights
-
-    def tokens_inside(self, fields: Points, queries: Queries) -> list:
-        """The tokens of a point's corners, those outside the image moved inside."""
-        function = functools.partial(_tokens_inside, image=self.image)
-        return self.warp.apply(function, fields, queries.x, queries.y)
-
     # --- the matrix -----------------------------------------------------------------------------
 
-    def windows(self, tokens, matrix: Matrix):
-        """Bits of the windows (modulo 32) that the queries' tokens are in, of all lanes."""
-        warp = self.warp
-        bits = []
-        for token in tokens:
-            bit = warp.constant(1) << ((token // matrix.columns) & 31)
-            bits.append(warp.select(token < NOWHERE, bit, warp.constant(0)))
-        return warp.union(functools.reduce(lambda a, b: a | b, bits))
+    def corners(self, fields: Points, queries: Queries) -> "Corners":
+        """Of a sampling point of the lane's query."""
+        function = functools.partial(_corners, image=self.image)
+        return self.warp.apply(function, fields, queries.x, queries.y)
 
-    def place(self, token, first, matrix: Matrix):
-        """(whether a token is in the window from token `first`, its column, its block's bit)."""
-        warp = self.warp
-        column = token - first
-        inside = (column // matrix.columns) == 0  # as unsigned numbers
-        bit = warp.constant(1) << ((column // COLUMNS) & (matrix.window - 1))
-        # Lanes whose rows begin in the same bank have columns of their own.
-        outside = ((warp.lane >> 2) & (PADDING - 1)) + matrix.columns
-        return (
-            inside,
-            warp.select(inside, column, outside),
-            warp.select(inside, bit, warp.constant(0)),
+    def extent(self, token) -> "Extent":
+        return Extent(self.warp.lowest(token), self.warp.highest(token))
+
+    def for_each_window(self, extents: list, matrix: Matrix, visit: Callable, carry):
+        """The last of carry = visit(window, carry) for the windows where any corners may be."""
+        warp, image = self.warp, self.image
+
+        def ends(extents):
+            lowest = functools.reduce(jnp.minimum, [x.lowest for x in extents])
+            highest = functools.reduce(jnp.maximum, [x.highest for x in extents])
+            return jnp.maximum(lowest, 0), jnp.minimum(highest + image.w + 1, image.tokens - 1)
+
+        first, last = warp.apply(ends, extents)
+        first = first // matrix.columns
+        # Divided as an unsigned number, hence the sum.
+        after = (last + matrix.columns) // matrix.columns
+        return warp.loop(
+            after - first, lambda n, carry: visit(self.window(first + n, matrix), carry), carry
         )
 
-    def copy_blocks(self, values, window, bits, stage, matrix: Matrix):
+    def window(self, number, matrix: Matrix) -> "Window":
+        warp = self.warp
+        first = number * matrix.columns
+        if self.image.tokens % matrix.columns == 0:
+            return Window(number, first, warp.constant(matrix.columns), None)
+        rest = warp.constant(self.image.tokens) - first
+        size = warp.select(rest < matrix.columns, rest, warp.constant(matrix.columns))
+        blocks = (size + (COLUMNS - 1)) // COLUMNS
+        return Window(number, first, size, (warp.constant(1) << blocks) - 1)
+
+    def touches(self, extent: "Extent", window: "Window"):
+        """Whether any corner may be in the window."""
+        end = window.first + window.size
+        return (extent.lowest < end) & (window.first < extent.highest + (self.image.w + 2))
+
+    def bits(self, token, window: "Window"):
+        """Bits of a window's blocks in which corners from `token` may be.
+
+        Beyond the window's blocks there may be more.
+        """
+        warp = self.warp
+        column = token - window.first
+        bits = [warp.bit((column + x) // COLUMNS) for x in self._neighbours]
+        bits = (bits[0] | bits[1]) | (bits[2] | bits[3])
+        return bits if window.blocks is None else bits & window.blocks
+
+    def add(self, corners: "Corners", window: "Window", matrix: Matrix, scratch) -> None:
+        """Adds a point's weights to the lane's row of a window."""
+        warp = self.warp
+        weights = [x * y for y in corners.rows for x in corners.columns]
+        entries = self._entries(corners.token, window, matrix, scratch)
+        entries = list(zip(entries, weights, strict=True))
+        # In images of one column, the right corner of a row may be the left one of the next.
+        at_a_time = 1 if self.image.w == 1 else 4
+        for n in range(0, 4, at_a_time):
+            some = entries[n : n + at_a_time]
+            sums = [
+                warp.load_shared_where(inside, place, warp.constant(0.0)) + weight
+                for (inside, place), weight in some
+            ]
+            for ((inside, place), _), total in zip(some, sums, strict=True):
+                warp.store_shared_where(inside, place, total)
+
+    def look_up(self, token, otherwise: list, window: "Window", matrix: Matrix, scratch) -> list:
+        """The lane's entries at a point's four corners that are in the window."""
+        entries = self._entries(token, window, matrix, scratch)
+        return [
+            self.warp.load_shared_where(inside, place, x)
+            for (inside, place), x in zip(entries, otherwise, strict=True)
+        ]
+
+    @property
+    def _neighbours(self) -> tuple[int, ...]:
+        """What is added to a point's first token for its four."""
+        return 0, 1, self.image.w, self.image.w + 1
+
+    def _entries(self, token, window: "Window", matrix: Matrix, scratch) -> list:
+        """(whether it is in the window, its address) for each corner's entry of the lane's row."""
+        column = token - window.first
+        first = scratch + self.warp.lane * matrix.pitch + column * WORD
+        return [
+            (self.warp.below(column + x, window.size), first + x * WORD) for x in self._neighbours
+        ]
+
+    def copy_blocks(self, values, window: "Window", bits, stage, matrix: Matrix):
         """Begins to copy the channels of a window's touched blocks to `stage`, of this warp.
 
         Rows beyond the last token are the last one's.
@@ -238,7 +304,7 @@ class Group:
         pieces = COLUMNS * image.chunks
 
         def copy(block, _):
-            first = window * matrix.columns + block * COLUMNS
+            first = window.first + block * COLUMNS
             start = stage + block * (COLUMNS * image.pitch)
             for step in range(-(-pieces // LANES)):
                 piece = warp.lane + step * LANES
@@ -251,23 +317,6 @@ class Group:
                 )
 
         for_each_bit(warp, bits, matrix.window, copy)
-
-    def bits(self, tokens, first, matrix: Matrix):
-        """Bits of a window's blocks that the lane's tokens are in."""
-        return functools.reduce(
-            lambda bits, token: bits | self.place(token, first, matrix)[2],
-            tokens,
-            self.warp.constant(0),
-        )
-
-    def add(self, tokens, weights, first, matrix: Matrix, scratch) -> None:
-        """Adds a point's weights to the lane's row of the window from token `first`."""
-        warp = self.warp
-        row = scratch + warp.lane * matrix.pitch
-        places = [row + self.place(token, first, matrix)[1] * WORD for token in tokens]
-        old = [warp.load_shared(place) for place in places]
-        for place, x, weight in zip(places, old, weights, strict=True):
-            warp.store_shared(place, x + weight)
 
     def clear_blocks(self, bits, matrix: Matrix, scratch) -> None:
         """Zeros the blocks of the warp's matrix that have a bit."""
@@ -338,25 +387,7 @@ def for_each_tile(
 # --- arithmetic of one lane's point, in JAX -------------------------------------------------------
 
 
-def _position(points: Points, query_x, query_y):
-    point = points.point(lambda field, k, *index: field[index[0]] if index else field, 0)
-    return *discard_non_finite(point.dx + query_x, point.dy + query_y), point.weight
-
-
-def _corners(position, *, image: Image):
-    """(tokens of the four corners, their weights), row by row."""
-    x, y, point_weight = position
-    columns, rows = corners(x, image.w, image.boundary), corners(y, image.h, image.boundary)
-    tokens, weights = [], []
-    for j in range(2):
-        row = rows.token[j] * image.w
-        share = rows.weight[j] * point_weight
-        for i in range(2):
-            tokens.append(row + columns.token[i])
-            weights.append(share * columns.weight[i])
-    return tokens, weights
-
-
-def _tokens_inside(points: Points, query_x, query_y, *, image: Image):
-    _, columns, rows = located(points, query_x, query_y, image)
-    return [rows.index[j] * image.w + columns.index[i] for j in range(2) for i in range(2)]
+def _corners(points: Points, query_x, query_y, *, image: Image) -> Corners:
+    point, columns, rows = located(points, query_x, query_y, image)
+    shares = [weight * point.weight for weight in rows.weight]
+    return Corners(rows.token[0] * image.w + columns.token[0], shares, columns.weight)

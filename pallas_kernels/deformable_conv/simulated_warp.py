@@ -118,6 +118,15 @@ class SimulatedWarp:
         numbers = [self._shared.view(np.float32)[self.block, word] for word in words]
         return numbers if count > 1 else numbers[0]
 
+    def load_shared_where(self, mask, address, otherwise):
+        return np.where(mask, self.load_shared(np.where(mask, address, 0)), otherwise)
+
+    def store_shared_where(self, mask, address, number):
+        def store(_):
+            self.store_shared(address, number)
+
+        self.when(mask, store)
+
     def load_shared_bits(self, address):
         (word,) = self._words(address, 1)
         return self._shared.view(np.int32)[self.block, word]
@@ -149,6 +158,21 @@ class SimulatedWarp:
     def union(self, bits):
         bits = np.where(self._active, bits, 0)
         return np.broadcast_to(np.bitwise_or.reduce(bits, axis=-1, keepdims=True), bits.shape)
+
+    def lowest(self, x):
+        x = np.where(self._active, x, np.iinfo(np.int32).max)
+        return np.broadcast_to(x.min(axis=-1, keepdims=True), x.shape)
+
+    def highest(self, x):
+        x = np.where(self._active, x, np.iinfo(np.int32).min)
+        return np.broadcast_to(x.max(axis=-1, keepdims=True), x.shape)
+
+    def bit(self, n):
+        inside = n.view(np.uint32) < 32
+        return np.where(inside, np.int32(1) << np.where(inside, n, 0), 0).astype(np.int32)
+
+    def below(self, a, b):
+        return np.ascontiguousarray(a).view(np.uint32) < np.ascontiguousarray(b).view(np.uint32)
 
     def popcount(self, bits):
         return np.bitwise_count(bits.view(np.uint32)).astype(np.int32)

@@ -30,10 +30,8 @@ from pallas_kernels.deformable_conv.matrix_rows import (
     Group,
     Layout,
     Matrix,
-    column_blocks,
     for_each_bit,
     for_each_tile,
-    has_bit,
     image_of,
 )
 from pallas_kernels.deformable_conv.points import Points
@@ -140,40 +138,31 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
         group.clear(scratch, group.points.bytes)
         warp.wait_for_lanes()
         queries = group.queries(number)
-        positions = [
-            group.position(group.points.fields(x, k), queries) for k, x in enumerate(words)
-        ]
-        windows = [group.windows(group.corners(x)[0], matrix) for x in positions]
+        corners = [group.corners(group.points.fields(x, k), queries) for k, x in enumerate(words)]
+        extents = [group.extent(x.token) for x in corners]
 
         def add_window(window, totals):
-            first = window * matrix.columns
+            bits = warp.constant(0)
+            for point, extent in zip(corners, extents, strict=True):
 
-            def add(totals):
-                bits = warp.constant(0)
-                for position, touched in zip(positions, windows, strict=True):
+                def add_point(bits, point=point):
+                    group.add(point, window, matrix, scratch)
+                    return bits | group.bits(point.token, window)
 
-                    def add_point(bits, position=position):
-                        tokens, weights = group.corners(warp.opaque(position))
-                        group.add(tokens, weights, first, matrix, scratch)
-                        return bits | group.bits(tokens, first, matrix)
+                bits = warp.when(group.touches(extent, window), add_point, bits)
+            bits = warp.union(bits)
+            if not layout.resident:
+                group.copy_blocks(values, window, bits, stage, matrix)
+                warp.wait_for_own_copies()
+            warp.wait_for_lanes()
+            first_block = window.number * matrix.window if layout.resident else warp.constant(0)
 
-                    bits = warp.when(has_bit(touched, window & 31), add_point, bits)
-                bits = warp.union(bits)
-                if not layout.resident:
-                    group.copy_blocks(values, window, bits, stage, matrix)
-                    warp.wait_for_own_copies()
-                warp.wait_for_lanes()
-                first_block = window * matrix.window if layout.resident else warp.constant(0)
+            def multiply_block(block, totals):
+                return multiply(first_block + block, block, totals)
 
-                def multiply_block(block, totals):
-                    return multiply(first_block + block, block, totals)
-
-                totals = for_each_bit(warp, bits, matrix.window, multiply_block, totals)
-                warp.wait_for_lanes()
-                return totals
-
-            any_window = functools.reduce(lambda a, b: a | b, windows)
-            return warp.when(has_bit(any_window, window & 31), add, totals)
+            totals = for_each_bit(warp, bits, matrix.window, multiply_block, totals)
+            warp.wait_for_lanes()
+            return totals
 
         def multiply(block_of_rows, block, totals):
             left = []
@@ -202,8 +191,7 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
             return totals
 
         zeros = [[warp.constant(0.0)] * 4 for _ in range(2 * image.chunks)]
-        num_windows = -(-column_blocks(image) // matrix.window)
-        totals = warp.loop(num_windows, add_window, zeros)
+        totals = group.for_each_window(extents, matrix, add_window, zeros)
         for n, total in enumerate(totals):
             chunk, half = divmod(n, 2)
             for i in range(2):
@@ -252,12 +240,10 @@ def _point_gradients_kernel(
                 ]
             )
 
-        def tokens_of(k):
-            fields = group.points.fields(warp.opaque(words[k]), k)
-            return group.tokens_inside(fields, queries)
-
-        windows = [group.windows(tokens_of(k), matrix) for k in range(image.num_points)]
-        any_window = functools.reduce(lambda a, b: a | b, windows)
+        tokens = [
+            group.corners(group.points.fields(x, k), queries).token for k, x in enumerate(words)
+        ]
+        extents = [group.extent(token) for token in tokens]
 
         def multiply(block_of_rows, block):
             moved = block_of_rows * (COLUMNS * image.pitch)
@@ -286,51 +272,36 @@ def _point_gradients_kernel(
                         warp.store_shared(place + moved, *numbers)
 
         def visit_window(window, products):
-            first = window * matrix.columns
+            touched = [group.touches(extent, window) for extent in extents]
+            bits = warp.constant(0)
+            for token, condition in zip(tokens, touched, strict=True):
+                bits = warp.when(
+                    condition, lambda x, token=token: x | group.bits(token, window), bits
+                )
+            bits = warp.union(bits)
+            if not layout.resident:
+                group.copy_blocks(values, window, bits, stage, matrix)
+                warp.wait_for_own_copies()
+            first_block = window.number * matrix.window if layout.resident else warp.constant(0)
 
-            def for_points(visit, carry):
-                """carry[k] = visit(tokens, carry[k]) of the points that may be in the window."""
-                return [
-                    warp.when(
-                        has_bit(touched, window & 31),
-                        lambda old, k=k: visit(tokens_of(k), old),
-                        old,
-                    )
-                    for k, (touched, old) in enumerate(zip(windows, carry, strict=True))
-                ]
+            def multiply_block(block, _):
+                multiply(first_block + block, block)
 
-            def visit(products):
-                none = [warp.constant(0)] * image.num_points
-                bits = for_points(lambda tokens, _: group.bits(tokens, first, matrix), none)
-                bits = warp.union(functools.reduce(lambda a, b: a | b, bits))
-                if not layout.resident:
-                    group.copy_blocks(values, window, bits, stage, matrix)
-                    warp.wait_for_own_copies()
-                first_block = window * matrix.window if layout.resident else warp.constant(0)
-
-                def multiply_block(block, _):
-                    multiply(first_block + block, block)
-
-                for_each_bit(warp, bits, matrix.window, multiply_block)
-                warp.wait_for_lanes()
-                row = scratch + warp.lane * matrix.pitch
-
-                def look_up(tokens, olds):
-                    news = []
-                    for token, old in zip(tokens, olds, strict=True):
-                        inside, column, _ = group.place(token, first, matrix)
-                        new = warp.load_shared(row + column * WORD)
-                        news.append(warp.select(inside, new, old))
-                    return news
-
-                products = for_points(look_up, products)
-                warp.wait_for_lanes()
-                return products
-
-            return warp.when(has_bit(any_window, window & 31), visit, products)
+            for_each_bit(warp, bits, matrix.window, multiply_block)
+            warp.wait_for_lanes()
+            products = [
+                warp.when(
+                    condition,
+                    lambda x, token=token: group.look_up(token, x, window, matrix, scratch),
+                    old,
+                )
+                for token, condition, old in zip(tokens, touched, products, strict=True)
+            ]
+            warp.wait_for_lanes()
+            return products
 
         zeros = [[warp.constant(0.0)] * 4 for _ in words]
-        products = warp.loop(-(-column_blocks(image) // matrix.window), visit_window, zeros)
+        products = group.for_each_window(extents, matrix, visit_window, zeros)
         pulled = [
             warp.apply(
                 functools.partial(gradients_of_point, image=image),

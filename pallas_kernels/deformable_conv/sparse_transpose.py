@@ -26,6 +26,8 @@ from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD
 from pallas_kernels.deformable_conv.points import Multiscale, Points
 from pallas_kernels.deformable_conv.warp import LANES, Warp
 
+NOWHERE = 1 << 24  # a token that no window has
+
 
 def values_gradient(
     points, d_out, *, h: int, w: int, boundary: str, window: int, num_warps: int, interpret: bool
@@ -88,10 +90,10 @@ def _values_gradient_kernel(
     warp: Warp, points: Points, shared, d_out, touched, d_values, *, image: Image, matrix: Matrix
 ):
     num_windows = -(-column_blocks(image) // matrix.window)
-    window = warp.block % num_windows
     group = Group(warp, image, warp.block // num_windows, shared, points)
-    first = window * matrix.columns
+    window = group.window(warp.block % num_windows, matrix)
     own_blocks = matrix.window // warp.num_warps
+    all_blocks = 2**matrix.window - 1
     rows_bytes = QUERIES * image.pitch
     all_rows = shared + warp.num_warps * matrix.bytes
     all_bits = all_rows + warp.num_warps * rows_bytes
@@ -153,7 +155,7 @@ def _values_gradient_kernel(
         tile = base + warp.lane
         tile = warp.select(tile < num_tiles, tile, warp.constant(num_tiles - 1))
         index = (warp.block // num_windows) * num_tiles + tile
-        touches = has_bit(warp.load_pair(touched, index), window & 31)
+        touches = has_bit(warp.load_pair(touched, index), window.number & 31)
         word = warp.ballot(touches)
         if num_tiles % LANES:
             left = warp.constant(num_tiles) - base
@@ -179,15 +181,15 @@ def _values_gradient_kernel(
             warp.wait_for_lanes()
             if queries.exists is not None:
                 exists = warp.select(queries.exists, exists, queries.exists)
+            nowhere = warp.constant(NOWHERE)
             bits = warp.constant(0)
             for k, x in enumerate(words):
-                x, y, weight = group.position(group.points.fields(x, k), queries)
-                weight = warp.select(exists, weight, warp.constant(0.0))
-                tokens, weights = group.corners((x, y, weight))
-                touched_by_point = warp.union(group.bits(tokens, first, matrix))
+                corners = group.corners(group.points.fields(x, k), queries)
+                corners = corners._replace(token=warp.select(exists, corners.token, nowhere))
+                touched_by_point = warp.union(group.bits(corners.token, window) & all_blocks)
                 warp.when(
-                    warp.constant(0) != touched_by_point,
-                    lambda _, t=tokens, w=weights: group.add(t, w, first, matrix, scratch),
+                    touched_by_point != 0,
+                    lambda _, corners=corners: group.add(corners, window, matrix, scratch),
                 )
                 bits = bits | touched_by_point
             warp.store_shared(all_bits + warp.warp * WORD, bits)
@@ -212,7 +214,7 @@ def _values_gradient_kernel(
         for chunk in range(image.chunks):
             for i in range(2):
                 token = (warp.warp * own_blocks + block) * COLUMNS + group.row + (8 * i)
-                token = token + first
+                token = token + window.first
                 index = group.channel(token) + group.column * 2 + CHUNK * chunk
                 pair = totals[block][chunk][2 * i : 2 * i + 2]
                 pair = warp.pack(*pair, image.dtype)

@@ -136,6 +136,23 @@ class Warp:
         text = f"redux.sync.or.b32 $0, $1, {ALL_LANES};"
         return _assemble(text, _type("i32"), "=r,r", bits, ordered=True)
 
+    def lowest(self, x: Lanes) -> Lanes:
+        """The least of all lanes' integers."""
+        text = f"redux.sync.min.s32 $0, $1, {ALL_LANES};"
+        return _assemble(text, _type("i32"), "=r,r", x, ordered=True)
+
+    def highest(self, x: Lanes) -> Lanes:
+        text = f"redux.sync.max.s32 $0, $1, {ALL_LANES};"
+        return _assemble(text, _type("i32"), "=r,r", x, ordered=True)
+
+    def bit(self, n: Lanes) -> Lanes:
+        """An integer of which bit n is set; 0 if, as an unsigned number, n is beyond 31."""
+        return _assemble("shl.b32 $0, 1, $1;", _type("i32"), "=r,r", n)
+
+    def below(self, a: Lanes, b: Lanes) -> Lanes:
+        """a < b of integers as unsigned numbers."""
+        return Lanes(arith.cmpi(arith.CmpIPredicate.ult, a.value, b.value))
+
     def popcount(self, bits: Lanes) -> Lanes:
         return _assemble("popc.b32 $0, $1;", _type("i32"), "=r,r", bits)
 
@@ -259,6 +276,23 @@ class Warp:
             address,
             ordered=True,
         )
+
+    def load_shared_where(self, mask: Lanes, address: Lanes, otherwise: Lanes) -> Lanes:
+        """The float32 number at a byte address in shared memory where `mask` says so."""
+        return _assemble(
+            "mov.f32 $0, $3; @$1 ld.shared.f32 $0, [$2];",
+            _type("f32"),
+            "=&f,b,r,f,~{memory}",
+            mask,
+            address,
+            otherwise,
+            ordered=True,
+        )
+
+    def store_shared_where(self, mask: Lanes, address: Lanes, number: Lanes) -> None:
+        """A float32 number at a byte address in shared memory where `mask` says so."""
+        text = "@$0 st.shared.f32 [$1], $2;"
+        _assemble(text, None, "b,r,f,~{memory}", mask, address, number, ordered=True)
 
     def load_shared_bits(self, address: Lanes) -> Lanes:
         """32 bits at a byte address in shared memory."""
