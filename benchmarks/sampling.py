@@ -123,7 +123,7 @@ def _time_model(config: ConfigDict, params, mesh: Mesh, settings: Settings) -> f
     labels = labels_in_turn((), rows, config.model.num_classes)
     x, t, y = jax.device_put((noise, jnp.full(rows, 0.5), labels), batch_sharding(mesh))
     program = jax.jit(run, out_shardings=batch_sharding(mesh)).lower(params, x, t, y).compile()
-    return median_ms(program, params, x, t, y, runs=_RUNS.value, warm_up=1) / _PASSES
+    return median_ms(program, params, x, t, y, runs=_RUNS.value) / _PASSES
 
 
 def _measure(
@@ -138,7 +138,7 @@ def _measure(
     program = generator.func.lower(*generator.args, params, indices, labels).compile()
     compile_s = time.perf_counter() - start_s
     draw = functools.partial(program, *generator.args)
-    batch_ms = median_ms(draw, params, indices, labels, runs=_RUNS.value, warm_up=1)
+    batch_ms = median_ms(draw, params, indices, labels, runs=_RUNS.value)
     velocities, passes = settings.num_evaluations()
     return {
         "image_size": settings.image_size[0],

@@ -149,7 +149,7 @@ def _time_step(config: ConfigDict, mesh: Mesh, program: jax.stages.Compiled) -> 
             state, metrics = program(state, batch)
         return state
 
-    run_ms = median_ms(run, runs=_RUNS.value, warm_up=1)
+    run_ms = median_ms(run, runs=_RUNS.value)
     if not np.isfinite(metrics["loss"]):
         raise FloatingPointError(f"the loss became {metrics['loss']}")
     return run_ms / _STEPS.value

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 
 CALLS = 10  # in a row: a program's start and end, about 10 us, are spread over them
+WARM_UP_S = 0.3  # until when a GPU has raised its clocks
 
 
 def compile_calls(function: Callable, chained: jax.Array, *args) -> Callable:
@@ -33,12 +34,14 @@ def milliseconds(calls: Callable, *args, runs: int = 9) -> float:
     return median_ms(calls, *args, runs=runs) / CALLS
 
 
-def median_ms(function: Callable, *args, runs: int = 9, warm_up: int = 2) -> float:
+def median_ms(function: Callable, *args, runs: int = 9) -> float:
     """Median time of function(*args), its start and end included, in milliseconds.
 
     Calls to warm up come first, and do not count.
     """
-    for _ in range(warm_up):
+    end_s = time.perf_counter() + WARM_UP_S
+    jax.block_until_ready(function(*args))
+    while time.perf_counter() < end_s:
         jax.block_until_ready(function(*args))
     times = []
     for _ in range(runs):

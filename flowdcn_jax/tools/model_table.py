@@ -110,7 +110,7 @@ def _latency_ms(compiled) -> float:
         jnp.linspace(0.1, 0.9, t.shape[0]),
         jnp.zeros(y.shape, jnp.int32),
     )
-    return median_ms(compiled, *inputs, runs=TIMED_PASSES, warm_up=1)
+    return median_ms(compiled, *inputs, runs=TIMED_PASSES)
 
 
 def measure(

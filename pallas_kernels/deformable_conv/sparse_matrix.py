@@ -67,7 +67,16 @@ def _layout(image: Image, window: int, num_warps: int) -> Layout:
 
 
 def forward(
-    values, points, *, h: int, w: int, boundary: str, window: int, num_warps: int, interpret: bool
+    values,
+    points,
+    *,
+    h: int,
+    w: int,
+    boundary: str,
+    window: int,
+    num_warps: int,
+    together: int = 1,
+    interpret: bool,
 ):
     """out [B, tokens, G, C] of values [B, tokens, G, C] and points with flattened tokens."""
     image = image_of(values, points, h, w, boundary)
@@ -81,6 +90,7 @@ def forward(
         inputs=(values,),
         outputs=(jax.ShapeDtypeStruct(values.shape, values.dtype),),
         num_warps=num_warps,
+        together=together,
         interpret=interpret,
     )
     return out
@@ -97,6 +107,7 @@ def point_gradients(
     boundary: str,
     window: int,
     num_warps: int,
+    together: int = 1,
     interpret: bool,
 ) -> list[jax.Array]:
     """The gradients of points.per_query, in `dtypes`; values and d_out are [B, tokens, G, C]."""
@@ -114,6 +125,7 @@ def point_gradients(
             for x, dtype in zip(points.per_query, dtypes, strict=True)
         ),
         num_warps=num_warps,
+        together=together,
         interpret=interpret,
     )
 

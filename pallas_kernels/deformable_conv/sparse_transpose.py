@@ -30,7 +30,16 @@ NOWHERE = 1 << 24  # a token that no window has
 
 
 def values_gradient(
-    points, d_out, *, h: int, w: int, boundary: str, window: int, num_warps: int, interpret: bool
+    points,
+    d_out,
+    *,
+    h: int,
+    w: int,
+    boundary: str,
+    window: int,
+    num_warps: int,
+    together: int = 1,
+    interpret: bool,
 ):
     """The gradient of the values, like d_out [B, tokens, G, C]."""
     image = image_of(d_out, points, h, w, boundary)
@@ -50,6 +59,7 @@ def values_gradient(
         inputs=(d_out, touched),
         outputs=(jax.ShapeDtypeStruct(d_out.shape, d_out.dtype),),
         num_warps=num_warps,
+        together=together,
         interpret=interpret,
     )
     return d_values
