@@ -26,29 +26,26 @@ def launch(
     inputs: tuple[jax.Array, ...],
     outputs: tuple[jax.ShapeDtypeStruct, ...],
     num_warps: int,
-    together: int = 1,
     interpret: bool,
 ) -> list[jax.Array]:
     """Runs kernel(warp, points, shared, *inputs, *outputs) on `num_blocks` blocks.
 
     `shared` is the address of the block's `shared_bytes` of shared memory; num_warps is a multiple
-    of 4. `together` such blocks are launched as one, in which the compiler leaves each thread as
-    many registers as there are for so many threads. `interpret` simulates the warps on the CPU.
+    of 4. `interpret` simulates the warps on the CPU.
     """
     arrays = (*points, *inputs)
     check_indexable(name, (*arrays, *outputs))
 
     def run(warp, shared, refs):
         fields, others = refs[: len(points)], refs[len(points) :]
-        kernel(warp, type(points)(*fields), shared, *others)
+        kernel(warp, type(points)(*fields), warp.shared_memory(shared), *others)
 
     if interpret:
 
         def simulate(*arrays):
             out = [np.zeros(x.shape, x.dtype) for x in outputs]
             refs = (*map(np.asarray, arrays), *out)
-            warp = SimulatedWarp(num_blocks, num_warps, shared_bytes)
-            run(warp, warp.constant(0), refs)
+            run(SimulatedWarp(num_blocks, num_warps, shared_bytes), None, refs)
             return out
 
         return list(jax.pure_callback(simulate, list(outputs), *arrays, vmap_method="sequential"))
@@ -58,23 +55,18 @@ def launch(
         def inline(context, *refs):
             del context
             *refs, shared = refs
-            warp = Warp(num_warps, together)
-            shared = warp.shared_memory(shared) + warp.team * shared_bytes
-            if num_blocks % together:
-                warp.when(warp.block < num_blocks, lambda _: run(warp, shared, refs))
-            else:
-                run(warp, shared, refs)
+            run(Warp(num_warps), shared, refs)
 
         inline(*refs)
 
     body.__name__ = name
-    warpgroups = together * num_warps // WARPS_OF_A_GROUP
+    warpgroups = num_warps // WARPS_OF_A_GROUP
     threads = {} if warpgroups == 1 else dict(num_threads=warpgroups, thread_name="warpgroup")
     return plgpu.kernel(
         body,
         out_type=list(outputs),
-        scratch_types=[plgpu.SMEM((together * shared_bytes // 4,), jnp.float32)],
-        grid=(-(-num_blocks // together),),
+        scratch_types=[plgpu.SMEM((shared_bytes // 4,), jnp.float32)],
+        grid=(num_blocks,),
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True,

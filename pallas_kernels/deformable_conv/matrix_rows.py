@@ -37,7 +37,7 @@ class Layout(NamedTuple):
 
     @property
     def parts(self) -> int:
-        tiles = -(-self.image.tokens // QUERIES)
+        tiles = num_tiles(self.image)
         return 1 if self.resident else -(-tiles // (TILES_OF_A_WARP * self.num_warps))
 
     @property
@@ -61,6 +61,11 @@ class Layout(NamedTuple):
 def column_blocks(image: Image) -> int:
     """How many blocks the matrix' columns are in."""
     return -(-image.tokens // COLUMNS)
+
+
+def num_tiles(image: Image) -> int:
+    """How many tiles of 32 queries there are."""
+    return -(-image.tokens // QUERIES)
 
 
 def image_bytes(image: Image) -> int:
@@ -108,11 +113,19 @@ class Corners(NamedTuple):
     columns: tuple
 
 
-class Extent(NamedTuple):
-    """Where the corners of a point begin, over all lanes."""
+class Extents(NamedTuple):
+    """The lowest and the highest token from which any corners begin, of several queries or points.
+
+    Of a call, int32 [B, G, tiles of queries].
+    """
 
     lowest: object
     highest: object
+
+    def touch(self, window: "Window", image: Image):
+        """Whether any corner may be in the window."""
+        end = window.first + window.size
+        return (self.lowest < end) & (window.first < self.highest + (image.w + 2))
 
 
 class Window(NamedTuple):
@@ -128,7 +141,7 @@ class Group:
     """One group of one image, as one warp of a block sees it."""
 
     def __init__(self, warp: Warp, image: Image, number, shared, points: Points):
-        self.warp, self.image = warp, image
+        self.warp, self.image, self.number = warp, image, number
         group = number % image.groups
         self._first = (number // image.groups) * (image.tokens * image.groups) + group
         self.points = PointRows(warp, image, points, group, self._first)
@@ -211,17 +224,32 @@ class Group:
         function = functools.partial(_corners, image=self.image)
         return self.warp.apply(function, fields, queries.x, queries.y)
 
-    def extent(self, token) -> "Extent":
-        return Extent(self.warp.lowest(token), self.warp.highest(token))
+    def extent(self, token) -> Extents:
+        """Of a point, of all lanes."""
+        return Extents(self.warp.lowest(token), self.warp.highest(token))
 
-    def for_each_window(self, extents: list, matrix: Matrix, visit: Callable, carry):
+    def union(self, extents: list[Extents]) -> Extents:
+        def ends(extents):
+            return Extents(
+                functools.reduce(jnp.minimum, [x.lowest for x in extents]),
+                functools.reduce(jnp.maximum, [x.highest for x in extents]),
+            )
+
+        return self.warp.apply(ends, extents)
+
+    def store_extents(self, extents: Extents, tile, refs: Extents) -> None:
+        """Writes those of a tile's queries."""
+        index = self.number * num_tiles(self.image) + tile
+        for number, ref in zip(extents, refs, strict=True):
+            self.warp.store_pair(ref, index, number, mask=self.warp.lane == 0)
+
+    def for_each_window(self, extents: Extents, matrix: Matrix, visit: Callable, carry):
         """The last of carry = visit(window, carry) for the windows where any corners may be."""
         warp, image = self.warp, self.image
 
         def ends(extents):
-            lowest = functools.reduce(jnp.minimum, [x.lowest for x in extents])
-            highest = functools.reduce(jnp.maximum, [x.highest for x in extents])
-            return jnp.maximum(lowest, 0), jnp.minimum(highest + image.w + 1, image.tokens - 1)
+            last = jnp.minimum(extents.highest + image.w + 1, image.tokens - 1)
+            return jnp.maximum(extents.lowest, 0), last
 
         first, last = warp.apply(ends, extents)
         first = first // matrix.columns
@@ -240,11 +268,6 @@ class Group:
         size = warp.select(rest < matrix.columns, rest, warp.constant(matrix.columns))
         blocks = (size + (COLUMNS - 1)) // COLUMNS
         return Window(number, first, size, (warp.constant(1) << blocks) - 1)
-
-    def touches(self, extent: "Extent", window: "Window"):
-        """Whether any corner may be in the window."""
-        end = window.first + window.size
-        return (extent.lowest < end) & (window.first < extent.highest + (self.image.w + 2))
 
     def bits(self, token, window: "Window"):
         """Bits of a window's blocks in which corners from `token` may be.
@@ -362,7 +385,7 @@ def for_each_tile(
 
     Warps take turns. Points are loaded one tile ahead; ready() is called after the first load.
     """
-    tiles = -(-rows.image.tokens // QUERIES)
+    tiles = num_tiles(rows.image)
     workers = warp.num_warps * parts
     first = warp.warp + part * warp.num_warps
     last = warp.constant(tiles - 1)

@@ -114,7 +114,7 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
     options = dict(boundary=boundary, interpret=interpret)
 
     tiling = blocks.point_gradients
-    several = len(d_out_parts) > 1
+    several, extents = len(d_out_parts) > 1, None
     if isinstance(tiling, SharedImage):
         point_gradients = functools.partial(shared_image.point_gradients, h=h, w=w)
     elif isinstance(tiling, SparseMatrix):
@@ -138,12 +138,15 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
         )
         for values_part, d_out_part in zip(_channel_parts(values), d_out_parts, strict=True)
     ]
+    if isinstance(tiling, SparseMatrix):
+        ((gradients, extents),) = d_points  # all channels are one part
+        d_points = [gradients]
     d_points = jax.tree.map(lambda *parts: sum(parts), *d_points)
 
     tiling = blocks.values_gradient
     if isinstance(tiling, SparseMatrix):
         values_gradient = functools.partial(
-            sparse_transpose.values_gradient, h=h, w=w, window=tiling.window
+            sparse_transpose.values_gradient, extents=extents, h=h, w=w, window=tiling.window
         )
     else:
         if tiling.skip and isinstance(points, Multiscale):

@@ -94,6 +94,10 @@ class SimulatedWarp:
         for i, number in enumerate(numbers):
             ref[_inside(ref, index[mask] + i)] = number[mask].astype(ref.dtype)
 
+    def shared_memory(self, ref):
+        del ref
+        return self.constant(0)
+
     def store_pair(self, ref, index, pair, *, mask):
         numbers = np.ascontiguousarray(pair)[..., None].view(ref.dtype)
         self.store(ref, index, *np.moveaxis(numbers, -1, 0), mask=mask)

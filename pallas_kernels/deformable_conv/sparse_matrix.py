@@ -27,12 +27,14 @@ from pallas_kernels.deformable_conv.launch import MAX_SHARED_BYTES, launch
 from pallas_kernels.deformable_conv.matrix_rows import (
     COLUMNS,
     WORD,
+    Extents,
     Group,
     Layout,
     Matrix,
     for_each_bit,
     for_each_tile,
     image_of,
+    num_tiles,
 )
 from pallas_kernels.deformable_conv.points import Points
 from pallas_kernels.deformable_conv.warp import Warp
@@ -67,16 +69,7 @@ def _layout(image: Image, window: int, num_warps: int) -> Layout:
 
 
 def forward(
-    values,
-    points,
-    *,
-    h: int,
-    w: int,
-    boundary: str,
-    window: int,
-    num_warps: int,
-    together: int = 1,
-    interpret: bool,
+    values, points, *, h: int, w: int, boundary: str, window: int, num_warps: int, interpret: bool
 ):
     """out [B, tokens, G, C] of values [B, tokens, G, C] and points with flattened tokens."""
     image = image_of(values, points, h, w, boundary)
@@ -90,7 +83,6 @@ def forward(
         inputs=(values,),
         outputs=(jax.ShapeDtypeStruct(values.shape, values.dtype),),
         num_warps=num_warps,
-        together=together,
         interpret=interpret,
     )
     return out
@@ -107,27 +99,34 @@ def point_gradients(
     boundary: str,
     window: int,
     num_warps: int,
-    together: int = 1,
     interpret: bool,
-) -> list[jax.Array]:
-    """The gradients of points.per_query, in `dtypes`; values and d_out are [B, tokens, G, C]."""
+) -> tuple[list[jax.Array], Extents]:
+    """The gradients of points.per_query, in `dtypes`; values and d_out are [B, tokens, G, C].
+
+    And where the sampling points lie, for `sparse_transpose.values_gradient`.
+    """
     image = image_of(values, points, h, w, boundary)
     layout = _layout(image, window, num_warps)
-    return launch(
+    extent = jax.ShapeDtypeStruct((values.shape[0], image.groups, num_tiles(image)), jnp.int32)
+    *gradients, lowest, highest = launch(
         functools.partial(_point_gradients_kernel, layout=layout),
         name="deformable_point_gradients_sparse_matrix",
         num_blocks=values.shape[0] * image.groups * layout.parts,
         shared_bytes=layout.shared_bytes,
         points=points,
         inputs=(values, d_out),
-        outputs=tuple(
-            jax.ShapeDtypeStruct(x.shape, dtype)
-            for x, dtype in zip(points.per_query, dtypes, strict=True)
+        outputs=(
+            *(
+                jax.ShapeDtypeStruct(x.shape, dtype)
+                for x, dtype in zip(points.per_query, dtypes, strict=True)
+            ),
+            extent,
+            extent,
         ),
         num_warps=num_warps,
-        together=together,
         interpret=interpret,
     )
+    return gradients, Extents(lowest, highest)
 
 
 # --- kernels -------------------------------------------------------------------------------------
@@ -161,7 +160,7 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
                     group.add(point, window, matrix, scratch)
                     return bits | group.bits(point.token, window)
 
-                bits = warp.when(group.touches(extent, window), add_point, bits)
+                bits = warp.when(extent.touch(window, image), add_point, bits)
             bits = warp.union(bits)
             if not layout.resident:
                 group.copy_blocks(values, window, bits, stage, matrix)
@@ -203,7 +202,7 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
             return totals
 
         zeros = [[warp.constant(0.0)] * 4 for _ in range(2 * image.chunks)]
-        totals = group.for_each_window(extents, matrix, add_window, zeros)
+        totals = group.for_each_window(group.union(extents), matrix, add_window, zeros)
         for n, total in enumerate(totals):
             chunk, half = divmod(n, 2)
             for i in range(2):
@@ -220,8 +219,9 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
 
 
 def _point_gradients_kernel(
-    warp: Warp, points: Points, shared, values, d_out, *gradients, layout: Layout
+    warp: Warp, points: Points, shared, values, d_out, *outputs, layout: Layout
 ):
+    gradients, extents_refs = outputs[:-2], Extents(*outputs[-2:])
     image, matrix = layout.image, layout.matrix
     group = Group(warp, image, warp.block // layout.parts, shared, points)
     scratch, stage = layout.matrix_and_stage(shared, warp)
@@ -256,6 +256,8 @@ def _point_gradients_kernel(
             group.corners(group.points.fields(x, k), queries).token for k, x in enumerate(words)
         ]
         extents = [group.extent(token) for token in tokens]
+        all_extents = group.union(extents)
+        group.store_extents(all_extents, number, extents_refs)
 
         def multiply(block_of_rows, block):
             moved = block_of_rows * (COLUMNS * image.pitch)
@@ -284,7 +286,7 @@ def _point_gradients_kernel(
                         warp.store_shared(place + moved, *numbers)
 
         def visit_window(window, products):
-            touched = [group.touches(extent, window) for extent in extents]
+            touched = [extent.touch(window, image) for extent in extents]
             bits = warp.constant(0)
             for token, condition in zip(tokens, touched, strict=True):
                 bits = warp.when(
@@ -313,7 +315,7 @@ def _point_gradients_kernel(
             return products
 
         zeros = [[warp.constant(0.0)] * 4 for _ in words]
-        products = group.for_each_window(extents, matrix, visit_window, zeros)
+        products = group.for_each_window(all_extents, matrix, visit_window, zeros)
         pulled = [
             warp.apply(
                 functools.partial(gradients_of_point, image=image),

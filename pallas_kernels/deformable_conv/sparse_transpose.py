@@ -15,12 +15,13 @@ from pallas_kernels.deformable_conv.interpolation import BASES, discard_non_fini
 from pallas_kernels.deformable_conv.launch import launch
 from pallas_kernels.deformable_conv.matrix_rows import (
     COLUMNS,
+    Extents,
     Group,
     Matrix,
     Queries,
     column_blocks,
-    has_bit,
     image_of,
+    num_tiles,
 )
 from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD
 from pallas_kernels.deformable_conv.points import Multiscale, Points
@@ -32,41 +33,39 @@ NOWHERE = 1 << 24  # a token that no window has
 def values_gradient(
     points,
     d_out,
+    extents: Extents | None = None,
     *,
     h: int,
     w: int,
     boundary: str,
     window: int,
     num_warps: int,
-    together: int = 1,
     interpret: bool,
 ):
-    """The gradient of the values, like d_out [B, tokens, G, C]."""
+    """The gradient of the values, like d_out [B, tokens, G, C].
+
+    `extents` are what `sparse_matrix.point_gradients` has found; without, XLA finds them.
+    """
     image = image_of(d_out, points, h, w, boundary)
     matrix = Matrix(window)
-    num_windows = -(-column_blocks(image) // window)
-    if num_windows <= 2:
-        shape = (d_out.shape[0], image.groups, -(-image.tokens // QUERIES))
-        touched = jnp.full(shape, -1, jnp.int32)
-    else:
-        touched = touched_windows(points, h=h, w=w, boundary=boundary, window=window)
+    if extents is None:
+        extents = extents_of(points, h=h, w=w, boundary=boundary)
     (d_values,) = launch(
         functools.partial(_values_gradient_kernel, image=image, matrix=matrix),
         name="deformable_values_gradient_sparse_matrix",
-        num_blocks=d_out.shape[0] * image.groups * num_windows,
+        num_blocks=d_out.shape[0] * image.groups * -(-column_blocks(image) // window),
         shared_bytes=num_warps * (matrix.bytes + QUERIES * image.pitch + WORD * 4),
         points=points,
-        inputs=(d_out, touched),
+        inputs=(d_out, *extents),
         outputs=(jax.ShapeDtypeStruct(d_out.shape, d_out.dtype),),
         num_warps=num_warps,
-        together=together,
         interpret=interpret,
     )
     return d_values
 
 
-def touched_windows(points: Points, *, h: int, w: int, boundary: str, window: int) -> jax.Array:
-    """Bits of the windows (modulo 32) that 32 queries may touch; int32 [B, G, tiles].
+def extents_of(points: Points, *, h: int, w: int, boundary: str) -> Extents:
+    """Where the corners of each 32 queries may begin.
 
     Coordinates may be rounded otherwise here than in the kernels, hence a margin.
     """
@@ -76,29 +75,24 @@ def touched_windows(points: Points, *, h: int, w: int, boundary: str, window: in
     x = offsets[..., 0].astype(jnp.float32) + (query % w).astype(jnp.float32)[:, None, None]
     y = offsets[..., 1].astype(jnp.float32) + (query // w).astype(jnp.float32)[:, None, None]
     x, y = discard_non_finite(x, y)
-    base = BASES[boundary]
 
-    def ends(x, size):
-        margin = 1e-3
-        low, high = jnp.clip(jnp.stack([base(x - margin), base(x + margin) + 1]), -1, size)
-        clipped = (jnp.clip(i, 0, size - 1).astype(jnp.int32) for i in (low, high))
-        return tuple(clipped)
+    def ends(margin, reduce):
+        column, row = (
+            jnp.clip(BASES[boundary](z + margin), -2, size) for z, size in ((x, w), (y, h))
+        )
+        token = row.astype(jnp.int32) * w + column.astype(jnp.int32)
+        filling = -tokens % QUERIES
+        token = jnp.pad(token, ((0, 0), (0, filling), (0, 0), (0, 0)), mode="edge")
+        token = token.reshape(batch, -1, QUERIES, groups, token.shape[-1])
+        return reduce(token, axis=(2, 4)).swapaxes(1, 2)
 
-    bits = 0
-    for row in ends(y, h):
-        for column in ends(x, w):
-            number = (row * w + column) // (window * COLUMNS)
-            bits = bits | jnp.left_shift(jnp.int32(1), number & 31)
-    tiles = -(-tokens // QUERIES)
-    bits = jnp.pad(bits, ((0, 0), (0, tiles * QUERIES - tokens), (0, 0), (0, 0)))
-    bits = bits.reshape(batch, tiles, QUERIES, groups, -1)
-    bits = jax.lax.reduce(bits, jnp.int32(0), jax.lax.bitwise_or, (2, 4))
-    return bits.swapaxes(1, 2)
+    return Extents(ends(-1e-3, jnp.min), ends(1e-3, jnp.max))
 
 
 def _values_gradient_kernel(
-    warp: Warp, points: Points, shared, d_out, touched, d_values, *, image: Image, matrix: Matrix
+    warp: Warp, points: Points, shared, d_out, *others, image: Image, matrix: Matrix
 ):
+    extents, d_values = Extents(*others[:2]), others[2]
     num_windows = -(-column_blocks(image) // matrix.window)
     group = Group(warp, image, warp.block // num_windows, shared, points)
     window = group.window(warp.block % num_windows, matrix)
@@ -110,7 +104,7 @@ def _values_gradient_kernel(
     scratch = shared + warp.warp * matrix.bytes
     rows = all_rows + warp.warp * rows_bytes
     group.clear(scratch, matrix.bytes)
-    num_tiles = -(-image.tokens // QUERIES)
+    tiles = num_tiles(image)
     # Queries j and j + 4 are entries 2 j and 2 j + 1 of a product's sum, so that a load's rows of
     # the matrix begin in different banks.
     in_matrix, matrix_number = warp.lane & 7, warp.lane >> 3
@@ -163,15 +157,10 @@ def _values_gradient_kernel(
     def visit_tiles_of_word(number_of_word, totals):
         base = number_of_word * LANES
         tile = base + warp.lane
-        tile = warp.select(tile < num_tiles, tile, warp.constant(num_tiles - 1))
-        index = (warp.block // num_windows) * num_tiles + tile
-        touches = has_bit(warp.load_pair(touched, index), window.number & 31)
-        word = warp.ballot(touches)
-        if num_tiles % LANES:
-            left = warp.constant(num_tiles) - base
-            full = warp.constant(-1)
-            some = warp.select(left < LANES, (warp.constant(1) << (left & 31)) - 1, full)
-            word = word & some
+        exists = tile < tiles
+        index = group.number * tiles + warp.select(exists, tile, warp.constant(tiles - 1))
+        found = Extents(*(warp.load_pair(ref, index) for ref in extents))
+        word = warp.ballot(found.touch(window, image) & exists)
 
         def number_of(step):
             """(whether there is a tile for this warp in a step, its number)."""
@@ -219,7 +208,7 @@ def _values_gradient_kernel(
 
     zero = warp.constant(0.0)
     zeros = [[[zero] * 4 for _ in range(image.chunks)] for _ in range(own_blocks)]
-    totals = warp.loop(-(-num_tiles // LANES), visit_tiles_of_word, zeros)
+    totals = warp.loop(-(-tiles // LANES), visit_tiles_of_word, zeros)
     for block in range(own_blocks):
         for chunk in range(image.chunks):
             for i in range(2):

@@ -41,8 +41,10 @@ def _values_gradient(kernel: Callable, d_out, points):
 
 
 def _point_gradients(kernel: Callable, weights, values, points, d_out):
-    d_directions, d_scales, d_weights = kernel(values, points._replace(weights=weights), d_out)
-    return d_weights, d_directions, d_scales
+    found = kernel(values, points._replace(weights=weights), d_out)
+    gradients, *others = found if isinstance(found, tuple) else (found,)
+    d_directions, d_scales, d_weights = gradients
+    return d_weights, d_directions, d_scales, *others
 
 
 # Of each kernel, a function whose first result can take its first argument's place, and the

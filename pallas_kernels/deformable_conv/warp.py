@@ -98,20 +98,14 @@ def _compare(a: Lanes, b, of_floats: str, of_integers: str) -> Lanes:
 
 
 class Warp:
-    """One warp of a block of `num_warps`; of its lanes' values, arrays below mean `Lanes`.
+    """One warp of a block of `num_warps`; of its lanes' values, arrays below mean `Lanes`."""
 
-    `together` blocks may be one of CUDA's; then `team` says which of these it is.
-    """
-
-    def __init__(self, num_warps: int, together: int = 1):
-        self.num_warps, self._together = num_warps, together
-        thread, warp = Lanes(mosaic.thread_idx()), Lanes(mosaic.warp_idx())
-        block = Lanes(arith.index_cast(_type("i32"), gpu.block_id(gpu.Dimension.x)))
-        self.lane = thread & (LANES - 1)
-        self.team = warp // num_warps
-        self.warp = warp % num_warps  # in the block, like `thread`
-        self.thread = self.warp * LANES + self.lane
-        self.block = block * together + self.team
+    def __init__(self, num_warps: int):
+        self.num_warps = num_warps
+        self.thread = Lanes(mosaic.thread_idx())  # in the block
+        self.lane = self.thread & (LANES - 1)
+        self.warp = Lanes(mosaic.warp_idx())  # in the block
+        self.block = Lanes(arith.index_cast(_type("i32"), gpu.block_id(gpu.Dimension.x)))
 
     # --- numbers -------------------------------------------------------------------------------
 
@@ -332,15 +326,11 @@ class Warp:
         _assemble(f"bar.warp.sync {ALL_LANES};", None, "~{memory}", ordered=True)
 
     def wait_for_block(self) -> None:
-        if self._together == 1:
-            gpu.barrier()
-        else:
-            text = f"bar.sync $0, {LANES * self.num_warps};"
-            _assemble(text, None, "r,~{memory}", self.team + 1, ordered=True)
+        gpu.barrier()
 
     def wait_for_copies(self) -> None:
         _assemble("cp.async.wait_all;", None, "~{memory}", ordered=True)
-        self.wait_for_block()
+        gpu.barrier()
 
     # --- matrices ------------------------------------------------------------------------------
 

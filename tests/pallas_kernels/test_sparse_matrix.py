@@ -11,7 +11,7 @@ from pallas_kernels.deformable_conv import pallas, sparse_matrix, sparse_transpo
 from pallas_kernels.deformable_conv.blocks import Blocks, SparseMatrix
 from pallas_kernels.deformable_conv.named_shapes import NAMED_SHAPES
 from pallas_kernels.deformable_conv.points import Offsets, flatten_points, flatten_tokens
-from pallas_kernels.deformable_conv.sparse_transpose import touched_windows
+from pallas_kernels.deformable_conv.sparse_transpose import extents_of
 from tests.comparison import relative_error
 from tests.pallas_kernels.aggregation import (
     check_released,
@@ -54,7 +54,8 @@ def point_gradients(values, points, d_out, **options):
     like = points.per_query
     flat = flatten_tokens(values), flatten_points(points), flatten_tokens(d_out)
     dtypes = tuple(x.dtype for x in like)
-    gradients = run(sparse_matrix.point_gradients, values, points, *flat, dtypes=dtypes, **options)
+    function = sparse_matrix.point_gradients
+    gradients, _ = run(function, values, points, *flat, dtypes=dtypes, **options)
     return [x.reshape(y.shape) for x, y in zip(gradients, like, strict=True)]
 
 
@@ -113,23 +114,29 @@ def test_points_that_are_not_finite_add_nothing():
 
 
 @pytest.mark.parametrize("boundary", ["zeros", "truncate"])
-def test_touched_windows_hold_every_corner(boundary):
-    """Each is in a window that is marked, and most windows are not."""
-    _, points, _ = inputs((1, 32, 32, 2, 8, 9), "multiscale", jnp.bfloat16, jnp.float32)
-    options = dict(h=32, w=32, boundary=boundary, window=8)
-    bits = touched_windows(flatten_points(points), **options)
+def test_extents_hold_every_corner(boundary):
+    """XLA's hold those of the kernel, which hold every corner inside the image, and little else."""
+    shape = (1, 9, 32, 2, 8, 3)
+    values, points, d_out = inputs(shape, "multiscale", jnp.bfloat16, jnp.float32)
+    options = dict(h=9, w=32, boundary=boundary)
+    of_xla = extents_of(flatten_points(points), **options)
+    flat = flatten_tokens(values), flatten_points(points), flatten_tokens(d_out)
+    dtypes = (jnp.float32,) * 3
+    blocks = dict(dtypes=dtypes, window=4, num_warps=4, interpret=True)
+    _, of_kernel = sparse_matrix.point_gradients(*flat, **blocks, **options)
     offsets = np.asarray(points.to_offsets().offsets)  # [1, h, w, G, K, 2]
-    y, x = np.indices((32, 32))[:, None, :, :, None, None]
+    y, x = np.indices((9, 32))[:, None, :, :, None, None]
     base = {"zeros": np.floor, "truncate": np.trunc}[boundary]
     x, y = base(x + offsets[..., 0]), base(y + offsets[..., 1])
-    for row in (y, y + 1):
-        for column in (x, x + 1):
-            inside = (row >= 0) & (row < 32) & (column >= 0) & (column < 32)
-            window = np.where(inside, (row * 32 + column) // 128, 0).astype(int)
-            tiles = window.reshape(1, 32, 32, 2, 9)  # a tile is a row of the image
-            found = np.asarray(bits)[0].T[None, :, None, :, None] >> tiles & 1
-            assert (found == 1)[inside].all()
-    assert 1 < np.bitwise_count(np.asarray(bits).view(np.uint32)).mean() < 7
+    inside = (x >= 0) & (x < 32) & (y >= 0) & (y < 9)
+    token = np.where(inside, y * 32 + x, np.nan)[0]  # a tile is a row of the image
+    lowest, highest = np.nanmin(token, axis=(1, 3)).T, np.nanmax(token, axis=(1, 3)).T
+    for found, slack in ((of_kernel, 0), (of_xla, 1)):
+        assert (np.asarray(found.lowest)[0] <= lowest).all()
+        assert (np.asarray(found.highest)[0] >= highest).all()
+        distance = np.asarray(of_kernel.lowest) - np.asarray(found.lowest)
+        assert distance.min() >= 0 and distance.max() <= slack * 33
+    assert np.asarray(of_kernel.lowest).max() > 32
 
 
 @pytest.mark.parametrize("case", ["case0", "case1"])
