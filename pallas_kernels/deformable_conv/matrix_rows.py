@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from pallas_kernels.deformable_conv.group import Extents, Group, Queries, num_tiles
 from pallas_kernels.deformable_conv.image_block import CHUNK, CHUNK_BYTES, Image, located
-from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD, PointRows
+from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD
 from pallas_kernels.deformable_conv.points import Points
 from pallas_kernels.deformable_conv.warp import LANES, Warp
 
@@ -63,11 +64,6 @@ def column_blocks(image: Image) -> int:
     return -(-image.tokens // COLUMNS)
 
 
-def num_tiles(image: Image) -> int:
-    """How many tiles of 32 queries there are."""
-    return -(-image.tokens // QUERIES)
-
-
 def image_bytes(image: Image) -> int:
     """Of shared memory, with rows for all columns of the matrix."""
     return column_blocks(image) * COLUMNS * image.pitch
@@ -95,37 +91,12 @@ class Matrix(NamedTuple):
         return QUERIES * self.pitch
 
 
-class Queries(NamedTuple):
-    """The queries of a warp, one a lane. Beyond the last one, it is the last."""
-
-    first: object
-    token: object
-    exists: object  # None if all do
-    x: object  # float32
-    y: object
-
-
 class Corners(NamedTuple):
     """The four tokens around a sampling point. Those outside the image have no weight."""
 
     token: object  # the first; the next, and the two below; possibly outside
     rows: tuple  # weights of the two rows, times the point's
     columns: tuple
-
-
-class Extents(NamedTuple):
-    """The lowest and the highest token from which any corners begin, of several queries or points.
-
-    Of a call, int32 [B, G, tiles of queries].
-    """
-
-    lowest: object
-    highest: object
-
-    def touch(self, window: "Window", image: Image):
-        """Whether any corner may be in the window."""
-        end = window.first + window.size
-        return (self.lowest < end) & (window.first < self.highest + (image.w + 2))
 
 
 class Window(NamedTuple):
@@ -137,35 +108,17 @@ class Window(NamedTuple):
     blocks: object  # a bit for each block that is there; None if all are
 
 
-class Group:
-    """One group of one image, as one warp of a block sees it."""
+class MatrixGroup(Group):
+    """A group with its part of the matrix."""
 
     def __init__(self, warp: Warp, image: Image, number, shared, points: Points):
-        self.warp, self.image, self.number = warp, image, number
-        group = number % image.groups
-        self._first = (number // image.groups) * (image.tokens * image.groups) + group
-        self.points = PointRows(warp, image, points, group, self._first)
+        super().__init__(warp, image, number, points)
         self.shared = shared
         # Of a matrix of a product, a lane holds two neighbours in this row and 8 rows below it.
         self.row = warp.lane >> 2
         self.column = warp.lane & 3  # of pairs of columns
         chunks = range(image.chunks)
         self.chunk_pairs = [chunks[n : n + 2] for n in chunks[::2]]  # the last one may be alone
-
-    def entry(self, token):
-        """Number of the token's entry for this group, in arrays [B, tokens, G, ...]."""
-        return self._first + token * self.image.groups
-
-    def channel(self, token):
-        """Number of the token's first channel, in arrays [B, tokens, G, C]."""
-        return self.entry(token) * self.image.channels
-
-    def inside(self, token):
-        """The token, or the last one if it is beyond that, in a tile or block that exists."""
-        if self.image.tokens % QUERIES == 0:
-            return token
-        last = self.warp.constant(self.image.tokens - 1)
-        return self.warp.select(token < self.image.tokens, token, last)
 
     def copy_image(self, values):
         """Begins to copy all tokens' channels to shared memory; rows beyond them become zero."""
@@ -204,44 +157,12 @@ class Group:
             place = warp.select(place < rest, place, warp.constant(rest - 16))
             warp.store_shared(address + whole * step + place, *zeros)
 
-    def queries(self, tile) -> Queries:
-        warp, image = self.warp, self.image
-        first = tile * QUERIES
-        token = first + warp.lane
-        exists = None if image.tokens % QUERIES == 0 else token < image.tokens
-        token = self.inside(token)
-        x, y = warp.apply(
-            lambda x, y: (x.astype(jnp.float32), y.astype(jnp.float32)),
-            token % image.w,
-            token // image.w,
-        )
-        return Queries(first, token, exists, x, y)
-
     # --- the matrix -----------------------------------------------------------------------------
 
     def corners(self, fields: Points, queries: Queries) -> "Corners":
         """Of a sampling point of the lane's query."""
         function = functools.partial(_corners, image=self.image)
         return self.warp.apply(function, fields, queries.x, queries.y)
-
-    def extent(self, token) -> Extents:
-        """Of a point, of all lanes."""
-        return Extents(self.warp.lowest(token), self.warp.highest(token))
-
-    def union(self, extents: list[Extents]) -> Extents:
-        def ends(extents):
-            return Extents(
-                functools.reduce(jnp.minimum, [x.lowest for x in extents]),
-                functools.reduce(jnp.maximum, [x.highest for x in extents]),
-            )
-
-        return self.warp.apply(ends, extents)
-
-    def store_extents(self, extents: Extents, tile, refs: Extents) -> None:
-        """Writes those of a tile's queries."""
-        index = self.number * num_tiles(self.image) + tile
-        for number, ref in zip(extents, refs, strict=True):
-            self.warp.store_pair(ref, index, number, mask=self.warp.lane == 0)
 
     def for_each_window(self, extents: Extents, matrix: Matrix, visit: Callable, carry):
         """The last of carry = visit(window, carry) for the windows where any corners may be."""
@@ -376,35 +297,6 @@ def for_each_bit(warp: Warp, bits, count: int, visit: Callable, carry=()):
         return warp.when(has_bit(bits, n), lambda carry: visit(n, carry), carry)
 
     return warp.loop(count, visit_if_set, carry)
-
-
-def for_each_tile(
-    warp: Warp, rows: PointRows, tile: Callable, scratch, *, part=0, parts: int = 1, ready: Callable
-):
-    """Calls tile(number, words of the points) for each tile of 32 queries of one of `parts` parts.
-
-    Warps take turns. Points are loaded one tile ahead; ready() is called after the first load.
-    """
-    tiles = num_tiles(rows.image)
-    workers = warp.num_warps * parts
-    first = warp.warp + part * warp.num_warps
-    last = warp.constant(tiles - 1)
-    loaded = rows.load(warp.select(first < tiles, first, last))
-    ready()
-
-    def step(i, loaded):
-        number = i * workers + first
-
-        def visit(loaded):
-            words = rows.exchange(loaded, scratch)
-            following = number + workers
-            loaded = warp.when(following < tiles, lambda _: rows.load(following), loaded)
-            tile(number, words)
-            return loaded
-
-        return warp.when(number < tiles, visit, loaded) if tiles % workers else visit(loaded)
-
-    warp.loop(-(-tiles // workers), step, loaded)
 
 
 # --- arithmetic of one lane's point, in JAX -------------------------------------------------------

@@ -68,6 +68,17 @@ class SimulatedWarp:
     def item_bytes(self, ref) -> int:
         return ref.itemsize
 
+    def load_words(self, ref, index, count: int):
+        ref, index = ref.reshape(-1), np.where(self._active, index, 0)
+        each = 4 // ref.itemsize
+        assert not (index % (each * count)).any(), "not aligned"
+        at = _inside(ref, index[..., None] + np.arange(each * count))
+        return list(np.moveaxis(np.ascontiguousarray(ref[at]).view(np.int32), -1, 0))
+
+    def store_words(self, ref, index, words, *, mask):
+        numbers = np.stack([np.ascontiguousarray(x).view(np.int32) for x in words], axis=-1)
+        self.store(ref, index, *np.moveaxis(numbers.view(ref.dtype), -1, 0), mask=mask)
+
     def load_half(self, ref, index):
         ref, index = ref.reshape(-1), np.where(self._active, index, 0)
         return ref[_inside(ref, index)].view(np.uint16).astype(np.int32)
@@ -128,8 +139,17 @@ class SimulatedWarp:
         self.when(mask, store)
 
     def load_shared_bits(self, address):
-        (word,) = self._words(address, 1)
-        return self._shared.view(np.int32)[self.block, word]
+        return self.load_shared_words(address, 1, 0)[0]
+
+    def load_shared_words(self, address, count: int, offset: int):
+        words = self._words(np.where(self._active, address, -offset) + offset, count)
+        return [self._shared.view(np.int32)[self.block, word] for word in words]
+
+    def load_shared_half(self, address, offset: int):
+        address = np.where(self._active, address + offset, 0)
+        assert not (address % 2).any(), "not aligned"
+        assert address.min() >= 0 and address.max() + 2 <= self._shared.shape[1], "outside"
+        return self._shared.view(np.uint16)[self.block, address // 2].astype(np.int32)
 
     def store_shared(self, address, *numbers):
         for word, number in zip(self._words(address, len(numbers)), numbers, strict=True):

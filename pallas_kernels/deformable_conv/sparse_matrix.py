@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.deformable_conv.group import Extents, for_each_tile, num_tiles
 from pallas_kernels.deformable_conv.image_block import (
     CHUNK,
     CHUNK_BYTES,
@@ -27,14 +28,11 @@ from pallas_kernels.deformable_conv.launch import MAX_SHARED_BYTES, launch
 from pallas_kernels.deformable_conv.matrix_rows import (
     COLUMNS,
     WORD,
-    Extents,
-    Group,
     Layout,
     Matrix,
+    MatrixGroup,
     for_each_bit,
-    for_each_tile,
     image_of,
-    num_tiles,
 )
 from pallas_kernels.deformable_conv.points import Points
 from pallas_kernels.deformable_conv.warp import Warp
@@ -134,7 +132,7 @@ def point_gradients(
 
 def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: Layout):
     image, matrix = layout.image, layout.matrix
-    group = Group(warp, image, warp.block // layout.parts, shared, points)
+    group = MatrixGroup(warp, image, warp.block // layout.parts, shared, points)
     scratch, stage = layout.matrix_and_stage(shared, warp)
     if layout.resident:
         group.copy_image(values)
@@ -160,7 +158,7 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
                     group.add(point, window, matrix, scratch)
                     return bits | group.bits(point.token, window)
 
-                bits = warp.when(extent.touch(window, image), add_point, bits)
+                bits = warp.when(extent.touch(window.first, window.size, image), add_point, bits)
             bits = warp.union(bits)
             if not layout.resident:
                 group.copy_blocks(values, window, bits, stage, matrix)
@@ -223,7 +221,7 @@ def _point_gradients_kernel(
 ):
     gradients, extents_refs = outputs[:-2], Extents(*outputs[-2:])
     image, matrix = layout.image, layout.matrix
-    group = Group(warp, image, warp.block // layout.parts, shared, points)
+    group = MatrixGroup(warp, image, warp.block // layout.parts, shared, points)
     scratch, stage = layout.matrix_and_stage(shared, warp)
     if layout.resident:
         group.copy_image(values)
@@ -286,7 +284,7 @@ def _point_gradients_kernel(
                         warp.store_shared(place + moved, *numbers)
 
         def visit_window(window, products):
-            touched = [extent.touch(window, image) for extent in extents]
+            touched = [extent.touch(window.first, window.size, image) for extent in extents]
             bits = warp.constant(0)
             for token, condition in zip(tokens, touched, strict=True):
                 bits = warp.when(

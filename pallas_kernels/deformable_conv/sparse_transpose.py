@@ -10,18 +10,16 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.deformable_conv.group import Extents, Queries, num_tiles
 from pallas_kernels.deformable_conv.image_block import CHUNK, CHUNK_BYTES, Image
 from pallas_kernels.deformable_conv.interpolation import BASES, discard_non_finite
 from pallas_kernels.deformable_conv.launch import launch
 from pallas_kernels.deformable_conv.matrix_rows import (
     COLUMNS,
-    Extents,
-    Group,
     Matrix,
-    Queries,
+    MatrixGroup,
     column_blocks,
     image_of,
-    num_tiles,
 )
 from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD
 from pallas_kernels.deformable_conv.points import Multiscale, Points
@@ -94,7 +92,7 @@ def _values_gradient_kernel(
 ):
     extents, d_values = Extents(*others[:2]), others[2]
     num_windows = -(-column_blocks(image) // matrix.window)
-    group = Group(warp, image, warp.block // num_windows, shared, points)
+    group = MatrixGroup(warp, image, warp.block // num_windows, shared, points)
     window = group.window(warp.block % num_windows, matrix)
     own_blocks = matrix.window // warp.num_warps
     all_blocks = 2**matrix.window - 1
@@ -160,7 +158,7 @@ def _values_gradient_kernel(
         exists = tile < tiles
         index = group.number * tiles + warp.select(exists, tile, warp.constant(tiles - 1))
         found = Extents(*(warp.load_pair(ref, index) for ref in extents))
-        word = warp.ballot(found.touch(window, image) & exists)
+        word = warp.ballot(found.touch(window.first, window.size, image) & exists)
 
         def number_of(step):
             """(whether there is a tile for this warp in a step, its number)."""

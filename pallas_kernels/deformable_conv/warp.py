@@ -205,6 +205,27 @@ class Warp:
     def item_bytes(self, ref: ir.Value) -> int:
         return self.dtype(ref).itemsize
 
+    def load_words(self, ref: ir.Value, index: Lanes, count: int) -> list:
+        """`count` (1, 2 or 4) neighbours of 32 bits from element `index` of the flattened `ref`."""
+        pointer = _element_and_pointer(ref, index)[1]
+        if count == 1:
+            return [Lanes(llvm.load(_type("i32"), pointer))]
+        vector = ir.VectorType.get((count,), _type("i32"))
+        words = llvm.load(vector, pointer, alignment=4 * count)
+        at = (arith.constant(_type("i32"), i) for i in range(count))
+        return [Lanes(llvm.extractelement(words, i)) for i in at]
+
+    def store_words(self, ref: ir.Value, index: Lanes, words: list, *, mask: Lanes | None) -> None:
+        """1, 2 or 4 numbers of 32 bits from element `index` of the flattened `ref` where `mask`
+        says so; None: everywhere."""
+        pointer = _element_and_pointer(ref, index)[1]
+        value = words[0].value
+        if len(words) > 1:
+            value = llvm.mlir_undef(ir.VectorType.get((len(words),), value.type))
+            for i, x in enumerate(words):
+                value = llvm.insertelement(value, x.value, arith.constant(_type("i32"), i))
+        _where(mask, lambda: llvm.store(value, pointer, alignment=4 * len(words)))
+
     def load_half(self, ref: ir.Value, index: Lanes) -> Lanes:
         """A number of 16 bits of the flattened `ref`, as it is, above it zeros."""
         number = llvm.load(_type("i16"), _element_and_pointer(ref, index)[1])
@@ -296,10 +317,24 @@ class Warp:
 
     def load_shared_bits(self, address: Lanes) -> Lanes:
         """32 bits at a byte address in shared memory."""
-        constraints = "=r,r,~{memory}"
+        return self.load_shared_words(address, 1, 0)[0]
+
+    def load_shared_words(self, address: Lanes, count: int, offset: int) -> list:
+        """`count` (1, 2 or 4) neighbours of 32 bits, `offset` bytes from an address."""
+        names = ",".join(f"${i}" for i in range(count))
+        names, width = (f"{{{names}}}", f".v{count}") if count > 1 else (names, "")
         return _assemble(
-            "ld.shared.b32 $0, [$1];", _type("i32"), constraints, address, ordered=True
+            f"ld.shared{width}.b32 {names}, [${count}+{offset}];",
+            [_type("i32")] * count,
+            "=r," * count + "r,~{memory}",
+            address,
+            ordered=True,
         )
+
+    def load_shared_half(self, address: Lanes, offset: int) -> Lanes:
+        """16 bits, above them zeros, `offset` bytes from an address in shared memory."""
+        text = f"{{.reg .b16 x; ld.shared.b16 x, [$1+{offset}]; cvt.u32.u16 $0, x;}}"
+        return _assemble(text, _type("i32"), "=r,r,~{memory}", address, ordered=True)
 
     def store_shared(self, address: Lanes, *numbers: Lanes) -> None:
         """1, 2 or 4 neighbouring numbers of 32 bits at a byte address in shared memory."""
@@ -437,6 +472,8 @@ def _where(mask: Lanes | None, body: Callable) -> None:
 
 def _assemble(text: str, result, constraints: str, *args: Lanes, ordered: bool = False):
     """PTX with one result, several (a list of types) or none; `ordered`: it keeps its place."""
+    if isinstance(result, list) and len(result) == 1:
+        return [_assemble(text, result[0], constraints, *args, ordered=ordered)]
     several = isinstance(result, list)
     kind = llvm.StructType.get_literal(result) if several else result
     values = [x.value for x in args]

@@ -1,0 +1,130 @@
+"""What a warp of this directory's Mosaic GPU kernels has: 32 queries of a group, one a lane.
+
+Lanes' values are `warp.Lanes`; the arithmetic of a lane's own sampling point is JAX's.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from pallas_kernels.deformable_conv.image_block import Image
+from pallas_kernels.deformable_conv.point_rows import QUERIES, PointRows
+from pallas_kernels.deformable_conv.points import Points
+from pallas_kernels.deformable_conv.warp import Warp
+
+
+def num_tiles(image: Image) -> int:
+    """How many tiles of 32 queries there are."""
+    return -(-image.tokens // QUERIES)
+
+
+class Queries(NamedTuple):
+    """The queries of a warp, one a lane. Beyond the last one, it is the last."""
+
+    first: object
+    token: object
+    exists: object  # None if all do
+    x: object  # float32
+    y: object
+
+
+class Extents(NamedTuple):
+    """The lowest and the highest token from which any corners begin, of several queries or points.
+
+    Of a call, int32 [B, G, tiles of queries].
+    """
+
+    lowest: object
+    highest: object
+
+    def touch(self, first, count, image: Image):
+        """Whether any corner may be among `count` tokens."""
+        return (self.lowest < first + count) & (first < self.highest + (image.w + 2))
+
+
+class Group:
+    """One group of one image, as one warp sees it."""
+
+    def __init__(self, warp: Warp, image: Image, number, points: Points):
+        self.warp, self.image, self.number = warp, image, number
+        group = number % image.groups
+        self._first = (number // image.groups) * (image.tokens * image.groups) + group
+        self.points = PointRows(warp, image, points, group, self._first)
+
+    def entry(self, token):
+        """Number of the token's entry for this group, in arrays [B, tokens, G, ...]."""
+        return self._first + token * self.image.groups
+
+    def channel(self, token):
+        """Number of the token's first channel, in arrays [B, tokens, G, C]."""
+        return self.entry(token) * self.image.channels
+
+    def inside(self, token):
+        """The token, or the last one if it is beyond that, in a tile or block that exists."""
+        if self.image.tokens % QUERIES == 0:
+            return token
+        last = self.warp.constant(self.image.tokens - 1)
+        return self.warp.select(token < self.image.tokens, token, last)
+
+    def queries(self, tile) -> Queries:
+        warp, image = self.warp, self.image
+        first = tile * QUERIES
+        token = first + warp.lane
+        exists = None if image.tokens % QUERIES == 0 else token < image.tokens
+        token = self.inside(token)
+        x, y = warp.apply(
+            lambda x, y: (x.astype(jnp.float32), y.astype(jnp.float32)),
+            token % image.w,
+            token // image.w,
+        )
+        return Queries(first, token, exists, x, y)
+
+    def extent(self, token) -> Extents:
+        """Of a point, of all lanes."""
+        return Extents(self.warp.lowest(token), self.warp.highest(token))
+
+    def union(self, extents: list[Extents]) -> Extents:
+        def ends(extents):
+            return Extents(
+                functools.reduce(jnp.minimum, [x.lowest for x in extents]),
+                functools.reduce(jnp.maximum, [x.highest for x in extents]),
+            )
+
+        return self.warp.apply(ends, extents)
+
+    def store_extents(self, extents: Extents, tile, refs: Extents) -> None:
+        """Writes those of a tile's queries."""
+        index = self.number * num_tiles(self.image) + tile
+        for number, ref in zip(extents, refs, strict=True):
+            self.warp.store_pair(ref, index, number, mask=self.warp.lane == 0)
+
+
+def for_each_tile(
+    warp: Warp, rows: PointRows, tile: Callable, scratch, *, part=0, parts: int = 1, ready: Callable
+):
+    """Calls tile(number, words of the points) for each tile of 32 queries of one of `parts` parts.
+
+    Warps take turns. Points are loaded one tile ahead; ready() is called after the first load.
+    """
+    tiles = num_tiles(rows.image)
+    workers = warp.num_warps * parts
+    first = warp.warp + part * warp.num_warps
+    last = warp.constant(tiles - 1)
+    loaded = rows.load(warp.select(first < tiles, first, last))
+    ready()
+
+    def step(i, loaded):
+        number = i * workers + first
+
+        def visit(loaded):
+            words = rows.exchange(loaded, scratch)
+            following = number + workers
+            loaded = warp.when(following < tiles, lambda _: rows.load(following), loaded)
+            tile(number, words)
+            return loaded
+
+        return warp.when(number < tiles, visit, loaded) if tiles % workers else visit(loaded)
+
+    warp.loop(-(-tiles // workers), step, loaded)
