@@ -186,7 +186,7 @@ class MatrixGroup(Group):
         if self.image.tokens % matrix.columns == 0:
             return Window(number, first, warp.constant(matrix.columns), None)
         rest = warp.constant(self.image.tokens) - first
-        size = warp.select(rest < matrix.columns, rest, warp.constant(matrix.columns))
+        size = warp.apply(lambda x: jnp.minimum(jnp.maximum(x, 0), matrix.columns), rest)
         blocks = (size + (COLUMNS - 1)) // COLUMNS
         return Window(number, first, size, (warp.constant(1) << blocks) - 1)
 

@@ -4,6 +4,7 @@ A lane has a query. In memory a query's points are neighbours, so neighbouring l
 and exchange them through shared memory, fields of 16 bits two in a word.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 from pallas_kernels.deformable_conv.image_block import Image
@@ -19,6 +20,20 @@ class Part(NamedTuple):
 
     field: int  # of points.per_query
     component: int  # of a pair (x, y); else 0
+
+
+def words_of_point(points: Points) -> int:
+    """How many words a point of such arrays is in."""
+    rank, words, halves = points.weights.ndim, 0, Counter()
+    for array in points.per_query:
+        components = 1 if array.ndim == rank else 2
+        if array.dtype.itemsize == WORD:
+            words += components
+        elif components == 2:
+            words += 1
+        else:
+            halves[array.dtype] += 1
+    return words + sum(-(-count // 2) for count in halves.values())
 
 
 class PointRows:

@@ -19,7 +19,7 @@ import numpy as np
 from pallas_kernels.deformable_conv.group import Extents, Group, for_each_tile, num_tiles
 from pallas_kernels.deformable_conv.image_block import Image, located
 from pallas_kernels.deformable_conv.launch import MAX_SHARED_BYTES, launch
-from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD
+from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD, words_of_point
 from pallas_kernels.deformable_conv.points import Points
 from pallas_kernels.deformable_conv.warp import LANES, Warp
 
@@ -79,7 +79,9 @@ class Layout(NamedTuple):
 
     @property
     def pieces(self) -> list[Piece]:
+        """Of the channels, but the last eight of an odd number of eights."""
         left, first, pieces = self.image.channels // SHARERS, 0, []
+        left -= left % 2
         count = LOAD_BYTES // self.image.dtype.itemsize
         while left:
             while count > left:
@@ -88,13 +90,21 @@ class Layout(NamedTuple):
             left, first = left - count, first + count * SHARERS
         return pieces
 
+    @property
+    def rest(self) -> bool:
+        """Whether there are eight channels that are in no piece.
+
+        They are few for eight lanes, which therefore share the eights of all four corners.
+        """
+        return self.image.channels // SHARERS % 2 == 1
+
 
 def _layout(values, points: Points, h: int, w: int, boundary: str, num_warps: int, table: int):
     """With `table` words a query of each warp."""
     groups, channels = values.shape[2:]
     num_points = points.weights.shape[-1]
     image = Image(groups, h, w, channels, 1, num_points, np.dtype(values.dtype), boundary)
-    words = 4 * num_points | 1  # of an exchange of points, at most
+    words = words_of_point(points) * num_points | 1  # of an exchange
     return Layout(image, num_warps, QUERIES * WORD * max(table, words))
 
 
@@ -167,83 +177,138 @@ class Corners(NamedTuple):
     columns: tuple
 
 
+class Four(NamedTuple):
+    """What a lane has of the rows of four tokens, in float32."""
+
+    rows: list  # of each row, the channels of the pieces
+    rest: list  # of one row, four channels of the last eight; may be empty
+
+
 class Rows:
     """Rows of channels, as the lanes of a query have them."""
 
     def __init__(self, group: Group, layout: Layout):
         self.group, self.layout = group, layout
-        self.pieces = layout.pieces
-        self._share = group.warp.lane & (SHARERS - 1)
+        self.share = share = group.warp.lane & (SHARERS - 1)
         w = layout.image.w
         self._neighbours = 0, 1, w, w + 1
+        self._firsts = [share * piece.count + piece.first for piece in layout.pieces]
+        # Lanes 2 n and 2 n + 1 have the rest of the row of corner n.
+        self._own_corner = share >> 1
+        self._own_neighbour = (share >> 1 & 1) + (share >> 2) * w
+        last = layout.image.channels - SHARERS
+        self._own_first = (share & 1) * 4 + last
+        # Of which each has one in the end, see `sum_of_rest`.
+        self._own_channel = self._own_first + (share >> 1 & 1) * 2 + (share >> 2)
 
-    def _parts(self):
-        """(piece, the lane's first channel of it)."""
-        for piece in self.pieces:
-            yield piece, self._share * piece.count + piece.first
-
-    def of_token(self, ref, token) -> list:
-        """The lane's channels of the token's row of `ref`, in float32."""
+    def of_token(self, ref, token) -> Four:
+        """The one row of `ref`, and its rest."""
         channel = self.group.channel(token)
-        return self._load(ref, lambda first: channel + first, 0)
+        rest = self._load(ref, channel + self._own_first, 4) if self.layout.rest else []
+        return Four([self._load_pieces(ref, channel, 0)], rest)
 
-    def of_corners(self, values, token) -> list[list]:
-        """Of the rows of a token, the next, and the two below."""
+    def of_corners(self, values, token) -> Four:
+        """The rows of a token, the next, and the two below."""
         channel = self.group.channel(token)
         step = self.layout.image.groups * self.layout.image.channels
-        return [
-            self._load(values, lambda first: channel + first, x * step) for x in self._neighbours
+        rows = [self._load_pieces(values, channel, x * step) for x in self._neighbours]
+        rest = []
+        if self.layout.rest:
+            index = channel + self._own_neighbour * step + self._own_first
+            rest = self._load(values, index, 4)
+        return Four(rows, rest)
+
+    def of_corners_in_band(self, address) -> Four:
+        """The same in shared memory, where the first row begins at `address`."""
+        warp, layout = self.group.warp, self.layout
+        size = layout.image.dtype.itemsize
+
+        def load(place, count: int, offset: int) -> list:
+            words = warp.load_shared_words(place, count * size // WORD, offset)
+            return self._numbers(words)
+
+        places = [address + first * size for first in self._firsts]
+        rows = [
+            [
+                number
+                for place, piece in zip(places, layout.pieces, strict=True)
+                for number in load(place, piece.count, x * layout.row_bytes)
+            ]
+            for x in self._neighbours
         ]
+        rest = []
+        if layout.rest:
+            own = self._own_neighbour * layout.row_bytes + self._own_first * size
+            rest = load(address + own, 4, 0)
+        return Four(rows, rest)
 
-    def of_corners_in_band(self, address) -> list[list]:
-        """Of the same rows in shared memory, the first of which begins at `address`."""
-        warp, image = self.group.warp, self.layout.image
-        size = image.dtype.itemsize
-        rows = []
-        for x in self._neighbours:
-            numbers = []
-            for piece, first in self._parts():
-                offset = x * self.layout.row_bytes
-                place = address + first * size
-                if piece.count * size < WORD:
-                    words = [warp.load_shared_half(place, offset)]
-                else:
-                    words = warp.load_shared_words(place, piece.count * size // WORD, offset)
-                numbers += self._numbers(words, piece)
-            rows.append(numbers)
-        return rows
+    def of_own_corner(self, numbers: list):
+        """Of four lanes' numbers, one for each corner, that of which the lane has the rest."""
+        warp = self.group.warp
+        right, below = (self._own_corner & 1) == 1, (self._own_corner >> 1) == 1
+        upper, lower = (warp.select(right, numbers[n + 1], numbers[n]) for n in (0, 2))
+        return warp.select(below, lower, upper)
 
-    def store(self, ref, token, numbers: list) -> None:
+    def is_own_corner(self, n: int):
+        return self._own_corner == n
+
+    def sum_of_rest(self, totals: list):
+        """The sum over corners of the one of the last eight channels that the lane stores."""
+        warp = self.group.warp
+        right, below = (self._own_corner & 1) == 1, (self._own_corner >> 1) == 1
+        totals = halves(warp, totals, right, self.partner(2))
+        return halves(warp, totals, below, self.partner(4))[0]
+
+    def partner(self, n: int):
+        """The number of the lane of which bit n differs."""
+        lane = self.group.warp.lane
+        return lane + n - (lane & n) * 2
+
+    def store(self, ref, token, numbers: list, last) -> None:
+        """Writes what a lane has of the token's row, and its one of the last eight channels."""
         warp, image = self.group.warp, self.layout.image
         channel, numbers = self.group.channel(token), iter(numbers)
         mask = None if image.tokens % QUERIES == 0 else token < image.tokens
-        for piece, first in self._parts():
-            own = [next(numbers) for _ in range(piece.count)]
-            if image.dtype.itemsize == WORD:
-                warp.store_words(ref, channel + first, own, mask=mask)
-            elif piece.count == 1:
-                warp.store_half(ref, channel + first, warp.pack(*own, *own, image.dtype), mask=mask)
-            else:
-                pairs = zip(own[::2], own[1::2], strict=True)
+        wide = image.dtype.itemsize == WORD
+        for piece, first in zip(self.layout.pieces, self._firsts, strict=True):
+            words = [next(numbers) for _ in range(piece.count)]
+            if not wide:
+                pairs = zip(words[::2], words[1::2], strict=True)
                 words = [warp.pack(*pair, image.dtype) for pair in pairs]
-                warp.store_words(ref, channel + first, words, mask=mask)
-
-    def _load(self, ref, index: Callable, step: int) -> list:
-        warp, numbers = self.group.warp, []
-        for piece, first in self._parts():
-            size = piece.count * self.layout.image.dtype.itemsize
-            if size < WORD:
-                words = [warp.load_half(ref, index(first) + step)]
+            warp.store_words(ref, channel + first, words, mask=mask)
+        if self.layout.rest:
+            index = channel + self._own_channel
+            if wide:
+                warp.store_words(ref, index, [last], mask=mask)
             else:
-                words = warp.load_words(ref, index(first) + step, size // WORD)
-            numbers += self._numbers(words, piece)
-        return numbers
+                warp.store_half(ref, index, warp.pack(last, last, image.dtype), mask=mask)
 
-    def _numbers(self, words: list, piece: Piece) -> list:
+    def _load_pieces(self, ref, channel, step: int) -> list:
+        pieces = zip(self._firsts, self.layout.pieces, strict=True)
+        return [
+            number
+            for first, piece in pieces
+            for number in self._load(ref, channel + first + step, piece.count)
+        ]
+
+    def _load(self, ref, index, count: int) -> list:
+        words = count * self.layout.image.dtype.itemsize // WORD
+        return self._numbers(self.group.warp.load_words(ref, index, words))
+
+    def _numbers(self, words: list) -> list:
         warp, dtype = self.group.warp, self.layout.image.dtype
         if dtype.itemsize == WORD:
             return [warp.as_float(word) for word in words]
-        return [x for word in words for x in warp.unpack(word, dtype)][: piece.count]
+        return [x for word in words for x in warp.unpack(word, dtype)]
+
+
+def halves(warp: Warp, totals: list, upper, partner) -> list:
+    """Half of the totals of two lanes: the second half of the sums if `upper`, else the first."""
+    half = len(totals) // 2
+    return [
+        warp.select(upper, b, a) + warp.shuffle(warp.select(upper, a, b), partner)
+        for a, b in zip(totals[:half], totals[half:], strict=True)
+    ]
 
 
 def _each_tile(warp: Warp, group: Group, shared, values, layout: Layout, visit: Callable) -> None:
@@ -340,13 +405,20 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
 
         def four_queries(step, _):
             source = step * AT_A_TIME + (warp.lane // SHARERS)
-            totals = [warp.constant(0.0)] * (layout.image.channels // SHARERS)
+            zero = warp.constant(0.0)
+            totals = [zero] * sum(piece.count for piece in layout.pieces)
+            rest = [zero] * (4 if layout.rest else 0)
             for own in corners:
                 point = jax.tree.map(lambda x: warp.shuffle(x, source), own)
                 weights = [y * x for y in point.rows for x in point.columns]
-                for weight, row in zip(weights, gather(point.token), strict=True):
+                found = gather(point.token)
+                for weight, row in zip(weights, found.rows, strict=True):
                     totals = [t + weight * x for t, x in zip(totals, row, strict=True)]
-            rows.store(out, queries.first + source, totals)
+                if layout.rest:
+                    weight = rows.of_own_corner(weights)
+                    rest = [t + weight * x for t, x in zip(rest, found.rest, strict=True)]
+            last = rows.sum_of_rest(rest) if layout.rest else None
+            rows.store(out, queries.first + source, totals, last)
 
         warp.loop(QUERIES // AT_A_TIME, four_queries)
 
@@ -361,23 +433,20 @@ def _point_gradients_kernel(
     group = Group(warp, image, warp.block // layout.parts, points)
     rows = Rows(group, layout)
     scratch = shared + layout.capacity * layout.row_bytes + warp.warp * layout.own_bytes
-    share = warp.lane & (SHARERS - 1)
-    first_bit, second_bit = (share & 1) == 1, (share & 2) == 2
-    partners = [warp.lane + n - (warp.lane & n) * 2 for n in (1, 2, 4)]
+    corner = (rows.share & 1) * 2 + (rows.share >> 1 & 1)
 
     def sum_of_lanes(products: list):
-        """Sums of four numbers over a query's lanes; lane n has that of number n >> 1 & 1 | ..."""
+        """The sum over a query's lanes of the product number `corner`."""
+        products = halves(warp, products, (rows.share & 1) == 1, rows.partner(1))
+        (total,) = halves(warp, products, (rows.share >> 1 & 1) == 1, rows.partner(2))
+        return total + warp.shuffle(total, rows.partner(4))
 
-        def halve(low, high, bit, partner):
-            kept, sent = warp.select(bit, high, low), warp.select(bit, low, high)
-            return kept + warp.shuffle(sent, partner)
-
-        a = halve(products[0], products[2], first_bit, partners[0])
-        b = halve(products[1], products[3], first_bit, partners[0])
-        total = halve(a, b, second_bit, partners[1])
-        return total + warp.shuffle(total, partners[2])
-
-    corner = (share & 1) * 2 + (share >> 1 & 1)
+    def product(a: list, b: list):
+        return functools.reduce(
+            lambda total, pair: total + pair[0] * pair[1],
+            zip(a, b, strict=True),
+            warp.constant(0.0),
+        )
 
     def visit(tile, words, gather):
         queries = group.queries(tile)
@@ -386,22 +455,29 @@ def _point_gradients_kernel(
             group.union([group.extent(token) for token in tokens]), tile, extents_refs
         )
 
-        def four_queries(step, _):
+        def load(step):
             source = step * AT_A_TIME + (warp.lane // SHARERS)
-            d_row = rows.of_token(d_out, group.inside(queries.first + source))
+            return rows.of_token(d_out, group.inside(queries.first + source))
+
+        def four_queries(step, d_row):
+            last = QUERIES // AT_A_TIME - 1
+            following = load(warp.select(step < last, step + 1, warp.constant(last)))
+            source = step * AT_A_TIME + (warp.lane // SHARERS)
             place = scratch + source * (table * WORD) + corner * WORD
             for k, own in enumerate(tokens):
-                products = []
-                for row in gather(warp.shuffle(own, source)):
-                    pairs = list(zip(d_row, row, strict=True))
-                    total = pairs[0][0] * pairs[0][1]
-                    for a, b in pairs[1:]:
-                        total = total + a * b
-                    products.append(total)
+                found = gather(warp.shuffle(own, source))
+                products = [product(d_row.rows[0], row) for row in found.rows]
+                if layout.rest:
+                    rest = product(d_row.rest, found.rest)
+                    products = [
+                        warp.select(rows.is_own_corner(n), x + rest, x)
+                        for n, x in enumerate(products)
+                    ]
                 total = sum_of_lanes(products)
-                warp.store_shared_where(share < 4, place + (4 * k) * WORD, total)
+                warp.store_shared_where(rows.share < 4, place + (4 * k) * WORD, total)
+            return following
 
-        warp.loop(QUERIES // AT_A_TIME, four_queries)
+        warp.loop(QUERIES // AT_A_TIME, four_queries, load(warp.constant(0)))
         warp.wait_for_lanes()
         row = scratch + warp.lane * (table * WORD)
         pulled = []

@@ -6,6 +6,7 @@ then each multiplies its own tokens' columns of all those rows.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from pallas_kernels.deformable_conv.points import Multiscale, Points
 from pallas_kernels.deformable_conv.warp import LANES, Warp
 
 NOWHERE = 1 << 24  # a token that no window has
+WINDOWS = 2  # of a block: a visit's points are evaluated once for them
 
 
 def values_gradient(
@@ -51,7 +53,7 @@ def values_gradient(
     (d_values,) = launch(
         functools.partial(_values_gradient_kernel, image=image, matrix=matrix),
         name="deformable_values_gradient_sparse_matrix",
-        num_blocks=d_out.shape[0] * image.groups * -(-column_blocks(image) // window),
+        num_blocks=d_out.shape[0] * image.groups * _parts(image, matrix),
         shared_bytes=num_warps * (matrix.bytes + QUERIES * image.pitch + WORD * 4),
         points=points,
         inputs=(d_out, *extents),
@@ -87,13 +89,20 @@ def extents_of(points: Points, *, h: int, w: int, boundary: str) -> Extents:
     return Extents(ends(-1e-3, jnp.min), ends(1e-3, jnp.max))
 
 
+def _parts(image: Image, matrix: Matrix) -> int:
+    """Blocks that share an image."""
+    return -(-column_blocks(image) // (WINDOWS * matrix.window))
+
+
 def _values_gradient_kernel(
     warp: Warp, points: Points, shared, d_out, *others, image: Image, matrix: Matrix
 ):
     extents, d_values = Extents(*others[:2]), others[2]
-    num_windows = -(-column_blocks(image) // matrix.window)
-    group = MatrixGroup(warp, image, warp.block // num_windows, shared, points)
-    window = group.window(warp.block % num_windows, matrix)
+    parts = _parts(image, matrix)
+    group = MatrixGroup(warp, image, warp.block // parts, shared, points)
+    first_window = (warp.block % parts) * WINDOWS
+    windows = [group.window(first_window + n, matrix) for n in range(WINDOWS)]
+    first, num_tokens = windows[0].first, WINDOWS * matrix.columns
     own_blocks = matrix.window // warp.num_warps
     all_blocks = 2**matrix.window - 1
     rows_bytes = QUERIES * image.pitch
@@ -152,67 +161,85 @@ def _values_gradient_kernel(
                     )
         return totals
 
+    def add_points(points, window, bits):
+        """Bits of the window's blocks that got anything."""
+        for corners in points:
+            touched = warp.union(group.bits(corners.token, window) & all_blocks)
+            warp.when(
+                touched != 0,
+                lambda _, corners=corners: group.add(corners, window, matrix, scratch),
+            )
+            bits = bits | touched
+        return bits
+
     def visit_tiles_of_word(number_of_word, totals):
         base = number_of_word * LANES
         tile = base + warp.lane
         exists = tile < tiles
         index = group.number * tiles + warp.select(exists, tile, warp.constant(tiles - 1))
         found = Extents(*(warp.load_pair(ref, index) for ref in extents))
-        word = warp.ballot(found.touch(window.first, window.size, image) & exists)
+        word = warp.ballot(found.touch(first, num_tokens, image) & exists)
 
         def number_of(step):
-            """(whether there is a tile for this warp in a step, its number)."""
+            """(whether there is a tile for this warp in a step, its bit's number)."""
             number = warp.nth_bit(word, step * warp.num_warps + warp.warp)
             exists = warp.constant(-1) < number
-            return exists, base + warp.select(exists, number, warp.constant(0))
+            return exists, warp.select(exists, number, warp.constant(0))
+
+        def load(step):
+            return group.points.load(base + number_of(step)[1])
 
         def visit(step, carry):
             loaded, totals = carry
             exists, number = number_of(step)
-            queries = group.queries(number)
+            own = Extents(*(warp.shuffle(x, number) for x in found))
+            queries = group.queries(base + number)
             copy_rows(queries)
             words = group.points.exchange(loaded, scratch)
-            _, following = number_of(step + 1)
-            loaded = group.points.load(following)
             group.clear(scratch, group.points.bytes)
             warp.wait_for_lanes()
+            some = exists
             if queries.exists is not None:
-                exists = warp.select(queries.exists, exists, queries.exists)
+                some = warp.select(queries.exists, some, queries.exists)
             nowhere = warp.constant(NOWHERE)
-            bits = warp.constant(0)
+            points = []
             for k, x in enumerate(words):
                 corners = group.corners(group.points.fields(x, k), queries)
-                corners = corners._replace(token=warp.select(exists, corners.token, nowhere))
-                touched_by_point = warp.union(group.bits(corners.token, window) & all_blocks)
-                warp.when(
-                    touched_by_point != 0,
-                    lambda _, corners=corners: group.add(corners, window, matrix, scratch),
+                token = warp.select(some, corners.token, nowhere)
+                points.append(corners._replace(token=token))
+            totals = list(totals)
+            for n, window in enumerate(windows):
+                bits = warp.when(
+                    exists & own.touch(window.first, window.size, image),
+                    functools.partial(add_points, points, window),
+                    warp.constant(0),
                 )
-                bits = bits | touched_by_point
-            warp.store_shared(all_bits + warp.warp * WORD, bits)
-            warp.wait_for_copies()
-            for slot in range(warp.num_warps):
-                others = warp.load_shared_bits(all_bits + slot * WORD)
-                own = (others >> (warp.warp * own_blocks)) & (2**own_blocks - 1)
-                totals = warp.when(own != 0, functools.partial(multiply, slot), totals)
-            warp.wait_for_block()
-            group.clear_blocks(bits, matrix, scratch)
-            warp.wait_for_lanes()
+                warp.store_shared(all_bits + warp.warp * WORD, bits)
+                if n == WINDOWS - 1:
+                    loaded = load(step + 1)
+                if n == 0:
+                    warp.wait_for_copies()
+                else:
+                    warp.wait_for_block()
+                for slot in range(warp.num_warps):
+                    others = warp.load_shared_bits(all_bits + slot * WORD)
+                    mine = (others >> (warp.warp * own_blocks)) & (2**own_blocks - 1)
+                    totals[n] = warp.when(mine != 0, functools.partial(multiply, slot), totals[n])
+                warp.wait_for_block()
+                group.clear_blocks(bits, matrix, scratch)
+                warp.wait_for_lanes()
             return loaded, totals
 
         count = (warp.popcount(word) + (warp.num_warps - 1)) // warp.num_warps
-        loaded = group.points.load(number_of(warp.constant(0))[1])
-        return warp.loop(count, visit, (loaded, totals))[1]
+        return warp.loop(count, visit, (load(warp.constant(0)), totals))[1]
 
     zero = warp.constant(0.0)
     zeros = [[[zero] * 4 for _ in range(image.chunks)] for _ in range(own_blocks)]
-    totals = warp.loop(-(-tiles // LANES), visit_tiles_of_word, zeros)
-    for block in range(own_blocks):
-        for chunk in range(image.chunks):
-            for i in range(2):
-                token = (warp.warp * own_blocks + block) * COLUMNS + group.row + (8 * i)
-                token = token + window.first
-                index = group.channel(token) + group.column * 2 + CHUNK * chunk
-                pair = totals[block][chunk][2 * i : 2 * i + 2]
-                pair = warp.pack(*pair, image.dtype)
-                warp.store_pair(d_values, index, pair, mask=token < image.tokens)
+    totals = warp.loop(-(-tiles // LANES), visit_tiles_of_word, [zeros] * WINDOWS)
+    for (n, window), block in itertools.product(enumerate(windows), range(own_blocks)):
+        for chunk, i in itertools.product(range(image.chunks), range(2)):
+            token = (warp.warp * own_blocks + block) * COLUMNS + group.row + (8 * i)
+            token = token + window.first
+            index = group.channel(token) + group.column * 2 + CHUNK * chunk
+            pair = warp.pack(*totals[n][block][chunk][2 * i : 2 * i + 2], image.dtype)
+            warp.store_pair(d_values, index, pair, mask=token < image.tokens)
