@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.deformable_conv.shared_image import why_not
+from pallas_kernels.deformable_conv import row_gather, sparse_matrix
 from pallas_kernels.deformable_conv.tiles import Grid
 
 LOAD_BYTES = 16  # of one load instruction of one thread
 MAX_CHANNELS = 128  # sums of more channels would not fit the registers
 MAX_CONNECTED_POINTS = 31  # points a pair of tiles for which there are bits
+FEW_TOKENS = 256  # of which a tile of queries may touch any
 TOKEN_TILE = 64  # tokens; up to four such tiles, a tile of queries may as well look at all tokens
 
 
@@ -24,14 +25,14 @@ class Gather(NamedTuple):
     num_warps: int
 
 
-class SharedImage(NamedTuple):
-    """shared_image.forward, shared_image.point_gradients; for Hopper GPUs."""
+class RowGather(NamedTuple):
+    """row_gather.forward, row_gather.point_gradients; for Hopper GPUs."""
 
     num_warps: int  # a multiple of 4
 
 
 class SparseMatrix(NamedTuple):
-    """sparse_matrix.py, sparse_transpose.py; for Hopper GPUs. `choose` does not take it yet."""
+    """sparse_matrix.py, sparse_transpose.py; for Hopper GPUs."""
 
     window: int  # blocks of 16 columns in shared memory; a power of two
     num_warps: int  # a multiple of 4; for values_gradient, at most `window`
@@ -58,13 +59,31 @@ class TransposedProduct(NamedTuple):
 class Blocks(NamedTuple):
     """Block sizes of one call."""
 
-    forward: Gather | Product | SharedImage | SparseMatrix
-    point_gradients: Product | SharedImage | SparseMatrix
+    forward: Gather | Product | RowGather | SparseMatrix
+    point_gradients: Product | RowGather | SparseMatrix
     values_gradient: TransposedProduct | SparseMatrix
 
 
 def choose(h: int, w: int, channels: int, num_points: int, dtype, *, hopper: bool) -> Blocks:
     """The block sizes for images of h x w tokens, on a Hopper GPU or another one."""
+    blocks = _choose_triton(h, w, channels, num_points, dtype)
+    if hopper and row_gather.why_not(h, w, channels, num_points) is None:
+        few_tokens = h * w <= FEW_TOKENS
+        wide = jnp.dtype(dtype).itemsize > 2
+        blocks = blocks._replace(point_gradients=RowGather(num_warps=8 if few_tokens else 12))
+        if few_tokens or (not wide and row_gather.fits(h, w, channels, dtype)):
+            blocks = blocks._replace(forward=RowGather(num_warps=8))
+    if hopper and sparse_matrix.why_not(h, w, channels, num_points, dtype) is None:
+        sizes = SparseMatrix(window=4, num_warps=4 if h * w <= FEW_TOKENS else 8)
+        if h * w <= FEW_TOKENS:
+            blocks = blocks._replace(forward=sizes)
+        if sparse_matrix.fits(h, w, channels, **sizes._asdict()):
+            blocks = blocks._replace(point_gradients=sizes)
+        blocks = blocks._replace(values_gradient=SparseMatrix(window=8, num_warps=4))
+    return blocks
+
+
+def _choose_triton(h: int, w: int, channels: int, num_points: int, dtype) -> Blocks:
     wide = jnp.dtype(dtype).itemsize > 2
     token_tile = tile(TOKEN_TILE, 16, w)
     token_tiles = Grid(h, w, *token_tile).tiles
@@ -75,10 +94,7 @@ def choose(h: int, w: int, channels: int, num_points: int, dtype, *, hopper: boo
     else:
         forward = Gather(tile(16 if wide else 32, 8, w), chunk=32, num_warps=4)
 
-    fits = why_not(h, w, channels, dtype, in_parts=False) is None and channels <= MAX_CHANNELS
-    if hopper and fits and not few_tiles:
-        point_gradients = SharedImage(num_warps=16 if h * w >= 1024 else 12)
-    elif wide:
+    if wide:
         point_gradients = Product(token_tile, token_tile, num_warps=4)
     elif few_tiles:
         whole = max(TOKEN_TILE, _power_of_two(token_tiles) * TOKEN_TILE)

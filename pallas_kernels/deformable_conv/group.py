@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.deformable_conv.image_block import Image
+from pallas_kernels.deformable_conv.image import Image
 from pallas_kernels.deformable_conv.point_rows import QUERIES, PointRows
 from pallas_kernels.deformable_conv.points import Points
 from pallas_kernels.deformable_conv.warp import Warp
@@ -101,16 +101,13 @@ class Group:
             self.warp.store_pair(ref, index, number, mask=self.warp.lane == 0)
 
 
-def for_each_tile(
-    warp: Warp, rows: PointRows, tile: Callable, scratch, *, part=0, parts: int = 1, ready: Callable
-):
-    """Calls tile(number, words of the points) for each tile of 32 queries of one of `parts` parts.
+def for_each_tile(warp: Warp, rows: PointRows, tile: Callable, scratch, *, ready: Callable):
+    """Calls tile(number, words of the points) for each tile of 32 queries of an image.
 
     Warps take turns. Points are loaded one tile ahead; ready() is called after the first load.
     """
     tiles = num_tiles(rows.image)
-    workers = warp.num_warps * parts
-    first = warp.warp + part * warp.num_warps
+    workers, first = warp.num_warps, warp.warp
     last = warp.constant(tiles - 1)
     loaded = rows.load(warp.select(first < tiles, first, last))
     ready()

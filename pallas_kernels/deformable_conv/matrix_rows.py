@@ -9,54 +9,44 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.deformable_conv.group import Extents, Group, Queries, num_tiles
-from pallas_kernels.deformable_conv.image_block import CHUNK, CHUNK_BYTES, Image, located
+from pallas_kernels.deformable_conv.group import Extents, Group, Queries
+from pallas_kernels.deformable_conv.image import Image, located
 from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD
 from pallas_kernels.deformable_conv.points import Points
 from pallas_kernels.deformable_conv.warp import LANES, Warp
 
+CHUNK = 8  # channels of a row of one of ldmatrix' matrices
+CHUNK_BYTES = 16
 COLUMNS = 16  # tokens of a block of the matrix: of one product
 PADDING = 8  # columns of the matrix beyond a window's
-TILES_OF_A_WARP = 4  # at least, where several blocks share an image
-
-
-def image_of(values, points: Points, h: int, w: int, boundary: str) -> Image:
-    """The sizes of values [B, tokens, G, C] and their points."""
-    groups, channels = values.shape[2:]
-    return Image(groups, h, w, channels, 1, points.weights.shape[-1], values.dtype, boundary)
 
 
 class Layout(NamedTuple):
-    """Where the values are: a group's image in shared memory, or, if not `resident`, of each warp
-    the touched blocks of a window, copied when they are wanted; then `parts` blocks share an image.
-    """
+    """A group's image and the warps' parts of the matrix in a block's shared memory."""
 
     image: Image
     matrix: "Matrix"
     num_warps: int
-    resident: bool
-
-    @property
-    def parts(self) -> int:
-        tiles = num_tiles(self.image)
-        return 1 if self.resident else -(-tiles // (TILES_OF_A_WARP * self.num_warps))
-
-    @property
-    def _own_bytes(self) -> int:
-        """Of a warp."""
-        stage = 0 if self.resident else self.matrix.columns * self.image.pitch
-        return self.matrix.bytes + stage
 
     @property
     def shared_bytes(self) -> int:
-        resident = image_bytes(self.image) if self.resident else 0
-        return resident + self.num_warps * self._own_bytes
+        return image_bytes(self.image) + self.num_warps * self.matrix.bytes
 
-    def matrix_and_stage(self, shared, warp: Warp) -> tuple:
-        """Addresses of the warp's."""
-        resident = image_bytes(self.image) if self.resident else 0
-        matrix = shared + resident + warp.warp * self._own_bytes
-        return matrix, matrix + self.matrix.bytes
+    def scratch(self, shared, warp: Warp):
+        """The address of the warp's matrix."""
+        return shared + image_bytes(self.image) + warp.warp * self.matrix.bytes
+
+
+def chunks(image: Image) -> int:
+    return image.channels // CHUNK
+
+
+def pitch(image: Image) -> int:
+    """Bytes between rows of values in shared memory.
+
+    An odd number of chunks, so that rows of neighbouring tokens begin in different banks.
+    """
+    return CHUNK_BYTES * (chunks(image) | 1)
 
 
 def column_blocks(image: Image) -> int:
@@ -66,7 +56,7 @@ def column_blocks(image: Image) -> int:
 
 def image_bytes(image: Image) -> int:
     """Of shared memory, with rows for all columns of the matrix."""
-    return column_blocks(image) * COLUMNS * image.pitch
+    return column_blocks(image) * COLUMNS * pitch(image)
 
 
 class Matrix(NamedTuple):
@@ -117,27 +107,27 @@ class MatrixGroup(Group):
         # Of a matrix of a product, a lane holds two neighbours in this row and 8 rows below it.
         self.row = warp.lane >> 2
         self.column = warp.lane & 3  # of pairs of columns
-        chunks = range(image.chunks)
-        self.chunk_pairs = [chunks[n : n + 2] for n in chunks[::2]]  # the last one may be alone
+        numbers = range(chunks(image))
+        self.chunk_pairs = [numbers[n : n + 2] for n in numbers[::2]]  # the last one may be alone
 
     def copy_image(self, values):
         """Begins to copy all tokens' channels to shared memory; rows beyond them become zero."""
         warp, image = self.warp, self.image
-        pieces = image.tokens * image.chunks
+        pieces = image.tokens * chunks(image)
         threads = warp.num_warps * LANES
 
         def copy(step, _):
             piece = step * threads + warp.thread
-            token, chunk = piece // image.chunks, piece % image.chunks
+            token, chunk = piece // chunks(image), piece % chunks(image)
             warp.copy_to_shared(
-                self.shared + token * image.pitch + chunk * CHUNK_BYTES,
+                self.shared + token * pitch(image) + chunk * CHUNK_BYTES,
                 values,
                 self.channel(token) + chunk * CHUNK,
                 mask=None if pieces % threads == 0 else piece < pieces,
             )
 
         warp.loop(-(-pieces // threads), copy)
-        first = image.tokens * image.pitch
+        first = image.tokens * pitch(image)
         if first < image_bytes(image):
             self.clear(self.shared + first, image_bytes(image) - first)
 
@@ -239,29 +229,6 @@ class MatrixGroup(Group):
             (self.warp.below(column + x, window.size), first + x * WORD) for x in self._neighbours
         ]
 
-    def copy_blocks(self, values, window: "Window", bits, stage, matrix: Matrix):
-        """Begins to copy the channels of a window's touched blocks to `stage`, of this warp.
-
-        Rows beyond the last token are the last one's.
-        """
-        warp, image = self.warp, self.image
-        pieces = COLUMNS * image.chunks
-
-        def copy(block, _):
-            first = window.first + block * COLUMNS
-            start = stage + block * (COLUMNS * image.pitch)
-            for step in range(-(-pieces // LANES)):
-                piece = warp.lane + step * LANES
-                row, chunk = piece // image.chunks, piece % image.chunks
-                warp.copy_to_shared(
-                    start + row * image.pitch + chunk * CHUNK_BYTES,
-                    values,
-                    self.channel(self.inside(first + row)) + chunk * CHUNK,
-                    mask=piece < pieces,
-                )
-
-        for_each_bit(warp, bits, matrix.window, copy)
-
     def clear_blocks(self, bits, matrix: Matrix, scratch) -> None:
         """Zeros the blocks of the warp's matrix that have a bit."""
         warp = self.warp
@@ -276,13 +243,13 @@ class MatrixGroup(Group):
 
         for_each_bit(warp, bits, matrix.window, clear)
 
-    def columns_of_rows(self, address, chunks) -> list:
+    def columns_of_rows(self, address, pair) -> list:
         """Of 16 rows of channels one or two chunks, transposed, as right sides of a product.
 
         `address` is each lane's row and chunk, see `right_rows`.
         """
         return self.warp.load_matrices(
-            address, offset=CHUNK_BYTES * chunks[0], count=2 * len(chunks), transposed=True
+            address, offset=CHUNK_BYTES * pair[0], count=2 * len(pair), transposed=True
         )
 
 

@@ -3,7 +3,8 @@
 The forward multiplies by the interpolation matrix (`tent.py`) where there are few tokens, and
 gathers (`gather.py`) elsewhere. Backward, the gradient of the values is a product with the
 transposed matrix (`tent.py`), and those of the sampling points come from products of rows
-(`products.py`), on Hopper also with an image in shared memory (`shared_image.py`). `blocks.choose`
+(`products.py`). On Hopper most of it is done in shared memory, by the interpolation matrix
+(`sparse_matrix.py`, `sparse_transpose.py`) or by gathers (`row_gather.py`). `blocks.choose`
 decides. Nothing is added up in an order that changes from run to run.
 """
 
@@ -19,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pallas_kernels.deformable_conv import (
     gather,
     products,
-    shared_image,
+    row_gather,
     sparse_matrix,
     sparse_transpose,
     tent,
@@ -28,7 +29,7 @@ from pallas_kernels.deformable_conv.blocks import (
     MAX_CHANNELS,
     Blocks,
     Gather,
-    SharedImage,
+    RowGather,
     SparseMatrix,
     choose,
 )
@@ -87,8 +88,8 @@ def _forward(values, *fields, form: type, boundary: str, interpret: bool) -> tup
         forward = functools.partial(
             gather.forward, grid=Grid(h, w, *tiling.tile), chunk=tiling.chunk, **options
         )
-    elif isinstance(tiling, SharedImage):
-        forward = functools.partial(shared_image.forward, h=h, w=w, **options)
+    elif isinstance(tiling, RowGather):
+        forward = functools.partial(row_gather.forward, h=h, w=w, **options)
     elif isinstance(tiling, SparseMatrix):
         forward = functools.partial(
             sparse_matrix.forward, h=h, w=w, window=tiling.window, **options
@@ -115,8 +116,8 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
 
     tiling = blocks.point_gradients
     several, extents = len(d_out_parts) > 1, None
-    if isinstance(tiling, SharedImage):
-        point_gradients = functools.partial(shared_image.point_gradients, h=h, w=w)
+    if isinstance(tiling, RowGather):
+        point_gradients = functools.partial(row_gather.point_gradients, h=h, w=w)
     elif isinstance(tiling, SparseMatrix):
         point_gradients = functools.partial(
             sparse_matrix.point_gradients, h=h, w=w, window=tiling.window
@@ -138,7 +139,7 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
         )
         for values_part, d_out_part in zip(_channel_parts(values), d_out_parts, strict=True)
     ]
-    if isinstance(tiling, SparseMatrix):
+    if isinstance(tiling, (RowGather, SparseMatrix)):
         ((gradients, extents),) = d_points  # all channels are one part
         d_points = [gradients]
     d_points = jax.tree.map(lambda *parts: sum(parts), *d_points)

@@ -7,7 +7,7 @@ and exchange them through shared memory, fields of 16 bits two in a word.
 from collections import Counter
 from typing import NamedTuple
 
-from pallas_kernels.deformable_conv.image_block import Image
+from pallas_kernels.deformable_conv.image import Image
 from pallas_kernels.deformable_conv.points import Points
 from pallas_kernels.deformable_conv.warp import LANES, Warp
 

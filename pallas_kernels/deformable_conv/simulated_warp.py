@@ -53,12 +53,6 @@ class SimulatedWarp:
     def opaque(self, numbers):
         return numbers
 
-    def permute_bytes(self, x, selector):
-        own = np.ascontiguousarray(x)[..., None].view(np.uint8)
-        choices = np.concatenate([own, np.zeros_like(own)], axis=-1)
-        digits = np.stack([(selector >> (4 * i)) & 7 for i in range(4)], axis=-1)
-        return np.take_along_axis(choices, digits, axis=-1).view(np.int32)[..., 0]
-
     def rank(self, ref) -> int:
         return ref.ndim
 
@@ -162,9 +156,6 @@ class SimulatedWarp:
         assert address.min() >= 0 and address.max() + 4 * count <= self._shared.shape[1], "outside"
         return [address // 4 + i for i in range(count)]
 
-    def wait_for_own_copies(self):
-        pass
-
     def wait_for_lanes(self):
         pass
 
@@ -212,10 +203,6 @@ class SimulatedWarp:
             matrices = matrices.swapaxes(-1, -2)
         words = np.ascontiguousarray(matrices).view(np.int32)
         return [words[:, :, n].reshape(self.lane.shape) for n in range(count)]
-
-    def transpose(self, x):
-        matrix = np.ascontiguousarray(x)[..., None].view(np.uint16).reshape(*x.shape[:-1], 8, 8)
-        return np.ascontiguousarray(matrix.swapaxes(-1, -2)).view(np.int32).reshape(x.shape)
 
     def add_product(self, total, left, right, dtype):
         left, right = ([_matrix(x, dtype) for x in fragment] for fragment in (left, right))

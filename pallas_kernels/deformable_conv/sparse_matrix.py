@@ -18,21 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.deformable_conv.group import Extents, for_each_tile, num_tiles
-from pallas_kernels.deformable_conv.image_block import (
-    CHUNK,
-    CHUNK_BYTES,
-    Image,
-    gradients_of_point,
-)
+from pallas_kernels.deformable_conv.image import Image, gradients_of_point, image_of
 from pallas_kernels.deformable_conv.launch import MAX_SHARED_BYTES, launch
 from pallas_kernels.deformable_conv.matrix_rows import (
+    CHUNK,
+    CHUNK_BYTES,
     COLUMNS,
     WORD,
     Layout,
     Matrix,
     MatrixGroup,
+    chunks,
     for_each_bit,
-    image_of,
+    pitch,
 )
 from pallas_kernels.deformable_conv.points import Points
 from pallas_kernels.deformable_conv.warp import Warp
@@ -54,16 +52,8 @@ def why_not(h: int, w: int, channels: int, num_points: int, dtype) -> str | None
 
 def fits(h: int, w: int, channels: int, *, window: int, num_warps: int) -> bool:
     """Whether the forward and the points' gradients find room in shared memory."""
-    image = Image(1, h, w, channels, 1, 1, np.dtype(np.float16), "zeros")
-    return _layout(image, window, num_warps).shared_bytes <= MAX_SHARED_BYTES
-
-
-def _layout(image: Image, window: int, num_warps: int) -> Layout:
-    """With the image in shared memory if there is room."""
-    layout = Layout(image, Matrix(window), num_warps, resident=True)
-    if layout.shared_bytes > MAX_SHARED_BYTES:
-        layout = layout._replace(resident=False)
-    return layout
+    image = Image(1, h, w, channels, 1, np.dtype(np.float16), "zeros")
+    return Layout(image, Matrix(window), num_warps).shared_bytes <= MAX_SHARED_BYTES
 
 
 def forward(
@@ -71,11 +61,11 @@ def forward(
 ):
     """out [B, tokens, G, C] of values [B, tokens, G, C] and points with flattened tokens."""
     image = image_of(values, points, h, w, boundary)
-    layout = _layout(image, window, num_warps)
+    layout = Layout(image, Matrix(window), num_warps)
     (out,) = launch(
         functools.partial(_forward_kernel, layout=layout),
         name="deformable_forward_sparse_matrix",
-        num_blocks=values.shape[0] * image.groups * layout.parts,
+        num_blocks=values.shape[0] * image.groups,
         shared_bytes=layout.shared_bytes,
         points=points,
         inputs=(values,),
@@ -104,12 +94,12 @@ def point_gradients(
     And where the sampling points lie, for `sparse_transpose.values_gradient`.
     """
     image = image_of(values, points, h, w, boundary)
-    layout = _layout(image, window, num_warps)
+    layout = Layout(image, Matrix(window), num_warps)
     extent = jax.ShapeDtypeStruct((values.shape[0], image.groups, num_tiles(image)), jnp.int32)
     *gradients, lowest, highest = launch(
         functools.partial(_point_gradients_kernel, layout=layout),
         name="deformable_point_gradients_sparse_matrix",
-        num_blocks=values.shape[0] * image.groups * layout.parts,
+        num_blocks=values.shape[0] * image.groups,
         shared_bytes=layout.shared_bytes,
         points=points,
         inputs=(values, d_out),
@@ -132,15 +122,13 @@ def point_gradients(
 
 def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: Layout):
     image, matrix = layout.image, layout.matrix
-    group = MatrixGroup(warp, image, warp.block // layout.parts, shared, points)
-    scratch, stage = layout.matrix_and_stage(shared, warp)
-    if layout.resident:
-        group.copy_image(values)
+    group = MatrixGroup(warp, image, warp.block, shared, points)
+    scratch = layout.scratch(shared, warp)
+    group.copy_image(values)
     group.clear(scratch, matrix.bytes)
     # Matrices of 8 tokens by a chunk: two below one another, then those of the next chunk.
     token = warp.lane & (COLUMNS - 1)
-    rows = (shared if layout.resident else stage) + token * image.pitch
-    rows = rows + (warp.lane >> 4) * CHUNK_BYTES
+    rows = shared + token * pitch(image) + (warp.lane >> 4) * CHUNK_BYTES
     first_place = scratch + group.row * matrix.pitch + group.column * (2 * WORD)
 
     def tile(number, words):
@@ -160,11 +148,8 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
 
                 bits = warp.when(extent.touch(window.first, window.size, image), add_point, bits)
             bits = warp.union(bits)
-            if not layout.resident:
-                group.copy_blocks(values, window, bits, stage, matrix)
-                warp.wait_for_own_copies()
             warp.wait_for_lanes()
-            first_block = window.number * matrix.window if layout.resident else warp.constant(0)
+            first_block = window.number * matrix.window
 
             def multiply_block(block, totals):
                 return multiply(first_block + block, block, totals)
@@ -188,10 +173,10 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
                     warp.store_shared(x, *[warp.constant(0.0)] * 2)
                 left.append([warp.pack(*x, image.dtype) for x in entries])
             totals = list(totals)
-            address = rows + block_of_rows * (COLUMNS * image.pitch)
-            for chunks in group.chunk_pairs:
-                right = group.columns_of_rows(address, chunks)
-                for i, chunk in enumerate(chunks):
+            address = rows + block_of_rows * (COLUMNS * pitch(image))
+            for pair in group.chunk_pairs:
+                right = group.columns_of_rows(address, pair)
+                for i, chunk in enumerate(pair):
                     for half in range(2):
                         n = 2 * chunk + half
                         totals[n] = warp.add_product(
@@ -199,7 +184,7 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
                         )
             return totals
 
-        zeros = [[warp.constant(0.0)] * 4 for _ in range(2 * image.chunks)]
+        zeros = [[warp.constant(0.0)] * 4 for _ in range(2 * chunks(image))]
         totals = group.for_each_window(group.union(extents), matrix, add_window, zeros)
         for n, total in enumerate(totals):
             chunk, half = divmod(n, 2)
@@ -210,10 +195,7 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
                 mask = None if queries.exists is None else query < image.tokens
                 warp.store_pair(out, index, pair, mask=mask)
 
-    part = warp.block % layout.parts
-    for_each_tile(
-        warp, group.points, tile, scratch, part=part, parts=layout.parts, ready=warp.wait_for_copies
-    )
+    for_each_tile(warp, group.points, tile, scratch, ready=warp.wait_for_copies)
 
 
 def _point_gradients_kernel(
@@ -221,17 +203,15 @@ def _point_gradients_kernel(
 ):
     gradients, extents_refs = outputs[:-2], Extents(*outputs[-2:])
     image, matrix = layout.image, layout.matrix
-    group = MatrixGroup(warp, image, warp.block // layout.parts, shared, points)
-    scratch, stage = layout.matrix_and_stage(shared, warp)
-    if layout.resident:
-        group.copy_image(values)
+    group = MatrixGroup(warp, image, warp.block, shared, points)
+    scratch = layout.scratch(shared, warp)
+    group.copy_image(values)
     # Matrices of 8 tokens by a chunk: two side by side, then those of the next tokens. A chunk that
     # is alone has just the tokens' two.
     in_matrix, matrix_number = warp.lane & 7, warp.lane >> 3
-    first_row = shared if layout.resident else stage
-    pair_rows = first_row + (in_matrix + (matrix_number >> 1) * 8) * image.pitch
+    pair_rows = shared + (in_matrix + (matrix_number >> 1) * 8) * pitch(image)
     pair_rows = pair_rows + (matrix_number & 1) * CHUNK_BYTES
-    last_rows = first_row + (in_matrix + (matrix_number & 1) * 8) * image.pitch
+    last_rows = shared + (in_matrix + (matrix_number & 1) * 8) * pitch(image)
     first_place = scratch + group.row * matrix.pitch + group.column * (2 * WORD)
 
     def tile(number, words):
@@ -245,8 +225,8 @@ def _point_gradients_kernel(
             ]
             d_rows.append(
                 [
-                    [warp.load_pair(d_out, start + CHUNK * c) for c in chunks for start in starts]
-                    for chunks in group.chunk_pairs
+                    [warp.load_pair(d_out, start + CHUNK * c) for c in pair for start in starts]
+                    for pair in group.chunk_pairs
                 ]
             )
 
@@ -258,15 +238,15 @@ def _point_gradients_kernel(
         group.store_extents(all_extents, number, extents_refs)
 
         def multiply(block_of_rows, block):
-            moved = block_of_rows * (COLUMNS * image.pitch)
+            moved = block_of_rows * (COLUMNS * pitch(image))
             zero = warp.constant(0.0)
             totals = [[[zero] * 4 for _ in range(2)] for _ in range(2)]
-            for n, chunks in enumerate(group.chunk_pairs):
-                rows = (pair_rows if len(chunks) == 2 else last_rows) + moved
+            for n, pair in enumerate(group.chunk_pairs):
+                rows = (pair_rows if len(pair) == 2 else last_rows) + moved
                 right = warp.load_matrices(
-                    rows, offset=CHUNK_BYTES * chunks[0], count=2 * len(chunks), transposed=False
+                    rows, offset=CHUNK_BYTES * pair[0], count=2 * len(pair), transposed=False
                 )
-                size = len(chunks)
+                size = len(pair)
                 for half in range(2):
                     for part in range(2):
                         totals[half][part] = warp.add_product(
@@ -291,10 +271,7 @@ def _point_gradients_kernel(
                     condition, lambda x, token=token: x | group.bits(token, window), bits
                 )
             bits = warp.union(bits)
-            if not layout.resident:
-                group.copy_blocks(values, window, bits, stage, matrix)
-                warp.wait_for_own_copies()
-            first_block = window.number * matrix.window if layout.resident else warp.constant(0)
+            first_block = window.number * matrix.window
 
             def multiply_block(block, _):
                 multiply(first_block + block, block)
@@ -326,7 +303,4 @@ def _point_gradients_kernel(
         ]
         group.points.store_gradients(gradients, number, pulled, scratch)
 
-    part = warp.block % layout.parts
-    for_each_tile(
-        warp, group.points, tile, scratch, part=part, parts=layout.parts, ready=warp.wait_for_copies
-    )
+    for_each_tile(warp, group.points, tile, scratch, ready=warp.wait_for_copies)

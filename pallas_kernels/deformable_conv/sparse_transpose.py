@@ -12,15 +12,18 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.deformable_conv.group import Extents, Queries, num_tiles
-from pallas_kernels.deformable_conv.image_block import CHUNK, CHUNK_BYTES, Image
+from pallas_kernels.deformable_conv.image import Image, image_of
 from pallas_kernels.deformable_conv.interpolation import BASES, discard_non_finite
 from pallas_kernels.deformable_conv.launch import launch
 from pallas_kernels.deformable_conv.matrix_rows import (
+    CHUNK,
+    CHUNK_BYTES,
     COLUMNS,
     Matrix,
     MatrixGroup,
+    chunks,
     column_blocks,
-    image_of,
+    pitch,
 )
 from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD
 from pallas_kernels.deformable_conv.points import Multiscale, Points
@@ -54,7 +57,7 @@ def values_gradient(
         functools.partial(_values_gradient_kernel, image=image, matrix=matrix),
         name="deformable_values_gradient_sparse_matrix",
         num_blocks=d_out.shape[0] * image.groups * _parts(image, matrix),
-        shared_bytes=num_warps * (matrix.bytes + QUERIES * image.pitch + WORD * 4),
+        shared_bytes=num_warps * (matrix.bytes + QUERIES * pitch(image) + WORD * 4),
         points=points,
         inputs=(d_out, *extents),
         outputs=(jax.ShapeDtypeStruct(d_out.shape, d_out.dtype),),
@@ -105,7 +108,7 @@ def _values_gradient_kernel(
     first, num_tokens = windows[0].first, WINDOWS * matrix.columns
     own_blocks = matrix.window // warp.num_warps
     all_blocks = 2**matrix.window - 1
-    rows_bytes = QUERIES * image.pitch
+    rows_bytes = QUERIES * pitch(image)
     all_rows = shared + warp.num_warps * matrix.bytes
     all_bits = all_rows + warp.num_warps * rows_bytes
     scratch = shared + warp.warp * matrix.bytes
@@ -116,17 +119,17 @@ def _values_gradient_kernel(
     # the matrix begin in different banks.
     in_matrix, matrix_number = warp.lane & 7, warp.lane >> 3
     query = (in_matrix >> 1) + (in_matrix & 1) * 4 + (matrix_number & 1) * 8
-    right_rows = all_rows + query * image.pitch + (matrix_number >> 1) * CHUNK_BYTES
+    right_rows = all_rows + query * pitch(image) + (matrix_number >> 1) * CHUNK_BYTES
     place = shared + group.column * matrix.pitch
     place = place + (warp.warp * (own_blocks * COLUMNS) + group.row) * WORD
 
     def copy_rows(queries: Queries):
-        pieces = QUERIES * image.chunks
+        pieces = QUERIES * chunks(image)
         for step in range(-(-pieces // LANES)):
             piece = warp.lane + step * LANES
-            row, chunk = piece // image.chunks, piece % image.chunks
+            row, chunk = piece // chunks(image), piece % chunks(image)
             warp.copy_to_shared(
-                rows + row * image.pitch + chunk * CHUNK_BYTES,
+                rows + row * pitch(image) + chunk * CHUNK_BYTES,
                 d_out,
                 group.channel(group.inside(queries.first + row)) + chunk * CHUNK,
                 mask=None,
@@ -136,9 +139,9 @@ def _values_gradient_kernel(
         totals = [list(x) for x in totals]
         for half in range(2):
             right = []
-            for chunks in group.chunk_pairs:
-                address = right_rows + (slot * rows_bytes + half * 16 * image.pitch)
-                right += group.columns_of_rows(address, chunks)
+            for pair in group.chunk_pairs:
+                address = right_rows + (slot * rows_bytes + half * 16 * pitch(image))
+                right += group.columns_of_rows(address, pair)
             for block in range(own_blocks):
                 entries = [
                     [
@@ -155,7 +158,7 @@ def _values_gradient_kernel(
                     for t in (0, 8)
                 ]
                 left = [warp.pack(*e[i : i + 2], image.dtype) for i in (0, 2) for e in entries]
-                for chunk in range(image.chunks):
+                for chunk in range(chunks(image)):
                     totals[block][chunk] = warp.add_product(
                         totals[block][chunk], left, right[2 * chunk : 2 * chunk + 2], image.dtype
                     )
@@ -234,10 +237,10 @@ def _values_gradient_kernel(
         return warp.loop(count, visit, (load(warp.constant(0)), totals))[1]
 
     zero = warp.constant(0.0)
-    zeros = [[[zero] * 4 for _ in range(image.chunks)] for _ in range(own_blocks)]
+    zeros = [[[zero] * 4 for _ in range(chunks(image))] for _ in range(own_blocks)]
     totals = warp.loop(-(-tiles // LANES), visit_tiles_of_word, [zeros] * WINDOWS)
     for (n, window), block in itertools.product(enumerate(windows), range(own_blocks)):
-        for chunk, i in itertools.product(range(image.chunks), range(2)):
+        for chunk, i in itertools.product(range(chunks(image)), range(2)):
             token = (warp.warp * own_blocks + block) * COLUMNS + group.row + (8 * i)
             token = token + window.first
             index = group.channel(token) + group.column * 2 + CHUNK * chunk

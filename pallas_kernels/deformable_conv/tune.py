@@ -8,16 +8,18 @@ while training: a better choice belongs into `blocks.choose`.
 
 import argparse
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.deformable_conv import (
     blocks,
     gather,
     products,
-    shared_image,
+    row_gather,
     sparse_matrix,
     sparse_transpose,
     tent,
@@ -41,9 +43,9 @@ def _values_gradient(kernel: Callable, d_out, points):
 
 
 def _point_gradients(kernel: Callable, weights, values, points, d_out):
-    found = kernel(values, points._replace(weights=weights), d_out)
-    gradients, *others = found if isinstance(found, tuple) else (found,)
-    d_directions, d_scales, d_weights = gradients
+    d_directions, d_scales, d_weights, *others = jax.tree.leaves(
+        kernel(values, points._replace(weights=weights), d_out)
+    )
     return d_weights, d_directions, d_scales, *others
 
 
@@ -58,7 +60,7 @@ _CHAINED = {
 
 _KINDS = (
     blocks.Gather,
-    blocks.SharedImage,
+    blocks.RowGather,
     blocks.SparseMatrix,
     blocks.Product,
     blocks.TransposedProduct,
@@ -81,15 +83,13 @@ def _candidates(shape, dtype) -> Iterator[tuple[str, object, Callable]]:
                 b = blocks.Gather(tile(queries, 8), chunk, num_warps)
                 extra = dict(grid=Grid(h, w, *b.tile), chunk=chunk, num_warps=num_warps)
                 yield "forward", b, functools.partial(gather.forward, **extra, **options)
-    for kernel in ("forward", "point_gradients"):
-        if why_not_shared_image(kernel, shape, dtype) is None:
-            for num_warps in (4, 8, 12, 16):
-                b = blocks.SharedImage(num_warps)
-                extra = dict(h=h, w=w, num_warps=num_warps)
-                if kernel == "point_gradients":
-                    extra["dtypes"] = (jnp.dtype(dtype),) * 3
-                run = getattr(shared_image, kernel)
-                yield kernel, b, functools.partial(run, **extra, **options)
+    if is_hopper() and row_gather.why_not(h, w, shape[4], shape[5]) is None:
+        for kernel, num_warps in itertools.product(("forward", "point_gradients"), (4, 8, 12, 16)):
+            extra = dict(h=h, w=w, num_warps=num_warps)
+            if kernel == "point_gradients":
+                extra["dtypes"] = (jnp.dtype(dtype),) * 3
+            run = getattr(row_gather, kernel)
+            yield kernel, blocks.RowGather(num_warps), functools.partial(run, **extra, **options)
     if is_hopper() and sparse_matrix.why_not(h, w, shape[4], shape[5], dtype) is None:
         for kernel, b in _sparse_matrices(h, w, shape[4]):
             extra = dict(h=h, w=w, **b._asdict())
@@ -127,13 +127,6 @@ def _sparse_matrices(h: int, w: int, channels: int) -> Iterator:
                 yield "point_gradients", b
             if window % num_warps == 0:
                 yield "values_gradient", b
-
-
-def why_not_shared_image(kernel: str, shape, dtype) -> str | None:
-    """Why `shared_image.py` can't do the kernel here; None if it can."""
-    if not is_hopper():
-        return "it is for GPUs of compute capability 9"
-    return shared_image.why_not(*shape[1:3], shape[4], dtype, in_parts=kernel == "forward")
 
 
 def main() -> None:

@@ -15,86 +15,12 @@ from jax.experimental.mosaic.gpu import utils as mosaic
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 
+from pallas_kernels.deformable_conv.lanes import SCALARS, Lanes, assemble, dtype_of, type_named
 from pallas_kernels.deformable_conv.scalars import evaluate
 
 LANES = 32
 GLOBAL_MEMORY = 1  # LLVM's number of the address space
 ALL_LANES = "0xffffffff"
-
-
-class Lanes:
-    """A number or a condition of each lane: int32, float32 or bool."""
-
-    def __init__(self, value: ir.Value):
-        self.value = value
-
-    @property
-    def is_float(self) -> bool:
-        return isinstance(self.value.type, ir.FloatType)
-
-    def _with(self, other, of_floats: Callable, of_integers: Callable) -> "Lanes":
-        other = _like(self, other)
-        if self.is_float:
-            return Lanes(of_floats(self.value, other, fastmath=_contract()))
-        return Lanes(of_integers(self.value, other))
-
-    def __add__(self, other):
-        return self._with(other, arith.addf, arith.addi)
-
-    def __sub__(self, other):
-        return self._with(other, arith.subf, arith.subi)
-
-    def __mul__(self, other):
-        return self._with(other, arith.mulf, arith.muli)
-
-    def __floordiv__(self, other):
-        """For integers that are not negative, like `%`, `>>` and `<`."""
-        return Lanes(arith.divui(self.value, _like(self, other)))
-
-    def __mod__(self, other):
-        return Lanes(arith.remui(self.value, _like(self, other)))
-
-    def __and__(self, other):
-        return Lanes(arith.andi(self.value, _like(self, other)))
-
-    def __or__(self, other):
-        return Lanes(arith.ori(self.value, _like(self, other)))
-
-    def __rshift__(self, other):
-        return Lanes(arith.shrui(self.value, _like(self, other)))
-
-    def __lshift__(self, other):
-        return Lanes(arith.shli(self.value, _like(self, other)))
-
-    def __lt__(self, other):
-        return _compare(self, other, "OLT", "slt")
-
-    def __eq__(self, other):
-        return _compare(self, other, "OEQ", "eq")
-
-    def __ne__(self, other):
-        return _compare(self, other, "UNE", "ne")
-
-    __hash__ = None
-
-
-def _like(lanes: Lanes, number) -> ir.Value:
-    if isinstance(number, Lanes):
-        return number.value
-    return arith.constant(lanes.value.type, float(number) if lanes.is_float else int(number))
-
-
-def _contract() -> ir.Attribute:
-    """Lets a product and a sum become one instruction."""
-    return ir.Attribute.parse("#arith.fastmath<contract>")
-
-
-def _compare(a: Lanes, b, of_floats: str, of_integers: str) -> Lanes:
-    if a.is_float:
-        predicate = getattr(arith.CmpFPredicate, of_floats)
-        return Lanes(arith.cmpf(predicate, a.value, _like(a, b)))
-    predicate = getattr(arith.CmpIPredicate, of_integers)
-    return Lanes(arith.cmpi(predicate, a.value, _like(a, b)))
 
 
 class Warp:
@@ -105,16 +31,18 @@ class Warp:
         self.thread = Lanes(mosaic.thread_idx())  # in the block
         self.lane = self.thread & (LANES - 1)
         self.warp = Lanes(mosaic.warp_idx())  # in the block
-        self.block = Lanes(arith.index_cast(_type("i32"), gpu.block_id(gpu.Dimension.x)))
+        self.block = Lanes(arith.index_cast(type_named("i32"), gpu.block_id(gpu.Dimension.x)))
 
     # --- numbers -------------------------------------------------------------------------------
 
     def constant(self, number: int | float) -> Lanes:
-        return Lanes(arith.constant(_type("f32" if isinstance(number, float) else "i32"), number))
+        return Lanes(
+            arith.constant(type_named("f32" if isinstance(number, float) else "i32"), number)
+        )
 
     def apply(self, function: Callable, *args):
         """function(*args), of pytrees of lanes, for a function of JAX scalars."""
-        return evaluate(function, args, _SCALARS, _dtype_of)
+        return evaluate(function, args, SCALARS, dtype_of)
 
     def select(self, condition: Lanes, a: Lanes, b: Lanes) -> Lanes:
         return Lanes(arith.select(condition.value, a.value, b.value))
@@ -123,74 +51,67 @@ class Warp:
         """x of the lane number `source`."""
         kind = "f" if x.is_float else "r"
         text = f"shfl.sync.idx.b32 $0, $1, $2, 0x1f, {ALL_LANES};"
-        return _assemble(text, x.value.type, f"={kind},{kind},r", x, source, ordered=True)
+        return assemble(text, x.value.type, f"={kind},{kind},r", x, source, ordered=True)
 
     def ballot(self, condition: Lanes) -> Lanes:
         """A bit for each lane: where the condition holds."""
-        number = Lanes(arith.extui(_type("i32"), condition.value))
+        number = Lanes(arith.extui(type_named("i32"), condition.value))
         text = f"{{.reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 $0, p, {ALL_LANES};}}"
-        return _assemble(text, _type("i32"), "=r,r", number, ordered=True)
+        return assemble(text, type_named("i32"), "=r,r", number, ordered=True)
 
     def union(self, bits: Lanes) -> Lanes:
         """The bits that any lane has."""
         text = f"redux.sync.or.b32 $0, $1, {ALL_LANES};"
-        return _assemble(text, _type("i32"), "=r,r", bits, ordered=True)
+        return assemble(text, type_named("i32"), "=r,r", bits, ordered=True)
 
     def lowest(self, x: Lanes) -> Lanes:
         """The least of all lanes' integers."""
         text = f"redux.sync.min.s32 $0, $1, {ALL_LANES};"
-        return _assemble(text, _type("i32"), "=r,r", x, ordered=True)
+        return assemble(text, type_named("i32"), "=r,r", x, ordered=True)
 
     def highest(self, x: Lanes) -> Lanes:
         text = f"redux.sync.max.s32 $0, $1, {ALL_LANES};"
-        return _assemble(text, _type("i32"), "=r,r", x, ordered=True)
+        return assemble(text, type_named("i32"), "=r,r", x, ordered=True)
 
     def bit(self, n: Lanes) -> Lanes:
         """An integer of which bit n is set; 0 if, as an unsigned number, n is beyond 31."""
-        return _assemble("shl.b32 $0, 1, $1;", _type("i32"), "=r,r", n)
+        return assemble("shl.b32 $0, 1, $1;", type_named("i32"), "=r,r", n)
 
     def below(self, a: Lanes, b: Lanes) -> Lanes:
         """a < b of integers as unsigned numbers."""
         return Lanes(arith.cmpi(arith.CmpIPredicate.ult, a.value, b.value))
 
     def popcount(self, bits: Lanes) -> Lanes:
-        return _assemble("popc.b32 $0, $1;", _type("i32"), "=r,r", bits)
+        return assemble("popc.b32 $0, $1;", type_named("i32"), "=r,r", bits)
 
     def nth_bit(self, bits: Lanes, n: Lanes) -> Lanes:
         """The place of the set bit number n, counted from 0; -1 if there are no more."""
-        return _assemble("fns.b32 $0, $1, 0, $2;", _type("i32"), "=r,r,r", bits, n + 1)
+        return assemble("fns.b32 $0, $1, 0, $2;", type_named("i32"), "=r,r,r", bits, n + 1)
 
     def pack(self, low: Lanes, high: Lanes, dtype) -> Lanes:
         """Two float32 numbers in the 16 bits of `dtype` each."""
         text = f"cvt.rn.{_short(dtype)}x2.f32 $0, $1, $2;"
-        return _assemble(text, _type("i32"), "=r,f,f", high, low)
+        return assemble(text, type_named("i32"), "=r,f,f", high, low)
 
     def unpack(self, pair: Lanes, dtype) -> tuple[Lanes, Lanes]:
         """The float32 numbers of two of `dtype`'s 16 bits."""
         if jnp.dtype(dtype) == jnp.bfloat16:
             return self.as_float(pair << 16), self.as_float(pair & -65536)
         text = "{.reg .f16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b;}"
-        return tuple(_assemble(text, [_type("f32")] * 2, "=f,=f,r", pair))
+        return tuple(assemble(text, [type_named("f32")] * 2, "=f,=f,r", pair))
 
     def as_float(self, bits: Lanes) -> Lanes:
         """The float32 number that has these bits."""
-        return Lanes(arith.bitcast(_type("f32"), bits.value))
+        return Lanes(arith.bitcast(type_named("f32"), bits.value))
 
     def opaque(self, numbers):
         """The same pytree; what is computed of it is not shared with what was computed before."""
 
         def move(x: Lanes) -> Lanes:
             kind, name = ("f", "f32") if x.is_float else ("r", "b32")
-            return _assemble(
-                f"mov.{name} $0, $1;", x.value.type, f"={kind},{kind}", x, ordered=True
-            )
+            return assemble(f"mov.{name} $0, $1;", x.value.type, f"={kind},{kind}", x, ordered=True)
 
         return jax.tree.map(move, numbers)
-
-    def permute_bytes(self, x: Lanes, selector: Lanes) -> Lanes:
-        """The bytes of x that the digits of `selector` name, lowest first; digit 4 gives zero."""
-        text = "prmt.b32 $0, $1, 0, $2;"
-        return _assemble(text, _type("i32"), "=r,r,r", x, selector)
 
     # --- memory --------------------------------------------------------------------------------
 
@@ -209,10 +130,10 @@ class Warp:
         """`count` (1, 2 or 4) neighbours of 32 bits from element `index` of the flattened `ref`."""
         pointer = _element_and_pointer(ref, index)[1]
         if count == 1:
-            return [Lanes(llvm.load(_type("i32"), pointer))]
-        vector = ir.VectorType.get((count,), _type("i32"))
+            return [Lanes(llvm.load(type_named("i32"), pointer))]
+        vector = ir.VectorType.get((count,), type_named("i32"))
         words = llvm.load(vector, pointer, alignment=4 * count)
-        at = (arith.constant(_type("i32"), i) for i in range(count))
+        at = (arith.constant(type_named("i32"), i) for i in range(count))
         return [Lanes(llvm.extractelement(words, i)) for i in at]
 
     def store_words(self, ref: ir.Value, index: Lanes, words: list, *, mask: Lanes | None) -> None:
@@ -223,18 +144,18 @@ class Warp:
         if len(words) > 1:
             value = llvm.mlir_undef(ir.VectorType.get((len(words),), value.type))
             for i, x in enumerate(words):
-                value = llvm.insertelement(value, x.value, arith.constant(_type("i32"), i))
+                value = llvm.insertelement(value, x.value, arith.constant(type_named("i32"), i))
         _where(mask, lambda: llvm.store(value, pointer, alignment=4 * len(words)))
 
     def load_half(self, ref: ir.Value, index: Lanes) -> Lanes:
         """A number of 16 bits of the flattened `ref`, as it is, above it zeros."""
-        number = llvm.load(_type("i16"), _element_and_pointer(ref, index)[1])
-        return Lanes(arith.extui(_type("i32"), number))
+        number = llvm.load(type_named("i16"), _element_and_pointer(ref, index)[1])
+        return Lanes(arith.extui(type_named("i32"), number))
 
     def store_half(self, ref: ir.Value, index: Lanes, bits: Lanes, *, mask: Lanes | None) -> None:
         """The lower 16 bits into the flattened `ref` where `mask` says so; None: everywhere."""
         pointer = _element_and_pointer(ref, index)[1]
-        number = arith.trunci(_type("i16"), bits.value)
+        number = arith.trunci(type_named("i16"), bits.value)
         _where(mask, lambda: llvm.store(number, pointer))
 
     def load(self, ref: ir.Value, index: Lanes, count: int = 1):
@@ -243,30 +164,16 @@ class Warp:
         if count == 1:
             return _to_float32(llvm.load(element, pointer))
         pair = llvm.load(ir.VectorType.get((2,), element), pointer)
-        at = (arith.constant(_type("i32"), i) for i in range(2))
+        at = (arith.constant(type_named("i32"), i) for i in range(2))
         return tuple(_to_float32(llvm.extractelement(pair, i)) for i in at)
 
     def load_pair(self, ref: ir.Value, index: Lanes) -> Lanes:
         """Two neighbours of 16 bits, or one number of 32, of the flattened `ref`, as they are."""
-        return Lanes(llvm.load(_type("i32"), _element_and_pointer(ref, index)[1]))
-
-    def store(self, ref: ir.Value, index: Lanes, *numbers: Lanes, mask: Lanes | None) -> None:
-        """One float32 number, or two neighbours, into the flattened `ref` where `mask`
-        says so; None: everywhere."""
-        element, pointer = _element_and_pointer(ref, index)
-        values = [x.value for x in numbers]
-        if element != _type("f32"):
-            values = [arith.truncf(element, value) for value in values]
-        value = values[0]
-        if len(values) == 2:
-            value = llvm.mlir_undef(ir.VectorType.get((2,), element))
-            for i, x in enumerate(values):
-                value = llvm.insertelement(value, x, arith.constant(_type("i32"), i))
-        _where(mask, lambda: llvm.store(value, pointer))
+        return Lanes(llvm.load(type_named("i32"), _element_and_pointer(ref, index)[1]))
 
     def shared_memory(self, ref: ir.Value) -> Lanes:
         """The address of the block's shared memory `ref`, in bytes."""
-        return Lanes(llvm.ptrtoint(_type("i32"), mosaic.memref_ptr(ref)))
+        return Lanes(llvm.ptrtoint(type_named("i32"), mosaic.memref_ptr(ref)))
 
     def store_pair(self, ref: ir.Value, index: Lanes, pair: Lanes, *, mask: Lanes | None) -> None:
         """Two neighbours of 16 bits, as they are, into the flattened `ref` where `mask`
@@ -280,9 +187,9 @@ class Warp:
         """Begins to copy 16 bytes; `wait_for_copies` ends all copies of the block."""
 
         def copy():
-            pointer = Lanes(llvm.ptrtoint(_type("i64"), _element_and_pointer(ref, index)[1]))
+            pointer = Lanes(llvm.ptrtoint(type_named("i64"), _element_and_pointer(ref, index)[1]))
             text = "cp.async.cg.shared.global [$0], [$1], 16;"
-            _assemble(text, None, "r,l,~{memory}", address, pointer, ordered=True)
+            assemble(text, None, "r,l,~{memory}", address, pointer, ordered=True)
 
         _where(mask, copy)
 
@@ -290,9 +197,9 @@ class Warp:
         """`count` (1, 2 or 4) neighbouring float32 numbers at a byte address in shared memory."""
         width = f".v{count}" if count > 1 else ""
         names = ",".join(f"${i}" for i in range(count))
-        return _assemble(
+        return assemble(
             f"ld.shared{width}.f32 {'{' + names + '}' if width else names}, [${count}];",
-            [_type("f32")] * count if width else _type("f32"),
+            [type_named("f32")] * count if width else type_named("f32"),
             "=f," * count + "r,~{memory}",
             address,
             ordered=True,
@@ -300,9 +207,9 @@ class Warp:
 
     def load_shared_where(self, mask: Lanes, address: Lanes, otherwise: Lanes) -> Lanes:
         """The float32 number at a byte address in shared memory where `mask` says so."""
-        return _assemble(
+        return assemble(
             "mov.f32 $0, $3; @$1 ld.shared.f32 $0, [$2];",
-            _type("f32"),
+            type_named("f32"),
             "=&f,b,r,f,~{memory}",
             mask,
             address,
@@ -313,7 +220,7 @@ class Warp:
     def store_shared_where(self, mask: Lanes, address: Lanes, number: Lanes) -> None:
         """A float32 number at a byte address in shared memory where `mask` says so."""
         text = "@$0 st.shared.f32 [$1], $2;"
-        _assemble(text, None, "b,r,f,~{memory}", mask, address, number, ordered=True)
+        assemble(text, None, "b,r,f,~{memory}", mask, address, number, ordered=True)
 
     def load_shared_bits(self, address: Lanes) -> Lanes:
         """32 bits at a byte address in shared memory."""
@@ -323,9 +230,9 @@ class Warp:
         """`count` (1, 2 or 4) neighbours of 32 bits, `offset` bytes from an address."""
         names = ",".join(f"${i}" for i in range(count))
         names, width = (f"{{{names}}}", f".v{count}") if count > 1 else (names, "")
-        return _assemble(
+        return assemble(
             f"ld.shared{width}.b32 {names}, [${count}+{offset}];",
-            [_type("i32")] * count,
+            [type_named("i32")] * count,
             "=r," * count + "r,~{memory}",
             address,
             ordered=True,
@@ -334,7 +241,7 @@ class Warp:
     def load_shared_half(self, address: Lanes, offset: int) -> Lanes:
         """16 bits, above them zeros, `offset` bytes from an address in shared memory."""
         text = f"{{.reg .b16 x; ld.shared.b16 x, [$1+{offset}]; cvt.u32.u16 $0, x;}}"
-        return _assemble(text, _type("i32"), "=r,r,~{memory}", address, ordered=True)
+        return assemble(text, type_named("i32"), "=r,r,~{memory}", address, ordered=True)
 
     def store_shared(self, address: Lanes, *numbers: Lanes) -> None:
         """1, 2 or 4 neighbouring numbers of 32 bits at a byte address in shared memory."""
@@ -342,7 +249,7 @@ class Warp:
         names = f"{{{names}}}" if len(numbers) > 1 else names
         width = f".v{len(numbers)}" if len(numbers) > 1 else ""
         kinds = ["f" if x.is_float else "r" for x in numbers]
-        _assemble(
+        assemble(
             f"st.shared{width}.b32 [$0], {names};",
             None,
             ",".join(["r", *kinds, "~{memory}"]),
@@ -351,20 +258,15 @@ class Warp:
             ordered=True,
         )
 
-    def wait_for_own_copies(self) -> None:
-        """Ends all copies that lanes of this warp have begun."""
-        _assemble("cp.async.wait_all;", None, "~{memory}", ordered=True)
-        self.wait_for_lanes()
-
     def wait_for_lanes(self) -> None:
         """What any lane of the warp has stored before, all lanes load after."""
-        _assemble(f"bar.warp.sync {ALL_LANES};", None, "~{memory}", ordered=True)
+        assemble(f"bar.warp.sync {ALL_LANES};", None, "~{memory}", ordered=True)
 
     def wait_for_block(self) -> None:
         gpu.barrier()
 
     def wait_for_copies(self) -> None:
-        _assemble("cp.async.wait_all;", None, "~{memory}", ordered=True)
+        assemble("cp.async.wait_all;", None, "~{memory}", ordered=True)
         gpu.barrier()
 
     # --- matrices ------------------------------------------------------------------------------
@@ -376,19 +278,14 @@ class Warp:
         """
         registers = ",".join(f"${i}" for i in range(count))
         trans = ".trans" if transposed else ""
-        return _assemble(
+        return assemble(
             f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {{{registers}}}, "
             f"[${count}+{offset}];",
-            [_type("i32")] * count,
+            [type_named("i32")] * count,
             "=r," * count + "r,~{memory}",
             address,
             ordered=True,
         )
-
-    def transpose(self, x: Lanes) -> Lanes:
-        """A matrix of 8 x 8 numbers of 16 bits in one register, transposed."""
-        text = "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;"
-        return _assemble(text, _type("i32"), "=r,r", x, ordered=True)
 
     def add_product(self, total: list, left: list, right: list, dtype) -> list:
         """total + left right of matrices 16 x 8, 16 x k and k x 8, where k is 8 times len(right).
@@ -401,10 +298,10 @@ class Warp:
             groups.append("{" + ",".join(f"${i}" for i in range(start, start + count)) + "}")
             start += count
         kind = _short(dtype)
-        return _assemble(
+        return assemble(
             f"mma.sync.aligned.m16n8k{8 * len(right)}.row.col.f32.{kind}.{kind}.f32 "
             f"{', '.join(groups)};",
-            [_type("f32")] * 4,
+            [type_named("f32")] * 4,
             ",".join(["=f"] * 4 + ["r"] * (len(left) + len(right)) + ["f"] * 4),
             *left,
             *right,
@@ -428,8 +325,8 @@ class Warp:
         All lanes of the warp must agree on `count`.
         """
         leaves, tree = jax.tree.flatten(carry)
-        first, step = (arith.constant(_type("i32"), x) for x in (0, 1))
-        end = count.value if isinstance(count, Lanes) else arith.constant(_type("i32"), count)
+        first, step = (arith.constant(type_named("i32"), x) for x in (0, 1))
+        end = count.value if isinstance(count, Lanes) else arith.constant(type_named("i32"), count)
         loop = scf.ForOp(first, end, step, [leaf.value for leaf in leaves])
         with ir.InsertionPoint(loop.body):
             now = jax.tree.unflatten(tree, [Lanes(x) for x in loop.inner_iter_args])
@@ -438,16 +335,12 @@ class Warp:
         return jax.tree.unflatten(tree, [Lanes(x) for x in loop.results])
 
 
-def _type(name: str) -> ir.Type:
-    return ir.Type.parse(name)
-
-
 def _short(dtype) -> str:
     return {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[jnp.dtype(dtype).name]
 
 
 def _to_float32(value: ir.Value) -> Lanes:
-    return Lanes(value if value.type == _type("f32") else arith.extf(_type("f32"), value))
+    return Lanes(value if value.type == type_named("f32") else arith.extf(type_named("f32"), value))
 
 
 def _element_and_pointer(ref: ir.Value, index: Lanes) -> tuple[ir.Type, ir.Value]:
@@ -456,7 +349,7 @@ def _element_and_pointer(ref: ir.Value, index: Lanes) -> tuple[ir.Type, ir.Value
     global_pointer = llvm.PointerType.get(GLOBAL_MEMORY)
     if pointer.type != global_pointer:
         pointer = llvm.addrspacecast(global_pointer, pointer)
-    wide = arith.extsi(_type("i64"), index.value)
+    wide = arith.extsi(type_named("i64"), index.value)
     return element, mosaic.getelementptr(pointer, [wide], element)
 
 
@@ -468,96 +361,3 @@ def _where(mask: Lanes | None, body: Callable) -> None:
     with ir.InsertionPoint(branch.then_block):
         body()
         scf.yield_([])
-
-
-def _assemble(text: str, result, constraints: str, *args: Lanes, ordered: bool = False):
-    """PTX with one result, several (a list of types) or none; `ordered`: it keeps its place."""
-    if isinstance(result, list) and len(result) == 1:
-        return [_assemble(text, result[0], constraints, *args, ordered=ordered)]
-    several = isinstance(result, list)
-    kind = llvm.StructType.get_literal(result) if several else result
-    values = [x.value for x in args]
-    out = llvm.inline_asm(kind, values, text, constraints, has_side_effects=ordered)
-    if several:
-        return [Lanes(llvm.extractvalue(t, out, [i])) for i, t in enumerate(result)]
-    return None if result is None else Lanes(out)
-
-
-# --- JAX scalars -> lanes ------------------------------------------------------------------------
-
-
-def _dtype_of(x: Lanes):
-    return jnp.float32 if x.is_float else jnp.int32
-
-
-def _unary(text: str) -> Callable:
-    """A float32 of a float32 in one instruction."""
-
-    def apply(x, **params):
-        del params
-        return _assemble(text, _type("f32"), "=f,f", x)
-
-    return apply
-
-
-def _binary(of_lanes: Callable) -> Callable:
-    """`of_lanes` of two operands, one of which may be a number."""
-
-    def apply(a, b, **params):
-        del params
-        if not isinstance(a, Lanes):
-            a = Lanes(_like(b, a))
-        return of_lanes(a, b)
-
-    return apply
-
-
-def _extremum(of_floats: str, of_integers: Callable) -> Callable:
-    def apply(a, b):
-        if a.is_float:
-            text = f"{of_floats} $0, $1, $2;"
-            return _assemble(text, _type("f32"), "=f,f,f", a, Lanes(_like(a, b)))
-        return Lanes(of_integers(a.value, _like(a, b)))
-
-    return _binary(apply)
-
-
-def _select_n(condition: Lanes, if_false, if_true) -> Lanes:
-    if not isinstance(if_false, Lanes):
-        if isinstance(if_true, Lanes):
-            if_false = Lanes(_like(if_true, if_false))
-        else:
-            if_false = Lanes(arith.constant(_type("f32"), float(if_false)))
-    return Lanes(arith.select(condition.value, _like(if_false, if_true), if_false.value))
-
-
-def _convert(x, *, new_dtype, **params) -> Lanes:
-    del params
-    if not isinstance(x, Lanes):
-        return jnp.dtype(new_dtype).type(x)
-    to_float = jnp.issubdtype(new_dtype, jnp.floating)
-    if to_float == x.is_float:
-        return x
-    text, kinds = ("cvt.rn.f32.s32", "=f,r") if to_float else ("cvt.rzi.s32.f32", "=r,f")
-    return _assemble(f"{text} $0, $1;", _type("f32" if to_float else "i32"), kinds, x)
-
-
-_SCALARS = {
-    "add": _binary(lambda a, b: a + b),
-    "sub": _binary(lambda a, b: a - b),
-    "mul": _binary(lambda a, b: a * b),
-    "neg": lambda x, **_: x * -1,
-    "and": _binary(lambda a, b: a & b),
-    "lt": _binary(lambda a, b: a < b),
-    "ge": _binary(lambda a, b: _compare(a, b, "OGE", "sge")),
-    "max": _extremum("max.NaN.f32", arith.maxsi),
-    "min": _extremum("min.NaN.f32", arith.minsi),
-    "abs": _unary("abs.f32 $0, $1;"),
-    "square": lambda x, **_: x * x,
-    "floor": _unary("cvt.rmi.f32.f32 $0, $1;"),
-    "ceil": _unary("cvt.rpi.f32.f32 $0, $1;"),
-    "exp2": _unary("ex2.approx.ftz.f32 $0, $1;"),
-    "rsqrt": _unary("rsqrt.approx.ftz.f32 $0, $1;"),
-    "select_n": _select_n,
-    "convert_element_type": _convert,
-}
