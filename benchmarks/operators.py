@@ -14,11 +14,12 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import flags
+from tqdm import tqdm
 
 from flowdcn_jax import command
 from flowdcn_jax.command import file_to_write, write_json
@@ -28,7 +29,7 @@ from flowdcn_jax.files import atomic_write
 from pallas_kernels.deformable_conv import multiscale_deformable_aggregate
 from pallas_kernels.deformable_conv.api import why_not_pallas
 from pallas_kernels.deformable_conv.named_shapes import NAMED_SHAPES, model_inputs
-from pallas_kernels.timing import compile_calls, median_ms, milliseconds
+from pallas_kernels.timing import compile_calls, milliseconds, milliseconds_in_a_row
 
 _SHAPES = flags.DEFINE_multi_string(
     "shape",
@@ -52,31 +53,28 @@ def main() -> None:
     shapes = [_parse_shape(text) for text in _SHAPES.value]
     if reason := why_not_pallas():
         raise UserError(f"the kernels can't be timed here: {reason}")
+    subjects = [subject for shape in shapes for subject in _subjects(shape)]
+    if plot:
+        sides = [(64 * 256 // side**2, side, side, 16, 72) for side in _PLOTTED]
+        plotted = (_attention, functools.partial(_ours, "pallas", "bfloat16", 1.0))
+        subjects += [make(shape) for shape in sides if shape not in shapes for make in plotted]
+    with ThreadPoolExecutor() as pool:
+        compiled = pool.map(_compile, subjects)
+        programs = list(tqdm(compiled, "compiling", total=len(subjects), unit="row"))
     report = {"machine": describe_machine(), "copy_bytes_per_s": _copy_rate(), "results": []}
     print(f"copy: {report['copy_bytes_per_s'] / 1e12:.2f} TB/s", flush=True)
     print(
         "| B,h,w,G,C | what | fwd ms | bwd ms | fwd TB/s | bwd TB/s | over floor | of attention |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for shape in shapes:
-        _add(report, shape, "attention bfloat16", *_time_attention(shape))
-        for dtype in ("bfloat16", "float32"):
-            for widening in (1.0, 3.0):
-                name = f"pallas {dtype}" + (" x3" if widening > 1 else "")
-                _add(report, shape, name, *_time_ours(shape, dtype, "pallas", widening))
-        if shape[1] * shape[2] <= _XLA_TOKENS.value:
-            _add(report, shape, "xla bfloat16", *_time_ours(shape, "bfloat16", "xla", 1.0))
-        if _OFFICIAL.value:
+    for subject, calls in zip(subjects, programs, strict=True):
+        _add(report, subject.shape, subject.what, *_times(subject, calls))
+    if _OFFICIAL.value:
+        for shape in shapes:
             for dtype in ("bfloat16", "float32"):
                 times = _time_official(Path(_OFFICIAL.value), shape, dtype)
                 _add(report, shape, f"official {dtype}", *times)
     if plot:
-        done = {(row["shape"], row["what"]) for row in report["results"]}
-        for side in _PLOTTED:
-            shape = (64 * 256 // side**2, side, side, 16, 72)
-            if (_name(shape), "pallas bfloat16") not in done:
-                _add(report, shape, "attention bfloat16", *_time_attention(shape))
-                _add(report, shape, "pallas bfloat16", *_time_ours(shape, "bfloat16", "pallas", 1))
         _plot(report["results"], plot)
     write_json(out, report)
 
@@ -95,47 +93,86 @@ def _name(shape) -> str:
 def _copy_rate() -> float:
     """Bytes read and written a second by a large copy."""
     array = jnp.zeros((_COPY_BYTES // 4,), jnp.int32)
-    ms = median_ms(jax.jit(lambda x: x + 1), array)
+    ms = milliseconds_in_a_row(jax.jit(lambda x: x + 1), array)
     return 2 * _COPY_BYTES / ms * 1e3
 
 
-def _time_ours(shape, dtype: str, implementation: str, widening: float) -> tuple[float, float]:
-    """(forward, backward) in milliseconds of the form that the model uses."""
-    values, points, d_out = model_inputs((*shape, _K), dtype, widening=widening)
-    options = dict(direction_prior=points.direction_prior, max_scale=points.max_scale)
+class Subject(NamedTuple):
+    """Something to time: a row of the table."""
+
+    shape: tuple[int, ...]
+    what: str
+    forward: Callable
+    backward: Callable  # (d_out, *inputs of forward)
+    make_inputs: Callable  # () -> (d_out, inputs of forward)
+    backward_runs_forward: bool = False
+
+
+def _subjects(shape) -> list[Subject]:
+    subjects = [_attention(shape)]
+    for dtype in ("bfloat16", "float32"):
+        subjects += [_ours("pallas", dtype, widening, shape) for widening in (1.0, 3.0)]
+    if shape[1] * shape[2] <= _XLA_TOKENS.value:
+        subjects.append(_ours("xla", "bfloat16", 1.0, shape))
+    return subjects
+
+
+def _ours(implementation: str, dtype: str, widening: float, shape) -> Subject:
+    """The form that the model uses."""
 
     def forward(values, *points):
+        directions, scales, weights, scale_prior, direction_prior, max_scale = points
         return multiscale_deformable_aggregate(
-            values, *points, implementation=implementation, **options
+            values,
+            directions,
+            scales,
+            weights,
+            scale_prior,
+            direction_prior=direction_prior,
+            max_scale=max_scale,
+            implementation=implementation,
         )
 
     def backward(d_out, *inputs):
-        return jax.vjp(forward, *inputs)[1](d_out)  # the output is not wanted, nor computed
+        def of_learned(*learned):
+            return forward(*learned, *inputs[5:])
 
-    inputs = (values, *points[:4])
-    return _time_all([(forward, inputs), (backward, (d_out, *inputs))])
+        return jax.vjp(of_learned, *inputs[:5])[1](d_out)  # the output is not computed
+
+    def make_inputs():
+        values, points, d_out = model_inputs((*shape, _K), dtype, widening=widening)
+        return d_out, (values, *points)
+
+    what = f"{implementation} {dtype}" + (" x3" if widening > 1 else "")
+    return Subject(shape, what, forward, backward, make_inputs)
 
 
-def _time_attention(shape) -> tuple[float, float]:
-    """(forward, backward) in milliseconds of cuDNN's attention over the same tokens and heads."""
+def _attention(shape) -> Subject:
+    """cuDNN's, over the same tokens and heads."""
     b, h, w, g, c = shape
-    queries = jax.random.normal(jax.random.key(0), (b, h * w, g, c), jnp.bfloat16)
     attention = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
 
-    def both(d_out, *inputs):
+    def backward(d_out, *inputs):
         return jax.vjp(attention, *inputs)[1](d_out)  # runs the forward too: it needs its sums
 
-    inputs = (queries,) * 3
-    forward_ms, both_ms = _time_all([(attention, inputs), (both, (queries, *inputs))])
-    return forward_ms, both_ms - forward_ms
+    def make_inputs():
+        queries = jax.random.normal(jax.random.key(0), (b, h * w, g, c), jnp.bfloat16)
+        return queries, (queries,) * 3
+
+    return Subject(shape, "attention bfloat16", attention, backward, make_inputs, True)
 
 
-def _time_all(functions: list[tuple[Callable, tuple]]) -> tuple[float, ...]:
-    with ThreadPoolExecutor() as pool:
-        programs = list(pool.map(lambda entry: compile_calls(entry[0], *entry[1]), functions))
-    return tuple(
-        milliseconds(program, *args) for program, (_, args) in zip(programs, functions, strict=True)
-    )
+def _compile(subject: Subject) -> tuple[Callable, Callable]:
+    d_out, inputs = jax.eval_shape(subject.make_inputs)
+    return compile_calls(subject.forward, *inputs), compile_calls(subject.backward, d_out, *inputs)
+
+
+def _times(subject: Subject, programs: tuple[Callable, Callable]) -> tuple[float, float]:
+    """(forward, backward) in milliseconds."""
+    d_out, inputs = subject.make_inputs()
+    forward_ms = milliseconds(programs[0], *inputs)
+    backward_ms = milliseconds(programs[1], d_out, *inputs)
+    return forward_ms, backward_ms - (forward_ms if subject.backward_runs_forward else 0)
 
 
 def _time_official(folder: Path, shape, dtype: str) -> tuple[float, float]:

@@ -32,18 +32,23 @@ def compile_calls(function: Callable, chained: jax.Array, *args) -> Callable:
 
 
 def milliseconds(calls: Callable, *args, runs: int = 9) -> float:
-    """Median time of one of the calls of `compile_calls`, in milliseconds.
+    """Median time of one of the calls of `compile_calls`, in milliseconds."""
+    return milliseconds_in_a_row(calls, *args, runs=runs) / CALLS
 
-    The device gets programs one after the other, without waiting for the host.
+
+def milliseconds_in_a_row(program: Callable, *args, runs: int = 9) -> float:
+    """Median time of a program in milliseconds, without its start and end.
+
+    The device gets one after the other, without waiting for the host.
     """
-    programs = math.ceil(TIMED_MS / median_ms(calls, *args, runs=1))
+    count = math.ceil(TIMED_MS / median_ms(program, *args, runs=1))
 
     def many(*args):
-        for _ in range(programs):
-            out = calls(*args)
+        for _ in range(count):
+            out = program(*args)
         return out
 
-    return median_ms(many, *args, runs=runs) / (programs * CALLS)
+    return median_ms(many, *args, runs=runs) / count
 
 
 def median_ms(function: Callable, *args, runs: int = 9) -> float:

@@ -186,17 +186,21 @@ def read_run(workdir: str, step: int | None) -> SavedRun:
 def save_weights(workdir: str | Path, params: dict, config) -> None:
     """Writes weights alone to an empty workdir, as its checkpoint 0.
 
-    Arrays are compressed a few at a time, so that it takes little memory beside the weights.
+    Arrays are written one at a time and not compressed, which random bits hardly can be: it takes
+    no more memory than the weights and the largest of them.
     """
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
-    handler = ocp.StandardCheckpointHandler(save_concurrent_gb=1.01 * largest / 1e9)
+    handler = ocp.PyTreeCheckpointHandler(
+        use_compression=False, save_concurrent_gb=1.01 * largest / 1e9
+    )
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    registry.add("ema", ocp.args.StandardSave, handler)
+    registry.add("ema", ocp.args.PyTreeSave, handler)
     registry.add("run", ocp.args.JsonSave)
     registry.add("checksums", ocp.args.JsonSave)
     folder = Path(workdir).absolute() / FOLDER
     with ocp.CheckpointManager(folder, handler_registry=registry) as manager:
-        manager.save(WEIGHTS_STEP, args=_save_args({"ema": params}, config, None, None))
+        args = _save_args({"ema": params}, config, None, None, ocp.args.PyTreeSave)
+        manager.save(WEIGHTS_STEP, args=args)
 
 
 class Weights(NamedTuple):
@@ -312,7 +316,11 @@ def _reader(folder: Path) -> ocp.CheckpointManager:
 
 
 def _save_args(
-    items: dict, config, class_names: tuple[str, ...] | None, data_identity: dict | None
+    items: dict,
+    config,
+    class_names: tuple[str, ...] | None,
+    data_identity: dict | None,
+    save: type = ocp.args.StandardSave,
 ) -> ocp.args.Composite:
     """What goes into a checkpoint: `items` (name -> tree of arrays), the run, and checksums."""
     run = {
@@ -323,7 +331,7 @@ def _save_args(
     checksums = {name: checksum(item) for name, item in items.items()}
     checksums["run"] = _text_checksum(run)
     return ocp.args.Composite(
-        **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+        **{name: save(item) for name, item in items.items()},
         run=ocp.args.JsonSave(run),
         checksums=ocp.args.JsonSave(checksums),
     )

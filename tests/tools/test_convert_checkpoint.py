@@ -80,7 +80,6 @@ def test_memory_and_time(config):
     assert code == 0, output
     measured = json.loads(output.splitlines()[-1])
     assert measured["weights_mb"] > 450
-    # That tensor, its compressed copy, and what is not exact about the kernel's counting.
-    assert measured["beyond_weights_mb"] < 2 * measured["largest_tensor_mb"] + 10, measured
+    assert measured["beyond_weights_mb"] < measured["largest_tensor_mb"], measured
     assert measured["narrow_peak_mb"] < 450, measured
     assert measured["cpu_seconds"] < 60, measured
