@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.deformable_conv.image import Image
@@ -42,6 +43,16 @@ class Extents(NamedTuple):
     def touch(self, first, count, image: Image):
         """Whether any corner may be among `count` tokens."""
         return (self.lowest < first + count) & (first < self.highest + (image.w + 2))
+
+
+def point_gradient_structs(points: Points, dtypes: tuple, image: Image) -> tuple:
+    """What kernels of the points' gradients write: these, and where the points lie (Extents)."""
+    gradients = (
+        jax.ShapeDtypeStruct(x.shape, dtype)
+        for x, dtype in zip(points.per_query, dtypes, strict=True)
+    )
+    shape = points.weights.shape[0], image.groups, num_tiles(image)
+    return *gradients, *Extents(*[jax.ShapeDtypeStruct(shape, jnp.int32)] * 2)
 
 
 class Group:

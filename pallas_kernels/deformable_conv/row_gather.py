@@ -23,7 +23,13 @@ from pallas_kernels.deformable_conv.channel_rows import (
     Rows,
     halves,
 )
-from pallas_kernels.deformable_conv.group import Extents, Group, for_each_tile, num_tiles
+from pallas_kernels.deformable_conv.group import (
+    Extents,
+    Group,
+    for_each_tile,
+    num_tiles,
+    point_gradient_structs,
+)
 from pallas_kernels.deformable_conv.image import Image, image_of, located
 from pallas_kernels.deformable_conv.launch import launch
 from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD, words_of_point
@@ -96,7 +102,6 @@ def point_gradients(
     table = 4 * points.weights.shape[-1] | 1  # odd: lanes' rows begin in different banks
     layout = _layout(values, points, h, w, boundary, num_warps, table)
     image = layout.image
-    extent = jax.ShapeDtypeStruct((values.shape[0], image.groups, num_tiles(image)), jnp.int32)
     *gradients, lowest, highest = launch(
         functools.partial(_point_gradients_kernel, layout=layout, table=table),
         name="deformable_point_gradients_row_gather",
@@ -104,14 +109,7 @@ def point_gradients(
         shared_bytes=layout.shared_bytes,
         points=points,
         inputs=(values, d_out),
-        outputs=(
-            *(
-                jax.ShapeDtypeStruct(x.shape, dtype)
-                for x, dtype in zip(points.per_query, dtypes, strict=True)
-            ),
-            extent,
-            extent,
-        ),
+        outputs=point_gradient_structs(points, dtypes, image),
         num_warps=num_warps,
         interpret=interpret,
     )

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.deformable_conv.group import Extents, for_each_tile, num_tiles
+from pallas_kernels.deformable_conv.group import Extents, for_each_tile, point_gradient_structs
 from pallas_kernels.deformable_conv.image import Image, gradients_of_point, image_of
 from pallas_kernels.deformable_conv.launch import MAX_SHARED_BYTES, launch
 from pallas_kernels.deformable_conv.matrix_rows import (
@@ -95,7 +95,6 @@ def point_gradients(
     """
     image = image_of(values, points, h, w, boundary)
     layout = Layout(image, Matrix(window), num_warps)
-    extent = jax.ShapeDtypeStruct((values.shape[0], image.groups, num_tiles(image)), jnp.int32)
     *gradients, lowest, highest = launch(
         functools.partial(_point_gradients_kernel, layout=layout),
         name="deformable_point_gradients_sparse_matrix",
@@ -103,14 +102,7 @@ def point_gradients(
         shared_bytes=layout.shared_bytes,
         points=points,
         inputs=(values, d_out),
-        outputs=(
-            *(
-                jax.ShapeDtypeStruct(x.shape, dtype)
-                for x, dtype in zip(points.per_query, dtypes, strict=True)
-            ),
-            extent,
-            extent,
-        ),
+        outputs=point_gradient_structs(points, dtypes, image),
         num_warps=num_warps,
         interpret=interpret,
     )

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.deformable_conv import pallas
+from pallas_kernels.deformable_conv.blocks import Blocks
 from pallas_kernels.deformable_conv.named_shapes import NAMED_SHAPES, model_inputs
 from pallas_kernels.deformable_conv.points import Multiscale, Offsets
 from pallas_kernels.deformable_conv.reference import deformable_aggregate_reference
@@ -100,3 +102,35 @@ def named_structs(shape, dtype):
 
 def lowered_for_cuda(function, *args) -> str:
     return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def points_that_are_not_finite():
+    """(values, points, the same without those that are not finite, d_out)."""
+    values, points, d_out = inputs((1, 4, 8, 1, 8, 3), "offsets", jnp.bfloat16, jnp.float32)
+    offsets = np.array(points.offsets)
+    bad = offsets.copy()
+    bad[0, 0, 0, 0, 1] = np.nan, 0
+    bad[0, 1, 2, 0, 0] = np.inf, 1
+    bad[0, 3, 7, 0, 2] = -3e38, 3e38
+    weights = np.array(points.weights)
+    weights[np.any(bad != offsets, axis=-1)] = 0
+    without = Offsets(jnp.asarray(offsets), jnp.asarray(weights))
+    return values, Offsets(jnp.asarray(bad), points.weights), without, d_out
+
+
+def check_released_in_float16(arrays: dict, case: str, blocks: Blocks, monkeypatch) -> None:
+    """`check_released` of simulated kernels, with channels filled up to eights."""
+    monkeypatch.setattr(pallas, "choose", lambda *_, **__: blocks)
+
+    def run(values, offsets, weights, cotangent):
+        def function(values, points):
+            return pallas.deformable_aggregate_pallas(values, points, "truncate", True)
+
+        channels = values.shape[-1]
+        pad = [(0, 0)] * 4 + [(0, -channels % 8)]
+        values, cotangent = (jnp.asarray(np.pad(x, pad), jnp.float16) for x in (values, cotangent))
+        points = Offsets(jnp.asarray(offsets), jnp.asarray(weights))
+        out, d_values, *d_points = output_and_gradients(function, values, points, cotangent)
+        return out[..., :channels], d_values[..., :channels], *d_points
+
+    check_released(arrays, case, run, tolerance=2e-3, product_tolerance=2e-3)

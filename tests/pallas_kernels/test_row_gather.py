@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.deformable_conv import pallas, row_gather
+from pallas_kernels.deformable_conv import row_gather
 from pallas_kernels.deformable_conv.blocks import Blocks, RowGather, SparseMatrix
 from pallas_kernels.deformable_conv.named_shapes import NAMED_SHAPES
-from pallas_kernels.deformable_conv.points import Offsets, flatten_points, flatten_tokens
+from pallas_kernels.deformable_conv.points import flatten_points, flatten_tokens
 from tests.comparison import relative_error
 from tests.pallas_kernels.aggregation import (
-    check_released,
+    check_released_in_float16,
     inputs,
     lowered_for_cuda,
     named_structs,
-    output_and_gradients,
+    points_that_are_not_finite,
     reference,
 )
 
@@ -76,16 +76,7 @@ def test_points_at_whole_tokens_and_at_the_border():
 
 
 def test_points_that_are_not_finite_add_nothing():
-    values, points, d_out = inputs((1, 4, 8, 1, 8, 3), "offsets", jnp.bfloat16, jnp.float32)
-    offsets = np.array(points.offsets)
-    bad = offsets.copy()
-    bad[0, 0, 0, 0, 1] = np.nan, 0
-    bad[0, 1, 2, 0, 0] = np.inf, 1
-    bad[0, 3, 7, 0, 2] = -3e38, 3e38
-    weights = np.array(points.weights)
-    weights[np.any(bad != offsets, axis=-1)] = 0
-    without = Offsets(jnp.asarray(offsets), jnp.asarray(weights))
-    points = Offsets(jnp.asarray(bad), points.weights)
+    values, points, without, d_out = points_that_are_not_finite()
     actual, expected = (forward(values, p, boundary="zeros") for p in (points, without))
     np.testing.assert_array_equal(actual, expected)
     for gradient in point_gradients(values, points, d_out, boundary="zeros"):
@@ -96,21 +87,8 @@ def test_points_that_are_not_finite_add_nothing():
 def test_operator_matches_official(case, fixture_file, monkeypatch):
     """With the sparse matrix for the gradient of the values, in float16."""
     rows, sparse = RowGather(num_warps=4), SparseMatrix(window=4, num_warps=4)
-    monkeypatch.setattr(pallas, "choose", lambda *_, **__: Blocks(rows, rows, sparse))
-
-    def run(values, offsets, weights, cotangent):
-        def function(values, points):
-            return pallas.deformable_aggregate_pallas(values, points, "truncate", True)
-
-        channels = values.shape[-1]
-        pad = [(0, 0)] * 4 + [(0, -channels % 8)]
-        values, cotangent = (jnp.asarray(np.pad(x, pad), jnp.float16) for x in (values, cotangent))
-        points = Offsets(jnp.asarray(offsets), jnp.asarray(weights))
-        out, d_values, *d_points = output_and_gradients(function, values, points, cotangent)
-        return out[..., :channels], d_values[..., :channels], *d_points
-
-    tolerances = dict(tolerance=2e-3, product_tolerance=2e-3)
-    check_released(fixture_file("op.npz"), case, run, **tolerances)
+    blocks = Blocks(rows, rows, sparse)
+    check_released_in_float16(fixture_file("op.npz"), case, blocks, monkeypatch)
 
 
 def test_what_it_cannot_take():
