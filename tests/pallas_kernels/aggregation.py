@@ -118,9 +118,16 @@ def points_that_are_not_finite():
     return values, Offsets(jnp.asarray(bad), points.weights), without, d_out
 
 
+def replace_in_pallas(monkeypatch, **functions) -> None:
+    """Replaces functions of `pallas.py`, and forgets for the test what was traced with others."""
+    for name, function in functions.items():
+        monkeypatch.setattr(pallas, name, function)
+    monkeypatch.setattr(pallas, "_sharded", functools.cache(pallas._sharded.__wrapped__))
+
+
 def check_released_in_float16(arrays: dict, case: str, blocks: Blocks, monkeypatch) -> None:
     """`check_released` of simulated kernels, with channels filled up to eights."""
-    monkeypatch.setattr(pallas, "choose", lambda *_, **__: blocks)
+    replace_in_pallas(monkeypatch, choose=lambda *_, **__: blocks)
 
     def run(values, offsets, weights, cotangent):
         def function(values, points):

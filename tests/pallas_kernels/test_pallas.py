@@ -21,7 +21,12 @@ from pallas_kernels.deformable_conv.pallas import deformable_aggregate_pallas
 from pallas_kernels.deformable_conv.points import Offsets
 from pallas_kernels.deformable_conv.reference import deformable_aggregate_reference
 from tests.comparison import relative_error
-from tests.pallas_kernels.aggregation import cast, check_released, output_and_gradients
+from tests.pallas_kernels.aggregation import (
+    cast,
+    check_released,
+    output_and_gradients,
+    replace_in_pallas,
+)
 
 SMALL = (2, 5, 4, 2, 3, 4)
 
@@ -190,9 +195,11 @@ def lower_for_cuda(function, *arrays) -> str:
         return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.parametrize("hopper", [False, True], ids=["any", "hopper"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", NAMED_SHAPES.values(), ids=NAMED_SHAPES)
-def test_every_named_shape_lowers_for_cuda(shape, dtype):
+def test_every_named_shape_lowers_for_cuda(shape, dtype, hopper, monkeypatch):
+    replace_in_pallas(monkeypatch, is_hopper=lambda: hopper)
     small = model_inputs((1, 1, 1, *shape[3:]))
     values, points, cotangent = cast(*small, dtype)
 
@@ -208,11 +215,13 @@ def test_every_named_shape_lowers_for_cuda(shape, dtype):
 
     both = functools.partial(output_and_gradients, function)
     text = lower_for_cuda(both, full(values), points, full(cotangent))
-    kernels = (
-        4 if blocks.choose(*shape[1:3], *shape[4:], dtype, hopper=False).values_gradient.skip else 3
-    )
-    calls = "stablehlo.custom_call @__gpu$xla.gpu.triton"
-    assert text.count(calls) == kernels
+    chosen = blocks.choose(*shape[1:3], *shape[4:], dtype, hopper=hopper)
+    mosaic = sum(isinstance(x, (blocks.RowGather, blocks.SparseMatrix)) for x in chosen)
+    assert (mosaic > 0) == hopper
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == mosaic
+    skips = getattr(chosen.values_gradient, "skip", False)  # in a kernel of its own
+    triton = 3 - mosaic + skips
+    assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == triton
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
