@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.deformable_conv import row_gather, sparse_matrix
+from pallas_kernels.deformable_conv import row_gather, row_products, sparse_matrix
 from pallas_kernels.deformable_conv.tiles import Grid
 
 LOAD_BYTES = 16  # of one load instruction of one thread
@@ -27,6 +27,12 @@ class Gather(NamedTuple):
 
 class RowGather(NamedTuple):
     """row_gather.forward, row_gather.point_gradients; for Hopper GPUs."""
+
+    num_warps: int  # a multiple of 4
+
+
+class RowProducts(NamedTuple):
+    """row_products.forward, row_products.point_gradients; for Hopper GPUs."""
 
     num_warps: int  # a multiple of 4
 
@@ -59,8 +65,8 @@ class TransposedProduct(NamedTuple):
 class Blocks(NamedTuple):
     """Block sizes of one call."""
 
-    forward: Gather | Product | RowGather | SparseMatrix
-    point_gradients: Product | RowGather | SparseMatrix
+    forward: Gather | Product | RowGather | RowProducts | SparseMatrix
+    point_gradients: Product | RowGather | RowProducts | SparseMatrix
     values_gradient: TransposedProduct | SparseMatrix
 
 
@@ -80,6 +86,9 @@ def choose(h: int, w: int, channels: int, num_points: int, dtype, *, hopper: boo
         if sparse_matrix.fits(h, w, channels, **sizes._asdict()):
             blocks = blocks._replace(point_gradients=sizes)
         blocks = blocks._replace(values_gradient=SparseMatrix(window=8, num_warps=4))
+    if hopper and row_products.why_not(h, w, channels, num_points, dtype) is None:
+        sizes = RowProducts(num_warps=4 if h * w <= FEW_TOKENS else 8)
+        blocks = blocks._replace(forward=sizes, point_gradients=sizes)
     return blocks
 
 

@@ -112,27 +112,72 @@ class Group:
             self.warp.store_pair(ref, index, number, mask=self.warp.lane == 0)
 
 
-def for_each_tile(warp: Warp, rows: PointRows, tile: Callable, scratch, *, ready: Callable):
-    """Calls tile(number, words of the points) for each tile of 32 queries of an image.
+class Share(NamedTuple):
+    """The tiles of 32 queries that a block has: all of an image's, or some.
 
-    Warps take turns. Points are loaded one tile ahead; ready() is called after the first load.
+    Of images that don't fit into shared memory, blocks have tiles below one another where rows are
+    whole tiles, since a window around them is smaller than around tiles side by side.
     """
-    tiles = num_tiles(rows.image)
-    workers, first = warp.num_warps, warp.warp
-    last = warp.constant(tiles - 1)
-    loaded = rows.load(warp.select(first < tiles, first, last))
+
+    image: Image
+    num_warps: int
+    whole: bool  # whether images fit
+    tiles_per_warp: int = 1  # if they don't
+
+    @property
+    def columns(self) -> int:
+        """Tiles in a row of the image."""
+        return 1 if self.whole or self.image.w % QUERIES else self.image.w // QUERIES
+
+    @property
+    def tiles(self) -> int:
+        """Of a column."""
+        return num_tiles(self.image) // self.columns
+
+    @property
+    def steps(self) -> int:
+        """Tiles of a warp."""
+        return -(-self.tiles // self.num_warps) if self.whole else self.tiles_per_warp
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that share an image."""
+        return self.columns * -(-self.tiles // (self.steps * self.num_warps))
+
+    def tile(self, warp, step):
+        """(the warp's tile number `step`, whether there is one: None if there always is)."""
+        block = warp.block % self.blocks
+        first = (block // self.columns) * (self.steps * self.num_warps)
+        row = first + step * self.num_warps + warp.warp
+        exists = None
+        if self.tiles % (self.steps * self.num_warps):
+            exists = row < self.tiles
+            row = warp.select(exists, row, first)
+        return row * self.columns + block % self.columns, exists
+
+
+def for_each_tile(
+    rows: PointRows, steps: int, tile: Callable, visit: Callable, scratch, *, ready: Callable
+) -> None:
+    """Calls visit(number, words of its points) for the warp's tiles of 32 queries.
+
+    tile(step) is (a tile's number, whether there is one: None if there always is). Points are
+    loaded one tile ahead; ready() is called after the first load.
+    """
+    warp = rows.warp
+    loaded = rows.load(tile(warp.constant(0))[0])
     ready()
 
-    def step(i, loaded):
-        number = i * workers + first
+    def step(n, loaded):
+        number, exists = tile(n)
 
-        def visit(loaded):
+        def visit_tile(loaded):
             words = rows.exchange(loaded, scratch)
-            following = number + workers
-            loaded = warp.when(following < tiles, lambda _: rows.load(following), loaded)
-            tile(number, words)
+            following = n + 1
+            loaded = warp.when(following < steps, lambda _: rows.load(tile(following)[0]), loaded)
+            visit(number, words)
             return loaded
 
-        return warp.when(number < tiles, visit, loaded) if tiles % workers else visit(loaded)
+        return visit_tile(loaded) if exists is None else warp.when(exists, visit_tile, loaded)
 
-    warp.loop(-(-tiles // workers), step, loaded)
+    warp.loop(steps, step, loaded)

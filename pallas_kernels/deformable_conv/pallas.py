@@ -21,6 +21,7 @@ from pallas_kernels.deformable_conv import (
     gather,
     products,
     row_gather,
+    row_products,
     sparse_matrix,
     sparse_transpose,
     tent,
@@ -30,6 +31,7 @@ from pallas_kernels.deformable_conv.blocks import (
     Blocks,
     Gather,
     RowGather,
+    RowProducts,
     SparseMatrix,
     choose,
 )
@@ -90,6 +92,8 @@ def _forward(values, *fields, form: type, boundary: str, interpret: bool) -> tup
         )
     elif isinstance(tiling, RowGather):
         forward = functools.partial(row_gather.forward, h=h, w=w, **options)
+    elif isinstance(tiling, RowProducts):
+        forward = functools.partial(row_products.forward, h=h, w=w, **options)
     elif isinstance(tiling, SparseMatrix):
         forward = functools.partial(
             sparse_matrix.forward, h=h, w=w, window=tiling.window, **options
@@ -118,6 +122,8 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
     several, extents = len(d_out_parts) > 1, None
     if isinstance(tiling, RowGather):
         point_gradients = functools.partial(row_gather.point_gradients, h=h, w=w)
+    elif isinstance(tiling, RowProducts):
+        point_gradients = functools.partial(row_products.point_gradients, h=h, w=w)
     elif isinstance(tiling, SparseMatrix):
         point_gradients = functools.partial(
             sparse_matrix.point_gradients, h=h, w=w, window=tiling.window
@@ -139,7 +145,7 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
         )
         for values_part, d_out_part in zip(_channel_parts(values), d_out_parts, strict=True)
     ]
-    if isinstance(tiling, (RowGather, SparseMatrix)):
+    if isinstance(tiling, (RowGather, RowProducts, SparseMatrix)):
         ((gradients, extents),) = d_points  # all channels are one part
         d_points = [gradients]
     d_points = jax.tree.map(lambda *parts: sum(parts), *d_points)

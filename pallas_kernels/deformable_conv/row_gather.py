@@ -10,14 +10,11 @@ shared between queries, so every run gives the same bits.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.deformable_conv.channel_rows import (
-    LOAD_BYTES,
     SHARERS,
     Layout,
     Rows,
@@ -26,15 +23,15 @@ from pallas_kernels.deformable_conv.channel_rows import (
 from pallas_kernels.deformable_conv.group import (
     Extents,
     Group,
-    for_each_tile,
-    num_tiles,
     point_gradient_structs,
 )
-from pallas_kernels.deformable_conv.image import Image, image_of, located
+from pallas_kernels.deformable_conv.image import Image, image_of
+from pallas_kernels.deformable_conv.inner_corners import corners_of_points, gradients_of_points
 from pallas_kernels.deformable_conv.launch import launch
 from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD, words_of_point
 from pallas_kernels.deformable_conv.points import Points
 from pallas_kernels.deformable_conv.warp import LANES, Warp
+from pallas_kernels.deformable_conv.windows import COPY_BYTES, for_each_tile_with_window
 
 AT_A_TIME = LANES // SHARERS  # queries
 MAX_POINTS = 9  # whose corners fit into registers
@@ -56,7 +53,7 @@ def why_not(h: int, w: int, channels: int, num_points: int) -> str | None:
 def fits(h: int, w: int, channels: int, dtype) -> bool:
     """Whether the forward finds room for a whole image, with eight warps."""
     image = Image(1, h, w, channels, MAX_POINTS, np.dtype(dtype), "zeros")
-    return Layout(image, 8, QUERIES * WORD * (4 * MAX_POINTS | 1)).whole
+    return Layout(image, 8, QUERIES * WORD * (4 * MAX_POINTS | 1)).rows == h
 
 
 def _layout(values, points: Points, h: int, w: int, boundary: str, num_warps: int, table: int):
@@ -72,7 +69,7 @@ def forward(values, points, *, h: int, w: int, boundary: str, num_warps: int, in
     (out,) = launch(
         functools.partial(_forward_kernel, layout=layout),
         name="deformable_forward_row_gather",
-        num_blocks=values.shape[0] * layout.image.groups * layout.parts,
+        num_blocks=values.shape[0] * layout.image.groups * layout.share.blocks,
         shared_bytes=layout.shared_bytes,
         points=points,
         inputs=(values,),
@@ -105,7 +102,7 @@ def point_gradients(
     *gradients, lowest, highest = launch(
         functools.partial(_point_gradients_kernel, layout=layout, table=table),
         name="deformable_point_gradients_row_gather",
-        num_blocks=values.shape[0] * image.groups * layout.parts,
+        num_blocks=values.shape[0] * image.groups * layout.share.blocks,
         shared_bytes=layout.shared_bytes,
         points=points,
         inputs=(values, d_out),
@@ -119,106 +116,63 @@ def point_gradients(
 # --- kernels -------------------------------------------------------------------------------------
 
 
-class Corners(NamedTuple):
-    """Four tokens around a sampling point, all inside the image; some may have no weight."""
-
-    token: object  # the first; the next, and the two below
-    rows: tuple  # weights of the two rows, times the point's
-    columns: tuple
-
-
-def _each_tile(warp: Warp, group: Group, shared, values, layout: Layout, visit: Callable) -> None:
+def _each_tile(group: Group, shared, scratch, values, layout: Layout, visit: Callable) -> None:
     """Calls visit(tile, words of its points, gather) for each tile of 32 queries of the warp.
 
-    gather(token) are the channels of four rows, see `Rows.of_corners`.
+    gather(x, y) are the channels of four tokens from that one, see `Rows.of_corners`.
     """
-    image = layout.image
+    warp, image = group.warp, layout.image
     rows = Rows(group, layout)
-    scratch = shared + layout.capacity * layout.row_bytes + warp.warp * layout.own_bytes
+    pieces_of_token = layout.token_bytes // COPY_BYTES
 
-    def from_band(first):
-        return lambda token: rows.of_corners_in_band(shared + (token - first) * layout.row_bytes)
+    def copy(window):
+        count = window.height * (image.w * pieces_of_token)
 
-    if layout.whole:
-        _copy(warp, group, shared, values, layout, warp.constant(0), image.tokens)
+        def copy_piece(piece):
+            token, number = window.y * image.w + piece // pieces_of_token, piece % pieces_of_token
+            warp.copy_to_shared(
+                shared + piece * COPY_BYTES,
+                values,
+                group.channel(token) + number * (COPY_BYTES // image.dtype.itemsize),
+                mask=piece < count,
+            )
 
-        def tile(number, words):
-            visit(number, words, from_band(0))
+        threads = warp.num_warps * LANES
 
-        for_each_tile(warp, group.points, tile, scratch, ready=warp.wait_for_copies)
-        return
+        def copy_pieces(step, _):
+            for n in range(UNROLLED):
+                copy_piece((step * UNROLLED + n) * threads + warp.thread)
 
-    tiles = num_tiles(image)
-    number = (warp.block % layout.parts) * warp.num_warps + warp.warp
-    exists = number < tiles
-    last = warp.constant(tiles - 1)
-    number = warp.select(exists, number, last)
-    words = group.points.exchange(group.points.load(number), scratch)
-    extents = group.union(
-        [group.extent(x.token) for x in _corners_of_all(group, words, group.queries(number))]
+        warp.loop((count + (threads * UNROLLED - 1)) // (threads * UNROLLED), copy_pieces)
+
+    def visit_with_window(tile, words, window):
+        def gather(x, y):
+            if window is None:
+                return rows.of_corners(values, y * image.w + x)
+            token = (y - window.y) * image.w + x
+            return rows.of_corners_in_band(shared + token * layout.token_bytes)
+
+        visit(tile, words, gather)
+
+    for_each_tile_with_window(
+        group,
+        layout.share,
+        shared,
+        scratch,
+        fits=lambda window: window.height < layout.rows + 1,
+        copy=copy,
+        visit=visit_with_window,
     )
-    for n, x in enumerate(extents):
-        warp.store_shared(shared + (warp.warp * 2 + n) * WORD, x)
-    warp.wait_for_block()
-    found = [
-        [warp.load_shared_bits(shared + (i * 2 + n) * WORD) for n in range(2)]
-        for i in range(warp.num_warps)
-    ]
-    extents = group.union([Extents(*x) for x in found])
-    warp.wait_for_block()
-    count = extents.highest - extents.lowest + (image.w + 2)
-    fits = count < layout.capacity + 1
-
-    def with_band(_):
-        _copy(warp, group, shared, values, layout, extents.lowest, count)
-        warp.wait_for_copies()
-        warp.when(exists, lambda _: visit(number, words, from_band(extents.lowest)))
-
-    warp.when(fits, with_band)
-    warp.when(
-        exists & (warp.constant(layout.capacity) < count),
-        lambda _: visit(number, words, functools.partial(rows.of_corners, values)),
-    )
-
-
-def _copy(warp: Warp, group: Group, shared, values, layout: Layout, first, count) -> None:
-    """Begins to copy the rows of `count` tokens to shared memory."""
-    pieces_of_row = layout.row_bytes // LOAD_BYTES
-    threads = warp.num_warps * LANES
-    pieces = count * pieces_of_row
-    full = isinstance(count, int) and pieces % (threads * UNROLLED) == 0
-
-    def copy(piece):
-        token, number = piece // pieces_of_row, piece % pieces_of_row
-        warp.copy_to_shared(
-            shared + piece * LOAD_BYTES,
-            values,
-            group.channel(first + token) + number * (LOAD_BYTES // layout.image.dtype.itemsize),
-            mask=None if full else piece < pieces,
-        )
-
-    def copy_several(step, _):
-        for n in range(UNROLLED):
-            copy((step * UNROLLED + n) * threads + warp.thread)
-
-    warp.loop((pieces + (threads * UNROLLED - 1)) // (threads * UNROLLED), copy_several)
-
-
-def _corners_of_all(group: Group, words: list, queries) -> list[Corners]:
-    function = functools.partial(_corners, image=group.image)
-    return [
-        group.warp.apply(function, group.points.fields(x, k), queries.x, queries.y)
-        for k, x in enumerate(words)
-    ]
 
 
 def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: Layout):
-    group = Group(warp, layout.image, warp.block // layout.parts, points)
+    group = Group(warp, layout.image, warp.block // layout.share.blocks, points)
     rows = Rows(group, layout)
+    scratch = shared + layout.rows_bytes + warp.warp * layout.own_bytes
 
     def visit(tile, words, gather):
         queries = group.queries(tile)
-        corners = _corners_of_all(group, words, queries)
+        corners = corners_of_points(group, words, queries)
 
         def four_queries(step, _):
             source = step * AT_A_TIME + (warp.lane // SHARERS)
@@ -227,19 +181,18 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
             rest = [zero] * (4 if layout.rest else 0)
             for own in corners:
                 point = jax.tree.map(lambda x: warp.shuffle(x, source), own)
-                weights = [y * x for y in point.rows for x in point.columns]
-                found = gather(point.token)
-                for weight, row in zip(weights, found.rows, strict=True):
+                found = gather(point.x, point.y)
+                for weight, row in zip(point.weights, found.rows, strict=True):
                     totals = [t + weight * x for t, x in zip(totals, row, strict=True)]
                 if layout.rest:
-                    weight = rows.of_own_corner(weights)
+                    weight = rows.of_own_corner(point.weights)
                     rest = [t + weight * x for t, x in zip(rest, found.rest, strict=True)]
             last = rows.sum_of_rest(rest) if layout.rest else None
             rows.store(out, queries.first + source, totals, last)
 
         warp.loop(QUERIES // AT_A_TIME, four_queries)
 
-    _each_tile(warp, group, shared, values, layout, visit)
+    _each_tile(group, shared, scratch, values, layout, visit)
 
 
 def _point_gradients_kernel(
@@ -247,9 +200,9 @@ def _point_gradients_kernel(
 ):
     image = layout.image
     gradients, extents_refs = outputs[:-2], Extents(*outputs[-2:])
-    group = Group(warp, image, warp.block // layout.parts, points)
+    group = Group(warp, image, warp.block // layout.share.blocks, points)
     rows = Rows(group, layout)
-    scratch = shared + layout.capacity * layout.row_bytes + warp.warp * layout.own_bytes
+    scratch = shared + layout.rows_bytes + warp.warp * layout.own_bytes
     corner = (rows.share & 1) * 2 + (rows.share >> 1 & 1)
 
     def sum_of_lanes(products: list):
@@ -267,9 +220,9 @@ def _point_gradients_kernel(
 
     def visit(tile, words, gather):
         queries = group.queries(tile)
-        tokens = [x.token for x in _corners_of_all(group, words, queries)]
+        corners = [(x.x, x.y) for x in corners_of_points(group, words, queries)]
         group.store_extents(
-            group.union([group.extent(token) for token in tokens]), tile, extents_refs
+            group.union([group.extent(y * image.w + x) for x, y in corners]), tile, extents_refs
         )
 
         def load(step):
@@ -281,8 +234,8 @@ def _point_gradients_kernel(
             following = load(warp.select(step < last, step + 1, warp.constant(last)))
             source = step * AT_A_TIME + (warp.lane // SHARERS)
             place = scratch + source * (table * WORD) + corner * WORD
-            for k, own in enumerate(tokens):
-                found = gather(warp.shuffle(own, source))
+            for k, own in enumerate(corners):
+                found = gather(*(warp.shuffle(x, source) for x in own))
                 products = [product(d_row.rows[0], row) for row in found.rows]
                 if layout.rest:
                     rest = product(d_row.rest, found.rest)
@@ -297,56 +250,11 @@ def _point_gradients_kernel(
         warp.loop(QUERIES // AT_A_TIME, four_queries, load(warp.constant(0)))
         warp.wait_for_lanes()
         row = scratch + warp.lane * (table * WORD)
-        pulled = []
-        for k, x in enumerate(words):
-            products = [warp.load_shared(row + (4 * k + n) * WORD) for n in range(4)]
-            function = functools.partial(_gradients_of_point, image=image)
-            fields = group.points.fields(x, k)
-            pulled.append(warp.apply(function, fields, queries.x, queries.y, products))
+        products = [
+            [warp.load_shared(row + (4 * k + n) * WORD) for n in range(4)]
+            for k in range(image.num_points)
+        ]
+        pulled = gradients_of_points(group, words, queries, products)
         group.points.store_gradients(gradients, tile, pulled, scratch)
 
-    _each_tile(warp, group, shared, values, layout, visit)
-
-
-# --- arithmetic of one lane's point, in JAX -------------------------------------------------------
-
-
-def _inside(corners, size: int):
-    """(first token of two inside that hold the corners inside, weights of the two)."""
-    first, (low, high) = corners.token[0], corners.weight
-    token = jnp.clip(first, 0, size - 2)
-    before, after = first < token, token < first
-    return token, (
-        jnp.where(before, high, jnp.where(after, 0.0, low)),
-        jnp.where(after, low, jnp.where(before, 0.0, high)),
-    )
-
-
-def _corners(points: Points, query_x, query_y, *, image: Image) -> Corners:
-    point, columns, rows = located(points, query_x, query_y, image)
-    column, column_weights = _inside(columns, image.w)
-    row, row_weights = _inside(rows, image.h)
-    return Corners(
-        row * image.w + column, tuple(x * point.weight for x in row_weights), column_weights
-    )
-
-
-def _gradients_of_point(points: Points, query_x, query_y, products, *, image: Image):
-    """The gradients of the point's fields from d out . v of `Corners`' four tokens."""
-    point, columns, rows = located(points, query_x, query_y, image)
-
-    def where_they_lie(corners, size, low, high):
-        """Of the two tokens inside, in the places of the corners; those outside count nothing."""
-        first = corners.token[0]
-        token = jnp.clip(first, 0, size - 2)
-        return jnp.where(token < first, high, low), jnp.where(first < token, low, high)
-
-    halves = [where_they_lie(columns, image.w, *products[i : i + 2]) for i in (0, 2)]
-    lefts, rights = (where_they_lie(rows, image.h, *x) for x in zip(*halves, strict=True))
-    d_dx = d_dy = d_weight = 0.0
-    for j, row in enumerate(zip(lefts, rights, strict=True)):
-        for i, product in enumerate(row):
-            d_weight += rows.weight[j] * columns.weight[i] * product
-            d_dx += rows.weight[j] * columns.slope[i] * product
-            d_dy += rows.slope[j] * columns.weight[i] * product
-    return point.pull_back(point.weight * d_dx, point.weight * d_dy, d_weight)
+    _each_tile(group, shared, scratch, values, layout, visit)

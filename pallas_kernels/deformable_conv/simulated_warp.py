@@ -182,6 +182,9 @@ class SimulatedWarp:
         inside = n.view(np.uint32) < 32
         return np.where(inside, np.int32(1) << np.where(inside, n, 0), 0).astype(np.int32)
 
+    def shift_left(self, bits, n):
+        return np.where(n < 32, bits << np.minimum(n, 31), 0).astype(np.int32)
+
     def below(self, a, b):
         return np.ascontiguousarray(a).view(np.uint32) < np.ascontiguousarray(b).view(np.uint32)
 

@@ -17,7 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.deformable_conv.group import Extents, for_each_tile, point_gradient_structs
+from pallas_kernels.deformable_conv.group import (
+    Extents,
+    Share,
+    for_each_tile,
+    point_gradient_structs,
+)
 from pallas_kernels.deformable_conv.image import Image, gradients_of_point, image_of
 from pallas_kernels.deformable_conv.launch import MAX_SHARED_BYTES, launch
 from pallas_kernels.deformable_conv.matrix_rows import (
@@ -187,7 +192,9 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
                 mask = None if queries.exists is None else query < image.tokens
                 warp.store_pair(out, index, pair, mask=mask)
 
-    for_each_tile(warp, group.points, tile, scratch, ready=warp.wait_for_copies)
+    share = Share(image, warp.num_warps, whole=True)
+    own = functools.partial(share.tile, warp)
+    for_each_tile(group.points, share.steps, own, tile, scratch, ready=warp.wait_for_copies)
 
 
 def _point_gradients_kernel(
@@ -295,4 +302,6 @@ def _point_gradients_kernel(
         ]
         group.points.store_gradients(gradients, number, pulled, scratch)
 
-    for_each_tile(warp, group.points, tile, scratch, ready=warp.wait_for_copies)
+    share = Share(image, warp.num_warps, whole=True)
+    own = functools.partial(share.tile, warp)
+    for_each_tile(group.points, share.steps, own, tile, scratch, ready=warp.wait_for_copies)

@@ -77,6 +77,10 @@ class Warp:
         """An integer of which bit n is set; 0 if, as an unsigned number, n is beyond 31."""
         return assemble("shl.b32 $0, 1, $1;", type_named("i32"), "=r,r", n)
 
+    def shift_left(self, bits: Lanes, n: Lanes) -> Lanes:
+        """bits << n; 0 if n is beyond 31."""
+        return assemble("shl.b32 $0, $1, $2;", type_named("i32"), "=r,r,r", bits, n)
+
     def below(self, a: Lanes, b: Lanes) -> Lanes:
         """a < b of integers as unsigned numbers."""
         return Lanes(arith.cmpi(arith.CmpIPredicate.ult, a.value, b.value))

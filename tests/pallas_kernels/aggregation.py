@@ -104,9 +104,9 @@ def lowered_for_cuda(function, *args) -> str:
     return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def points_that_are_not_finite():
+def points_that_are_not_finite(channels: int = 8):
     """(values, points, the same without those that are not finite, d_out)."""
-    values, points, d_out = inputs((1, 4, 8, 1, 8, 3), "offsets", jnp.bfloat16, jnp.float32)
+    values, points, d_out = inputs((1, 4, 8, 1, channels, 3), "offsets", jnp.bfloat16, jnp.float32)
     offsets = np.array(points.offsets)
     bad = offsets.copy()
     bad[0, 0, 0, 0, 1] = np.nan, 0
@@ -125,7 +125,9 @@ def replace_in_pallas(monkeypatch, **functions) -> None:
     monkeypatch.setattr(pallas, "_sharded", functools.cache(pallas._sharded.__wrapped__))
 
 
-def check_released_in_float16(arrays: dict, case: str, blocks: Blocks, monkeypatch) -> None:
+def check_released_in_float16(
+    arrays: dict, case: str, blocks: Blocks, monkeypatch, *, least_channels: int = 8
+) -> None:
     """`check_released` of simulated kernels, with channels filled up to eights."""
     replace_in_pallas(monkeypatch, choose=lambda *_, **__: blocks)
 
@@ -134,7 +136,8 @@ def check_released_in_float16(arrays: dict, case: str, blocks: Blocks, monkeypat
             return pallas.deformable_aggregate_pallas(values, points, "truncate", True)
 
         channels = values.shape[-1]
-        pad = [(0, 0)] * 4 + [(0, -channels % 8)]
+        padding = max(-channels % 8, least_channels - channels)
+        pad = [(0, 0)] * 4 + [(0, padding)]
         values, cotangent = (jnp.asarray(np.pad(x, pad), jnp.float16) for x in (values, cotangent))
         points = Offsets(jnp.asarray(offsets), jnp.asarray(weights))
         out, d_values, *d_points = output_and_gradients(function, values, points, cotangent)

@@ -1,0 +1,83 @@
+"""The four tokens around a sampling point, all inside the image: for kernels that read their rows.
+
+What JAX computes for one lane's sampling point, see `image.py`.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from pallas_kernels.deformable_conv.group import Group, Queries
+from pallas_kernels.deformable_conv.image import Image, located
+from pallas_kernels.deformable_conv.points import Points
+
+
+class Corners(NamedTuple):
+    """Two neighbours in two neighbouring rows of the image. Some may have no weight."""
+
+    x: object  # of the first token
+    y: object
+    rows: tuple  # weights of the two rows, times the point's
+    columns: tuple
+
+    @property
+    def weights(self) -> list:
+        """Of the two upper tokens, of the two lower ones."""
+        return [row * column for row in self.rows for column in self.columns]
+
+
+def corners_of_points(group: Group, words: list, queries: Queries) -> list[Corners]:
+    """Those of the lane's query, from its points' words."""
+    function = functools.partial(_corners, image=group.image)
+    return [
+        group.warp.apply(function, group.points.fields(x, k), queries.x, queries.y)
+        for k, x in enumerate(words)
+    ]
+
+
+def gradients_of_points(group: Group, words: list, queries: Queries, products: list) -> list:
+    """The gradients of each point's fields from d out . v of its four tokens."""
+    function = functools.partial(_gradients_of_point, image=group.image)
+    return [
+        group.warp.apply(function, group.points.fields(x, k), queries.x, queries.y, four)
+        for k, (x, four) in enumerate(zip(words, products, strict=True))
+    ]
+
+
+def _inside(corners, size: int):
+    """(first token of two inside that hold the corners inside, weights of the two)."""
+    first, (low, high) = corners.token[0], corners.weight
+    token = jnp.clip(first, 0, size - 2)
+    before, after = first < token, token < first
+    return token, (
+        jnp.where(before, high, jnp.where(after, 0.0, low)),
+        jnp.where(after, low, jnp.where(before, 0.0, high)),
+    )
+
+
+def _corners(points: Points, query_x, query_y, *, image: Image) -> Corners:
+    point, columns, rows = located(points, query_x, query_y, image)
+    x, column_weights = _inside(columns, image.w)
+    y, row_weights = _inside(rows, image.h)
+    return Corners(x, y, tuple(weight * point.weight for weight in row_weights), column_weights)
+
+
+def _gradients_of_point(points: Points, query_x, query_y, products, *, image: Image):
+    point, columns, rows = located(points, query_x, query_y, image)
+
+    def where_they_lie(corners, size, low, high):
+        """Of the two tokens inside, in the places of the corners; those outside count nothing."""
+        first = corners.token[0]
+        token = jnp.clip(first, 0, size - 2)
+        return jnp.where(token < first, high, low), jnp.where(first < token, low, high)
+
+    halves = [where_they_lie(columns, image.w, *products[i : i + 2]) for i in (0, 2)]
+    lefts, rights = (where_they_lie(rows, image.h, *x) for x in zip(*halves, strict=True))
+    d_dx = d_dy = d_weight = 0.0
+    for j, row in enumerate(zip(lefts, rights, strict=True)):
+        for i, product in enumerate(row):
+            d_weight += rows.weight[j] * columns.weight[i] * product
+            d_dx += rows.weight[j] * columns.slope[i] * product
+            d_dy += rows.slope[j] * columns.weight[i] * product
+    return point.pull_back(point.weight * d_dx, point.weight * d_dy, d_weight)

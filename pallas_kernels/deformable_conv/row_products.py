@@ -1,0 +1,317 @@
+"""Kernels that gather rows of values into products of the tensor cores, for NVIDIA's Hopper.
+
+A block has a group's image, or the band that its queries need, in shared memory. A warp takes 32
+queries, of which each lane evaluates one's sampling points. Then all lanes load the rows of the
+four tokens around a point in one instruction, straight into what a product wants of each lane:
+nothing is unpacked, and sums are the tensor cores'.
+
+A register holds two neighbouring channels, where a product has two neighbours of its sum:
+
+- The forward's sums go over four tokens and the two channels of a word. A word has columns of its
+  own, one for each channel, in which the tokens' weights stand beside zeros. Two queries' weights
+  are in one matrix, and of the columns those are kept whose weights belong to the rows.
+- The points' gradients are sums over channels, of the rows around two points times d out of four
+  queries, of which again one's is kept.
+
+What is thrown away costs nothing: the tensor cores have the time. Nothing is shared between
+queries, so every run gives the same bits.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.deformable_conv.group import Extents, Group, point_gradient_structs
+from pallas_kernels.deformable_conv.image import image_of
+from pallas_kernels.deformable_conv.inner_corners import corners_of_points, gradients_of_points
+from pallas_kernels.deformable_conv.launch import launch
+from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD, words_of_point
+from pallas_kernels.deformable_conv.points import Points
+from pallas_kernels.deformable_conv.swizzled_rows import (
+    CHANNELS,
+    PIECE,
+    REST,
+    GlobalRows,
+    Lane,
+    Layout,
+    SharedRows,
+    copy_window,
+)
+from pallas_kernels.deformable_conv.warp import Warp
+from pallas_kernels.deformable_conv.windows import for_each_tile_with_window
+
+MAX_POINTS = 9  # whose corners fit into registers
+AT_A_TIME = 4  # queries
+CODES_BYTES = WORD * QUERIES  # of a point of all queries
+WEIGHTS_BYTES = 8 * QUERIES  # four weights of 16 bits each
+
+
+def why_not(h: int, w: int, channels: int, num_points: int, dtype) -> str | None:
+    """Why the kernels can't take such values and points; None if they can."""
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"the values are {jnp.dtype(dtype).name}; expected bfloat16 or float16"
+    if min(h, w) < 2:
+        return f"the images are {h} x {w}; expected two rows and two columns at least"
+    if channels not in (CHANNELS, CHANNELS + REST):
+        return f"there are {channels} channels; expected {CHANNELS} or {CHANNELS + REST}"
+    if num_points > MAX_POINTS:
+        return f"there are {num_points} points; expected at most {MAX_POINTS}"
+    return None
+
+
+def forward(values, points, *, h: int, w: int, boundary: str, num_warps: int, interpret: bool):
+    """out [B, tokens, G, C] of values [B, tokens, G, C] and points with flattened tokens."""
+    image = image_of(values, points, h, w, boundary)
+    tables = image.num_points * (CODES_BYTES + WEIGHTS_BYTES)
+    layout = Layout(image, num_warps, max(tables, _exchange_bytes(points, image.num_points)))
+    (out,) = launch(
+        functools.partial(_forward_kernel, layout=layout),
+        name="deformable_forward_row_products",
+        num_blocks=values.shape[0] * image.groups * layout.share.blocks,
+        shared_bytes=layout.shared_bytes,
+        points=points,
+        inputs=(values,),
+        outputs=(jax.ShapeDtypeStruct(values.shape, values.dtype),),
+        num_warps=num_warps,
+        interpret=interpret,
+    )
+    return out
+
+
+def point_gradients(
+    values,
+    points,
+    d_out,
+    *,
+    h: int,
+    w: int,
+    dtypes: tuple,
+    boundary: str,
+    num_warps: int,
+    interpret: bool,
+) -> tuple[list[jax.Array], Extents]:
+    """The gradients of points.per_query, in `dtypes`; values and d_out are [B, tokens, G, C].
+
+    And where the sampling points lie, for `sparse_transpose.values_gradient`.
+    """
+    image = image_of(values, points, h, w, boundary)
+    pitch = 4 * WORD * (image.num_points + image.num_points % 2)
+    table = max(pitch * QUERIES, _exchange_bytes(points, image.num_points))
+    layout = Layout(image, num_warps, table + image.num_points * CODES_BYTES)
+    *gradients, lowest, highest = launch(
+        functools.partial(_point_gradients_kernel, layout=layout, pitch=pitch, table=table),
+        name="deformable_point_gradients_row_products",
+        num_blocks=values.shape[0] * image.groups * layout.share.blocks,
+        shared_bytes=layout.shared_bytes,
+        points=points,
+        inputs=(values, d_out),
+        outputs=point_gradient_structs(points, dtypes, image),
+        num_warps=num_warps,
+        interpret=interpret,
+    )
+    return gradients, Extents(lowest, highest)
+
+
+def _exchange_bytes(points: Points, num_points: int) -> int:
+    return QUERIES * WORD * (words_of_point(points) * num_points | 1)
+
+
+# --- kernels -------------------------------------------------------------------------------------
+
+
+def _each_tile(group: Group, shared, values, layout: Layout, lane: Lane, visit: Callable) -> None:
+    """Calls visit(tile, words of its points, rows) for each tile of 32 queries of the warp."""
+
+    def visit_with_rows(tile, words, window):
+        if window is None:
+            visit(tile, words, GlobalRows(group, values, lane))
+        else:
+            visit(tile, words, SharedRows(layout, shared, window, lane))
+
+    for_each_tile_with_window(
+        group,
+        layout.share,
+        shared,
+        layout.scratch(shared, group.warp),
+        fits=lambda window: layout.size(window) < layout.tokens + 1,
+        copy=functools.partial(copy_window, group, layout, shared, values),
+        visit=visit_with_rows,
+    )
+
+
+def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: Layout):
+    image = layout.image
+    group = Group(warp, image, warp.block // layout.share.blocks, points)
+    # Lane 4 i + j reads the four words of piece i of token j: the left sides of two products have
+    # words 0 and 1, or 2 and 3, in rows i and i + 8. Of the right side it has column i: of query
+    # i // 2, one channel of a word. Of the products it gets the same words, of query j.
+    i, j = warp.lane >> 2, warp.lane & 3
+    lane = Lane(right=j & 1, below=j >> 1, piece=i, word=i & 3)
+    codes = layout.scratch(shared, warp)
+    weights = codes + image.num_points * CODES_BYTES
+    own_weight = weights + (i >> 1) * 8 + j * 2
+    shift = (i & 1) * 16
+    # Of the rest, which is four words, lanes read two queries' at a time.
+    second = (i >> 2) == 1
+    odd, high = (j & 1) == 1, (j >> 1) == 1
+    gets_rest = (i >> 2) == (j & 1)
+
+    def of_query(numbers: list):
+        """Of numbers for four queries, the one for query j."""
+        low, top = (warp.select(odd, numbers[n + 1], numbers[n]) for n in (0, 2))
+        return warp.select(high, top, low)
+
+    def visit(tile, words, rows):
+        queries = group.queries(tile)
+        for k, corners in enumerate(corners_of_points(group, words, queries)):
+            place = codes + (k * CODES_BYTES) + warp.lane * WORD
+            warp.store_shared(place, rows.code(corners))
+            w = corners.weights
+            place = weights + (k * WEIGHTS_BYTES) + warp.lane * 8
+            warp.store_shared(place, *(warp.pack(*w[n : n + 2], image.dtype) for n in (0, 2)))
+        warp.wait_for_lanes()
+
+        def four_queries(step, _):
+            zeros = [warp.constant(0.0)] * 4
+            totals = [[zeros] * 2 for _ in range(AT_A_TIME)]
+            rest = zeros
+            place = codes + step * (AT_A_TIME * WORD)
+            own = own_weight + step * (AT_A_TIME * 8)
+            for k in range(image.num_points):
+                found = warp.load_shared_words(place, 4, k * CODES_BYTES)
+                right = [warp.load_shared_half(own, k * WEIGHTS_BYTES) << shift]
+                pieces = [rows.load(warp, code) for code in found]
+                for q, half in itertools.product(range(AT_A_TIME), range(2)):
+                    left = pieces[q][2 * half : 2 * half + 2]
+                    totals[q][half] = warp.add_product(totals[q][half], left, right, image.dtype)
+                if layout.rest:
+                    own_codes = [warp.select(second, found[n + 1], found[n]) for n in (0, 2)]
+                    left = [rows.load_rest(warp, code, 1)[0] for code in own_codes]
+                    rest = warp.add_product(rest, left, right, image.dtype)
+            token = queries.first + step * AT_A_TIME + j
+            exists = None if queries.exists is None else token < image.tokens
+            channel = group.channel(token)
+            numbers = [
+                of_query([totals[q][half][n] for q in range(AT_A_TIME)])
+                for half in range(2)
+                for n in range(4)
+            ]
+            found = [warp.pack(*numbers[n : n + 2], image.dtype) for n in range(0, 8, 2)]
+            warp.store_words(out, channel + i * PIECE, found, mask=exists)
+            if layout.rest:
+                pair = (warp.select(high, rest[n + 2], rest[n]) for n in range(2))
+                word = warp.pack(*pair, image.dtype)
+                mask = gets_rest if exists is None else gets_rest & exists
+                warp.store_words(out, channel + lane.word * 2 + CHANNELS, [word], mask=mask)
+
+        warp.loop(QUERIES // AT_A_TIME, four_queries)
+        warp.wait_for_lanes()
+
+    _each_tile(group, shared, values, layout, lane, visit)
+
+
+def _point_gradients_kernel(
+    warp: Warp,
+    points: Points,
+    shared,
+    values,
+    d_out,
+    *outputs,
+    layout: Layout,
+    pitch: int,
+    table: int,
+):
+    image = layout.image
+    gradients, extents_refs = outputs[:-2], Extents(*outputs[-2:])
+    group = Group(warp, image, warp.block // layout.share.blocks, points)
+    # Lane 4 i + j reads the four words of pieces j and j + 4 of token i of the eight around two
+    # points: the left side of a product has words 0 and 1 in rows i and i + 8, and beside them
+    # words 2 and 3. Of the right side it has column i: of one of four queries, words 0 and 2 of
+    # d out, or 1 and 3. Of the product it gets those of rows i and i + 8 and of both columns of
+    # query j: two of the four are parts of the token's product.
+    i, j = warp.lane >> 2, warp.lane & 3
+    second = (i >> 2) == 1  # of two points
+    lane = Lane(right=i >> 1 & 1, below=i & 1, piece=j, word=(j & 1) * 2)
+    query, odd_words = i >> 1, (i & 1) == 1
+    scratch = layout.scratch(shared, warp)
+    codes = scratch + table
+    own_product = scratch + j * pitch + i * WORD
+    odd, high = (j & 1) == 1, (j >> 1) == 1
+    gets_single = (i >> 2) == (j & 1)
+    num_points = image.num_points
+
+    def load_d_out(queries, step):
+        token = group.inside(queries.first + step * AT_A_TIME + query)
+        channel = group.channel(token)
+        pieces = [
+            warp.load_words(d_out, channel + j * PIECE + n * (CHANNELS // 2), 4) for n in range(2)
+        ]
+        rest = []
+        if layout.rest:
+            rest = warp.load_words(d_out, channel + (j & 1) * (REST // 2) + CHANNELS, 2)
+        return pieces, rest
+
+    def right_sides(loaded):
+        pieces, rest = loaded
+        pieces = [[warp.select(odd_words, x[n + 1], x[n]) for n in (0, 2)] for x in pieces]
+        if rest:
+            word = warp.select(odd_words, rest[1], rest[0])
+            rest = [warp.select(j < 2, word, warp.constant(0))]
+        return pieces, rest
+
+    def products_of(rows, code, right):
+        """Of the tokens of a code with d out of all queries."""
+        pieces, rest = right
+        total = [warp.constant(0.0)] * 4
+        for half, words in enumerate(pieces):
+            total = warp.add_product(total, rows.load(warp, code, half), words, image.dtype)
+        if layout.rest:
+            total = warp.add_product(total, rows.load_rest(warp, code, 2), rest, image.dtype)
+        return total[0] + total[3]
+
+    def visit(tile, words, rows):
+        queries = group.queries(tile)
+        corners = corners_of_points(group, words, queries)
+        extents = group.union([group.extent(x.y * image.w + x.x) for x in corners])
+        group.store_extents(extents, tile, extents_refs)
+        for k, x in enumerate(corners):
+            warp.store_shared(codes + (k * CODES_BYTES) + warp.lane * WORD, rows.code(x))
+        warp.wait_for_lanes()
+
+        def four_queries(step, loaded):
+            last = QUERIES // AT_A_TIME - 1
+            following = warp.select(step < last, step + 1, warp.constant(last))
+            following = load_d_out(queries, following)
+            right = right_sides(loaded)
+            place = own_product + step * (AT_A_TIME * pitch)
+            own = codes + step * (AT_A_TIME * WORD)
+            for k in range(0, num_points - 1, 2):
+                found = warp.load_shared_words(own + (i >> 2) * CODES_BYTES, 4, k * CODES_BYTES)
+                a, b, c, d = (products_of(rows, code, right) for code in found)
+                low, top = warp.select(odd, b, a), warp.select(odd, d, c)
+                warp.store_shared(place + k * (4 * WORD), warp.select(high, top, low))
+            if num_points % 2:
+                # Two queries' last points at a time.
+                k = num_points - 1
+                found = warp.load_shared_words(own, 4, k * CODES_BYTES)
+                found = [warp.select(second, found[n + 1], found[n]) for n in (0, 2)]
+                low, top = (products_of(rows, code, right) for code in found)
+                address = place - (i & 4) * WORD + k * (4 * WORD)
+                warp.store_shared_where(gets_single, address, warp.select(high, top, low))
+            return following
+
+        warp.loop(QUERIES // AT_A_TIME, four_queries, load_d_out(queries, warp.constant(0)))
+        warp.wait_for_lanes()
+        row = scratch + warp.lane * pitch
+        products = []
+        for k in range(num_points):
+            # Of the upper left, lower left, upper right and lower right token.
+            product = warp.load_shared(row + k * (4 * WORD), 4)
+            products.append([product[n] for n in (0, 2, 1, 3)])
+        pulled = gradients_of_points(group, words, queries, products)
+        group.points.store_gradients(gradients, tile, pulled, scratch)
+
+    _each_tile(group, shared, values, layout, lane, visit)
