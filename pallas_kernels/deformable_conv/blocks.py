@@ -35,6 +35,7 @@ class RowProducts(NamedTuple):
     """row_products.forward, row_products.point_gradients; for Hopper GPUs."""
 
     num_warps: int  # a multiple of 4
+    tiles_per_warp: int = 1  # of 32 queries, where blocks have a part of an image
 
 
 class SparseMatrix(NamedTuple):

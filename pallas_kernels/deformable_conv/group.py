@@ -96,6 +96,11 @@ class Group:
         """Of a point, of all lanes."""
         return Extents(self.warp.lowest(token), self.warp.highest(token))
 
+    def extents(self, tokens: list) -> Extents:
+        """Of several points, of all lanes."""
+        own = self.union([Extents(token, token) for token in tokens])
+        return Extents(self.warp.lowest(own.lowest), self.warp.highest(own.highest))
+
     def union(self, extents: list[Extents]) -> Extents:
         def ends(extents):
             return Extents(
@@ -159,10 +164,32 @@ class Share(NamedTuple):
 def for_each_tile(
     rows: PointRows, steps: int, tile: Callable, visit: Callable, scratch, *, ready: Callable
 ) -> None:
-    """Calls visit(number, words of its points) for the warp's tiles of 32 queries.
+    """Calls visit(number, words of its points, is_ready) for the warp's tiles of 32 queries.
 
-    tile(step) is (a tile's number, whether there is one: None if there always is). Points are
-    loaded one tile ahead; ready() is called after the first load.
+    tile(step) is (a tile's number, whether there is one: None if there always is). In the first
+    step all warps have one, maybe another's, and is_ready() calls ready(), for all of the block.
+    """
+    warp = rows.warp
+
+    def step(n, _):
+        number, exists = tile(n)
+        first = n == 0
+
+        def visit_tile(_):
+            words = rows.exchange(rows.load(number), scratch)
+            visit(number, words, lambda: warp.when(first, lambda _: ready()))
+
+        visit_tile(()) if exists is None else warp.when(exists | first, visit_tile)
+
+    warp.loop(steps, step)
+
+
+def for_each_tile_ahead(
+    rows: PointRows, steps: int, tile: Callable, visit: Callable, scratch, *, ready: Callable
+) -> None:
+    """`for_each_tile`, with points loaded one tile ahead, which takes registers.
+
+    ready() is called after the first load.
     """
     warp = rows.warp
     loaded = rows.load(tile(warp.constant(0))[0])

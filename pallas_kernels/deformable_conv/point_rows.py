@@ -159,8 +159,9 @@ class PointRows:
     def _elements(self, tile):
         """(where in arrays [B, tokens, G, K], row, k, whether it is there) for each step."""
         warp, image = self.warp, self.image
+        lane = warp.opaque(warp.lane)  # else all would be kept in registers from tile to tile
         for step in range(image.num_points):
-            element = warp.lane + step * LANES
+            element = lane + step * LANES
             row, k = element // image.num_points, element % image.num_points
             token = tile * QUERIES + row
             exists = None

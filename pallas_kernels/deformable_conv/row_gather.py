@@ -145,7 +145,9 @@ def _each_tile(group: Group, shared, scratch, values, layout: Layout, visit: Cal
 
         warp.loop((count + (threads * UNROLLED - 1)) // (threads * UNROLLED), copy_pieces)
 
-    def visit_with_window(tile, words, window):
+    def visit_with_window(tile, words, window, window_is_there):
+        window_is_there()
+
         def gather(x, y):
             if window is None:
                 return rows.of_corners(values, y * image.w + x)
@@ -222,7 +224,7 @@ def _point_gradients_kernel(
         queries = group.queries(tile)
         corners = [(x.x, x.y) for x in corners_of_points(group, words, queries)]
         group.store_extents(
-            group.union([group.extent(y * image.w + x) for x, y in corners]), tile, extents_refs
+            group.extents([y * image.w + x for x, y in corners]), tile, extents_refs
         )
 
         def load(step):

@@ -30,7 +30,7 @@ from pallas_kernels.deformable_conv.inner_corners import corners_of_points, grad
 from pallas_kernels.deformable_conv.launch import launch
 from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD, words_of_point
 from pallas_kernels.deformable_conv.points import Points
-from pallas_kernels.deformable_conv.swizzled_rows import (
+from pallas_kernels.deformable_conv.token_rows import (
     CHANNELS,
     PIECE,
     REST,
@@ -62,11 +62,23 @@ def why_not(h: int, w: int, channels: int, num_points: int, dtype) -> str | None
     return None
 
 
-def forward(values, points, *, h: int, w: int, boundary: str, num_warps: int, interpret: bool):
+def forward(
+    values,
+    points,
+    *,
+    h: int,
+    w: int,
+    boundary: str,
+    num_warps: int,
+    tiles_per_warp: int,
+    interpret: bool,
+):
     """out [B, tokens, G, C] of values [B, tokens, G, C] and points with flattened tokens."""
     image = image_of(values, points, h, w, boundary)
     tables = image.num_points * (CODES_BYTES + WEIGHTS_BYTES)
-    layout = Layout(image, num_warps, max(tables, _exchange_bytes(points, image.num_points)))
+    layout = Layout(
+        image, num_warps, tiles_per_warp, max(tables, _exchange_bytes(points, image.num_points))
+    )
     (out,) = launch(
         functools.partial(_forward_kernel, layout=layout),
         name="deformable_forward_row_products",
@@ -91,6 +103,7 @@ def point_gradients(
     dtypes: tuple,
     boundary: str,
     num_warps: int,
+    tiles_per_warp: int,
     interpret: bool,
 ) -> tuple[list[jax.Array], Extents]:
     """The gradients of points.per_query, in `dtypes`; values and d_out are [B, tokens, G, C].
@@ -98,9 +111,9 @@ def point_gradients(
     And where the sampling points lie, for `sparse_transpose.values_gradient`.
     """
     image = image_of(values, points, h, w, boundary)
-    pitch = 4 * WORD * (image.num_points + image.num_points % 2)
+    pitch = 4 * WORD * (image.num_points | 1)
     table = max(pitch * QUERIES, _exchange_bytes(points, image.num_points))
-    layout = Layout(image, num_warps, table + image.num_points * CODES_BYTES)
+    layout = Layout(image, num_warps, tiles_per_warp, table + image.num_points * CODES_BYTES)
     *gradients, lowest, highest = launch(
         functools.partial(_point_gradients_kernel, layout=layout, pitch=pitch, table=table),
         name="deformable_point_gradients_row_products",
@@ -123,13 +136,17 @@ def _exchange_bytes(points: Points, num_points: int) -> int:
 
 
 def _each_tile(group: Group, shared, values, layout: Layout, lane: Lane, visit: Callable) -> None:
-    """Calls visit(tile, words of its points, rows) for each tile of 32 queries of the warp."""
+    """Calls visit(tile, words of its points, rows, rows_are_there) for each tile of the warp.
 
-    def visit_with_rows(tile, words, window):
+    It calls rows_are_there(), which waits for them, before it loads rows.
+    """
+
+    def visit_with_rows(tile, words, window, window_is_there):
         if window is None:
-            visit(tile, words, GlobalRows(group, values, lane))
+            rows = GlobalRows(group, values, lane)
         else:
-            visit(tile, words, SharedRows(layout, shared, window, lane))
+            rows = SharedRows(layout, shared, window, lane)
+        visit(tile, words, rows, window_is_there)
 
     for_each_tile_with_window(
         group,
@@ -145,11 +162,11 @@ def _each_tile(group: Group, shared, values, layout: Layout, lane: Lane, visit: 
 def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: Layout):
     image = layout.image
     group = Group(warp, image, warp.block // layout.share.blocks, points)
-    # Lane 4 i + j reads the four words of piece i of token j: the left sides of two products have
+    # Lane 4 i + j reads the four words of a piece of token j: the left sides of two products have
     # words 0 and 1, or 2 and 3, in rows i and i + 8. Of the right side it has column i: of query
     # i // 2, one channel of a word. Of the products it gets the same words, of query j.
     i, j = warp.lane >> 2, warp.lane & 3
-    lane = Lane(right=j & 1, below=j >> 1, piece=i, word=i & 3)
+    lane = Lane(right=j & 1, below=j >> 1, piece=(i >> 1) + (i & 1) * 4, word=i & 3)
     codes = layout.scratch(shared, warp)
     weights = codes + image.num_points * CODES_BYTES
     own_weight = weights + (i >> 1) * 8 + j * 2
@@ -164,24 +181,23 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
         low, top = (warp.select(odd, numbers[n + 1], numbers[n]) for n in (0, 2))
         return warp.select(high, top, low)
 
-    def visit(tile, words, rows):
+    def visit(tile, words, rows, rows_are_there):
         queries = group.queries(tile)
         for k, corners in enumerate(corners_of_points(group, words, queries)):
-            place = codes + (k * CODES_BYTES) + warp.lane * WORD
-            warp.store_shared(place, rows.code(corners))
+            rows.store_code(warp, codes + (k * CODES_BYTES), warp.lane, corners)
             w = corners.weights
             place = weights + (k * WEIGHTS_BYTES) + warp.lane * 8
             warp.store_shared(place, *(warp.pack(*w[n : n + 2], image.dtype) for n in (0, 2)))
         warp.wait_for_lanes()
+        rows_are_there()
 
         def four_queries(step, _):
             zeros = [warp.constant(0.0)] * 4
             totals = [[zeros] * 2 for _ in range(AT_A_TIME)]
             rest = zeros
-            place = codes + step * (AT_A_TIME * WORD)
             own = own_weight + step * (AT_A_TIME * 8)
             for k in range(image.num_points):
-                found = warp.load_shared_words(place, 4, k * CODES_BYTES)
+                found = rows.load_codes(warp, codes, step * AT_A_TIME, k * CODES_BYTES)
                 right = [warp.load_shared_half(own, k * WEIGHTS_BYTES) << shift]
                 pieces = [rows.load(warp, code) for code in found]
                 for q, half in itertools.product(range(AT_A_TIME), range(2)):
@@ -200,7 +216,7 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
                 for n in range(4)
             ]
             found = [warp.pack(*numbers[n : n + 2], image.dtype) for n in range(0, 8, 2)]
-            warp.store_words(out, channel + i * PIECE, found, mask=exists)
+            warp.store_words(out, channel + lane.piece * PIECE, found, mask=exists)
             if layout.rest:
                 pair = (warp.select(high, rest[n + 2], rest[n]) for n in range(2))
                 word = warp.pack(*pair, image.dtype)
@@ -227,14 +243,14 @@ def _point_gradients_kernel(
     image = layout.image
     gradients, extents_refs = outputs[:-2], Extents(*outputs[-2:])
     group = Group(warp, image, warp.block // layout.share.blocks, points)
-    # Lane 4 i + j reads the four words of pieces j and j + 4 of token i of the eight around two
+    # Lane 4 i + j reads the four words of pieces 2 j and 2 j + 1 of token i of the eight around two
     # points: the left side of a product has words 0 and 1 in rows i and i + 8, and beside them
     # words 2 and 3. Of the right side it has column i: of one of four queries, words 0 and 2 of
     # d out, or 1 and 3. Of the product it gets those of rows i and i + 8 and of both columns of
     # query j: two of the four are parts of the token's product.
     i, j = warp.lane >> 2, warp.lane & 3
     second = (i >> 2) == 1  # of two points
-    lane = Lane(right=i >> 1 & 1, below=i & 1, piece=j, word=(j & 1) * 2)
+    lane = Lane(right=i & 1, below=i >> 1 & 1, piece=j * 2, word=(j & 1) * 2)
     query, odd_words = i >> 1, (i & 1) == 1
     scratch = layout.scratch(shared, warp)
     codes = scratch + table
@@ -246,9 +262,7 @@ def _point_gradients_kernel(
     def load_d_out(queries, step):
         token = group.inside(queries.first + step * AT_A_TIME + query)
         channel = group.channel(token)
-        pieces = [
-            warp.load_words(d_out, channel + j * PIECE + n * (CHANNELS // 2), 4) for n in range(2)
-        ]
+        pieces = [warp.load_words(d_out, channel + (j * 2 + n) * PIECE, 4) for n in range(2)]
         rest = []
         if layout.rest:
             rest = warp.load_words(d_out, channel + (j & 1) * (REST // 2) + CHANNELS, 2)
@@ -266,20 +280,21 @@ def _point_gradients_kernel(
         """Of the tokens of a code with d out of all queries."""
         pieces, rest = right
         total = [warp.constant(0.0)] * 4
-        for half, words in enumerate(pieces):
-            total = warp.add_product(total, rows.load(warp, code, half), words, image.dtype)
+        for n, words in enumerate(pieces):
+            total = warp.add_product(total, rows.load(warp, code, n), words, image.dtype)
         if layout.rest:
             total = warp.add_product(total, rows.load_rest(warp, code, 2), rest, image.dtype)
         return total[0] + total[3]
 
-    def visit(tile, words, rows):
+    def visit(tile, words, rows, rows_are_there):
         queries = group.queries(tile)
         corners = corners_of_points(group, words, queries)
-        extents = group.union([group.extent(x.y * image.w + x.x) for x in corners])
+        extents = group.extents([x.y * image.w + x.x for x in corners])
         group.store_extents(extents, tile, extents_refs)
         for k, x in enumerate(corners):
-            warp.store_shared(codes + (k * CODES_BYTES) + warp.lane * WORD, rows.code(x))
+            rows.store_code(warp, codes + (k * CODES_BYTES), warp.lane, x)
         warp.wait_for_lanes()
+        rows_are_there()
 
         def four_queries(step, loaded):
             last = QUERIES // AT_A_TIME - 1
@@ -287,16 +302,17 @@ def _point_gradients_kernel(
             following = load_d_out(queries, following)
             right = right_sides(loaded)
             place = own_product + step * (AT_A_TIME * pitch)
-            own = codes + step * (AT_A_TIME * WORD)
+            first = step * AT_A_TIME
+            own_codes = codes + (i >> 2) * CODES_BYTES
             for k in range(0, num_points - 1, 2):
-                found = warp.load_shared_words(own + (i >> 2) * CODES_BYTES, 4, k * CODES_BYTES)
+                found = rows.load_codes(warp, own_codes, first, k * CODES_BYTES)
                 a, b, c, d = (products_of(rows, code, right) for code in found)
                 low, top = warp.select(odd, b, a), warp.select(odd, d, c)
                 warp.store_shared(place + k * (4 * WORD), warp.select(high, top, low))
             if num_points % 2:
                 # Two queries' last points at a time.
                 k = num_points - 1
-                found = warp.load_shared_words(own, 4, k * CODES_BYTES)
+                found = rows.load_codes(warp, codes, first, k * CODES_BYTES)
                 found = [warp.select(second, found[n + 1], found[n]) for n in (0, 2)]
                 low, top = (products_of(rows, code, right) for code in found)
                 address = place - (i & 4) * WORD + k * (4 * WORD)
@@ -308,9 +324,7 @@ def _point_gradients_kernel(
         row = scratch + warp.lane * pitch
         products = []
         for k in range(num_points):
-            # Of the upper left, lower left, upper right and lower right token.
-            product = warp.load_shared(row + k * (4 * WORD), 4)
-            products.append([product[n] for n in (0, 2, 1, 3)])
+            products.append(warp.load_shared(row + k * (4 * WORD), 4))
         pulled = gradients_of_points(group, words, queries, products)
         group.points.store_gradients(gradients, tile, pulled, scratch)
 

@@ -150,6 +150,13 @@ class SimulatedWarp:
             place = self.block[self._active], word[self._active]
             self._shared.view(np.int32)[place] = number.view(np.int32)[self._active]
 
+    def store_shared_half(self, address, bits):
+        address = address[self._active]
+        assert not (address % 2).any(), "not aligned"
+        assert address.min() >= 0 and address.max() + 2 <= self._shared.shape[1], "outside"
+        place = self.block[self._active], address // 2
+        self._shared.view(np.uint16)[place] = bits[self._active].astype(np.uint16)
+
     def _words(self, address, count: int):
         address = np.where(self._active, address, 0)
         assert not (address % (4 * count)).any(), "not aligned"
@@ -181,9 +188,6 @@ class SimulatedWarp:
     def bit(self, n):
         inside = n.view(np.uint32) < 32
         return np.where(inside, np.int32(1) << np.where(inside, n, 0), 0).astype(np.int32)
-
-    def shift_left(self, bits, n):
-        return np.where(n < 32, bits << np.minimum(n, 31), 0).astype(np.int32)
 
     def below(self, a, b):
         return np.ascontiguousarray(a).view(np.uint32) < np.ascontiguousarray(b).view(np.uint32)

@@ -20,7 +20,7 @@ import numpy as np
 from pallas_kernels.deformable_conv.group import (
     Extents,
     Share,
-    for_each_tile,
+    for_each_tile_ahead,
     point_gradient_structs,
 )
 from pallas_kernels.deformable_conv.image import Image, gradients_of_point, image_of
@@ -194,7 +194,7 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
 
     share = Share(image, warp.num_warps, whole=True)
     own = functools.partial(share.tile, warp)
-    for_each_tile(group.points, share.steps, own, tile, scratch, ready=warp.wait_for_copies)
+    for_each_tile_ahead(group.points, share.steps, own, tile, scratch, ready=warp.wait_for_copies)
 
 
 def _point_gradients_kernel(
@@ -304,4 +304,4 @@ def _point_gradients_kernel(
 
     share = Share(image, warp.num_warps, whole=True)
     own = functools.partial(share.tile, warp)
-    for_each_tile(group.points, share.steps, own, tile, scratch, ready=warp.wait_for_copies)
+    for_each_tile_ahead(group.points, share.steps, own, tile, scratch, ready=warp.wait_for_copies)

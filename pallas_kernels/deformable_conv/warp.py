@@ -77,10 +77,6 @@ class Warp:
         """An integer of which bit n is set; 0 if, as an unsigned number, n is beyond 31."""
         return assemble("shl.b32 $0, 1, $1;", type_named("i32"), "=r,r", n)
 
-    def shift_left(self, bits: Lanes, n: Lanes) -> Lanes:
-        """bits << n; 0 if n is beyond 31."""
-        return assemble("shl.b32 $0, $1, $2;", type_named("i32"), "=r,r,r", bits, n)
-
     def below(self, a: Lanes, b: Lanes) -> Lanes:
         """a < b of integers as unsigned numbers."""
         return Lanes(arith.cmpi(arith.CmpIPredicate.ult, a.value, b.value))
@@ -261,6 +257,11 @@ class Warp:
             *numbers,
             ordered=True,
         )
+
+    def store_shared_half(self, address: Lanes, bits: Lanes) -> None:
+        """The lower 16 bits at a byte address in shared memory."""
+        text = "{.reg .b16 x; cvt.u16.u32 x, $1; st.shared.b16 [$0], x;}"
+        assemble(text, None, "r,r,~{memory}", address, bits, ordered=True)
 
     def wait_for_lanes(self) -> None:
         """What any lane of the warp has stored before, all lanes load after."""

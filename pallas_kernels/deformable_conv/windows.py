@@ -30,35 +30,32 @@ def window_bytes(bytes_of_rows: int, num_warps: int) -> int:
 def for_each_tile_with_window(
     group: Group, share: Share, shared, scratch, *, fits: Callable, copy: Callable, visit: Callable
 ) -> None:
-    """Calls visit(tile, words of its points, window) for each tile of 32 queries of the warp.
+    """Calls visit(tile, words of its points, window, window_is_there) for the warp's tiles.
 
     copy(window) begins to copy that part of the image to shared memory: all of it if images fit,
     else what the block's points need. Where fits(window) says that that does not fit, visit gets
-    None for a window. `scratch` is of the warp.
+    None for a window. It calls window_is_there(), which waits, before it reads from the window; all
+    it does is done again by warps that have no tile in the first step. `scratch` is of the warp.
     """
     warp, image = group.warp, group.image
     tile = functools.partial(share.tile, warp)
 
     def each_tile(window, ready):
-        def visit_tile(number, words):
-            visit(number, words, window)
+        def visit_tile(number, words, ready):
+            visit(number, words, window, ready)
 
         for_each_tile(group.points, share.steps, tile, visit_tile, scratch, ready=ready)
 
-    if share.whole:
-        window = Window(0, 0, image.w, image.h)
+    def with_window(window):
         copy(window)
         each_tile(window, warp.wait_for_copies)
-        return
 
+    if share.whole:
+        with_window(Window(0, 0, image.w, image.h))
+        return
     window = _window_of_block(group, share, shared, scratch)
     fitting = warp.select(fits(window), warp.constant(1), warp.constant(0))
-
-    def with_window(_):
-        copy(window)
-        each_tile(window, warp.wait_for_copies)
-
-    warp.when(fitting == 1, with_window)
+    warp.when(fitting == 1, lambda _: with_window(window))
     warp.when(fitting == 0, lambda _: each_tile(None, lambda: None))
 
 

@@ -33,7 +33,16 @@ SHAPES = [
 def run(function, values, points, *others, boundary, interpret=True, **options):
     h, w = values.shape[1:3]
     flat = flatten_tokens(values), flatten_points(points), *map(flatten_tokens, others)
-    return function(*flat, h=h, w=w, boundary=boundary, num_warps=4, interpret=interpret, **options)
+    return function(
+        *flat,
+        h=h,
+        w=w,
+        boundary=boundary,
+        num_warps=4,
+        tiles_per_warp=2,
+        interpret=interpret,
+        **options,
+    )
 
 
 def forward(values, points, **options):
