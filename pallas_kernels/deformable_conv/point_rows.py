@@ -22,8 +22,8 @@ class Part(NamedTuple):
     component: int  # of a pair (x, y); else 0
 
 
-def words_of_point(points: Points) -> int:
-    """How many words a point of such arrays is in."""
+def exchange_bytes(points: Points) -> int:
+    """Of shared memory that a warp needs to exchange the points of such arrays."""
     rank, words, halves = points.weights.ndim, 0, Counter()
     for array in points.per_query:
         components = 1 if array.ndim == rank else 2
@@ -33,7 +33,13 @@ def words_of_point(points: Points) -> int:
             words += 1
         else:
             halves[array.dtype] += 1
-    return words + sum(-(-count // 2) for count in halves.values())
+    words += sum(-(-count // 2) for count in halves.values())
+    return _bytes(words, points.weights.shape[-1])
+
+
+def _bytes(words: int, num_points: int) -> int:
+    """Of `words` for each point of 32 queries, with a stride that is odd: in different banks."""
+    return words * QUERIES * (num_points | 1) * WORD
 
 
 class PointRows:
@@ -47,12 +53,11 @@ class PointRows:
         rank = warp.rank(points.weights)
         self._counts = [1 if warp.rank(ref) == rank else 2 for ref in points.per_query]
         self._words = self._words_of(points.per_query)
-        self._row_bytes = WORD * (image.num_points * len(self._words) | 1)  # odd: other banks
 
     @property
     def bytes(self) -> int:
         """Of shared memory that an exchange takes."""
-        return QUERIES * self._row_bytes
+        return _bytes(len(self._words), self.image.num_points)
 
     def load(self, tile) -> list:
         """Begins to load tile number `tile`: what neighbouring lanes load, for `exchange`."""
@@ -154,7 +159,8 @@ class PointRows:
         return len(parts) == 2 and parts[0].field == parts[1].field
 
     def _place(self, scratch, row, k, word: int):
-        return scratch + row * self._row_bytes + (k * len(self._words) + word) * WORD
+        num_points = self.image.num_points
+        return scratch + (row * (num_points | 1) + k) * WORD + _bytes(word, num_points)
 
     def _elements(self, tile):
         """(where in arrays [B, tokens, G, K], row, k, whether it is there) for each step."""

@@ -28,7 +28,7 @@ from pallas_kernels.deformable_conv.group import (
 from pallas_kernels.deformable_conv.image import Image, image_of
 from pallas_kernels.deformable_conv.inner_corners import corners_of_points, gradients_of_points
 from pallas_kernels.deformable_conv.launch import launch
-from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD, words_of_point
+from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD, exchange_bytes
 from pallas_kernels.deformable_conv.points import Points
 from pallas_kernels.deformable_conv.warp import LANES, Warp
 from pallas_kernels.deformable_conv.windows import COPY_BYTES, for_each_tile_with_window
@@ -59,8 +59,8 @@ def fits(h: int, w: int, channels: int, dtype) -> bool:
 def _layout(values, points: Points, h: int, w: int, boundary: str, num_warps: int, table: int):
     """With `table` words a query of each warp."""
     image = image_of(values, points, h, w, boundary)
-    words = words_of_point(points) * image.num_points | 1  # of an exchange
-    return Layout(image, num_warps, QUERIES * WORD * max(table, words))
+    own = max(QUERIES * WORD * table, exchange_bytes(points))
+    return Layout(image, num_warps, own)
 
 
 def forward(values, points, *, h: int, w: int, boundary: str, num_warps: int, interpret: bool):

@@ -28,7 +28,7 @@ from pallas_kernels.deformable_conv.group import Extents, Group, point_gradient_
 from pallas_kernels.deformable_conv.image import image_of
 from pallas_kernels.deformable_conv.inner_corners import corners_of_points, gradients_of_points
 from pallas_kernels.deformable_conv.launch import launch
-from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD, words_of_point
+from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD, exchange_bytes
 from pallas_kernels.deformable_conv.points import Points
 from pallas_kernels.deformable_conv.token_rows import (
     CHANNELS,
@@ -45,6 +45,7 @@ from pallas_kernels.deformable_conv.windows import for_each_tile_with_window
 
 MAX_POINTS = 9  # whose corners fit into registers
 AT_A_TIME = 4  # queries
+PENDING = 1  # stores of the gradients' products; more take more registers
 CODES_BYTES = WORD * QUERIES  # of a point of all queries
 WEIGHTS_BYTES = 8 * QUERIES  # four weights of 16 bits each
 
@@ -76,9 +77,7 @@ def forward(
     """out [B, tokens, G, C] of values [B, tokens, G, C] and points with flattened tokens."""
     image = image_of(values, points, h, w, boundary)
     tables = image.num_points * (CODES_BYTES + WEIGHTS_BYTES)
-    layout = Layout(
-        image, num_warps, tiles_per_warp, max(tables, _exchange_bytes(points, image.num_points))
-    )
+    layout = Layout(image, num_warps, tiles_per_warp, max(tables, exchange_bytes(points)))
     (out,) = launch(
         functools.partial(_forward_kernel, layout=layout),
         name="deformable_forward_row_products",
@@ -112,7 +111,7 @@ def point_gradients(
     """
     image = image_of(values, points, h, w, boundary)
     pitch = 4 * WORD * (image.num_points | 1)
-    table = max(pitch * QUERIES, _exchange_bytes(points, image.num_points))
+    table = max(pitch * QUERIES, exchange_bytes(points))
     layout = Layout(image, num_warps, tiles_per_warp, table + image.num_points * CODES_BYTES)
     *gradients, lowest, highest = launch(
         functools.partial(_point_gradients_kernel, layout=layout, pitch=pitch, table=table),
@@ -126,10 +125,6 @@ def point_gradients(
         interpret=interpret,
     )
     return gradients, Extents(lowest, highest)
-
-
-def _exchange_bytes(points: Points, num_points: int) -> int:
-    return QUERIES * WORD * (words_of_point(points) * num_points | 1)
 
 
 # --- kernels -------------------------------------------------------------------------------------
@@ -286,6 +281,15 @@ def _point_gradients_kernel(
             total = warp.add_product(total, rows.load_rest(warp, code, 2), rest, image.dtype)
         return total[0] + total[3]
 
+    def store(pending: list, left: int):
+        """Stores products until so many are left."""
+        while len(pending) > left:
+            mask, address, product = pending.pop(0)
+            if mask is None:
+                warp.store_shared(address, product)
+            else:
+                warp.store_shared_where(mask, address, product)
+
     def visit(tile, words, rows, rows_are_there):
         queries = group.queries(tile)
         corners = corners_of_points(group, words, queries)
@@ -304,19 +308,21 @@ def _point_gradients_kernel(
             place = own_product + step * (AT_A_TIME * pitch)
             first = step * AT_A_TIME
             own_codes = codes + (i >> 2) * CODES_BYTES
-            for k in range(0, num_points - 1, 2):
-                found = rows.load_codes(warp, own_codes, first, k * CODES_BYTES)
-                a, b, c, d = (products_of(rows, code, right) for code in found)
-                low, top = warp.select(odd, b, a), warp.select(odd, d, c)
-                warp.store_shared(place + k * (4 * WORD), warp.select(high, top, low))
-            if num_points % 2:
-                # Two queries' last points at a time.
-                k = num_points - 1
-                found = rows.load_codes(warp, codes, first, k * CODES_BYTES)
-                found = [warp.select(second, found[n + 1], found[n]) for n in (0, 2)]
-                low, top = (products_of(rows, code, right) for code in found)
-                address = place - (i & 4) * WORD + k * (4 * WORD)
-                warp.store_shared_where(gets_single, address, warp.select(high, top, low))
+            pending = []
+            for k in range(0, num_points, 2):
+                if k + 1 < num_points:
+                    found = rows.load_codes(warp, own_codes, first, k * CODES_BYTES)
+                    a, b, c, d = (products_of(rows, code, right) for code in found)
+                    low, top = warp.select(odd, b, a), warp.select(odd, d, c)
+                    address, mask = place + k * (4 * WORD), None
+                else:  # two queries' last points at a time
+                    found = rows.load_codes(warp, codes, first, k * CODES_BYTES)
+                    found = [warp.select(second, found[n + 1], found[n]) for n in (0, 2)]
+                    low, top = (products_of(rows, code, right) for code in found)
+                    address, mask = place - (i & 4) * WORD + k * (4 * WORD), gets_single
+                pending.append((mask, address, warp.select(high, top, low)))
+                store(pending, left=PENDING)  # not at once: later loads will have to wait
+            store(pending, left=0)
             return following
 
         warp.loop(QUERIES // AT_A_TIME, four_queries, load_d_out(queries, warp.constant(0)))
