@@ -162,49 +162,39 @@ class Share(NamedTuple):
 
 
 def for_each_tile(
-    rows: PointRows, steps: int, tile: Callable, visit: Callable, scratch, *, ready: Callable
+    rows: PointRows,
+    steps: int,
+    tile: Callable,
+    visit: Callable,
+    scratch,
+    *,
+    ready: Callable,
+    ahead: bool,
 ) -> None:
     """Calls visit(number, words of its points, is_ready) for the warp's tiles of 32 queries.
 
     tile(step) is (a tile's number, whether there is one: None if there always is). In the first
     step all warps have one, maybe another's, and is_ready() calls ready(), for all of the block.
+    `ahead` loads points while the tile before is visited, which takes registers.
     """
     warp = rows.warp
 
-    def step(n, _):
-        number, exists = tile(n)
-        first = n == 0
-
-        def visit_tile(_):
-            words = rows.exchange(rows.load(number), scratch)
-            visit(number, words, lambda: warp.when(first, lambda _: ready()))
-
-        visit_tile(()) if exists is None else warp.when(exists | first, visit_tile)
-
-    warp.loop(steps, step)
-
-
-def for_each_tile_ahead(
-    rows: PointRows, steps: int, tile: Callable, visit: Callable, scratch, *, ready: Callable
-) -> None:
-    """`for_each_tile`, with points loaded one tile ahead, which takes registers.
-
-    ready() is called after the first load.
-    """
-    warp = rows.warp
-    loaded = rows.load(tile(warp.constant(0))[0])
-    ready()
+    def load(step):
+        return rows.load(tile(step)[0])
 
     def step(n, loaded):
         number, exists = tile(n)
+        first = n == 0
 
         def visit_tile(loaded):
-            words = rows.exchange(loaded, scratch)
-            following = n + 1
-            loaded = warp.when(following < steps, lambda _: rows.load(tile(following)[0]), loaded)
-            visit(number, words)
+            words = rows.exchange(loaded if ahead else load(n), scratch)
+            if ahead:
+                loaded = warp.when(n + 1 < steps, lambda _: load(n + 1), loaded)
+            visit(number, words, lambda: warp.when(first, lambda _: ready()))
             return loaded
 
-        return visit_tile(loaded) if exists is None else warp.when(exists, visit_tile, loaded)
+        if exists is None:
+            return visit_tile(loaded)
+        return warp.when(exists | first, visit_tile, loaded)
 
-    warp.loop(steps, step, loaded)
+    warp.loop(steps, step, load(warp.constant(0)) if ahead else ())

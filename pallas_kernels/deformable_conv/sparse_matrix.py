@@ -20,7 +20,7 @@ import numpy as np
 from pallas_kernels.deformable_conv.group import (
     Extents,
     Share,
-    for_each_tile_ahead,
+    for_each_tile,
     point_gradient_structs,
 )
 from pallas_kernels.deformable_conv.image import Image, gradients_of_point, image_of
@@ -128,7 +128,8 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
     rows = shared + token * pitch(image) + (warp.lane >> 4) * CHUNK_BYTES
     first_place = scratch + group.row * matrix.pitch + group.column * (2 * WORD)
 
-    def tile(number, words):
+    def tile(number, words, is_ready):
+        is_ready()
         group.clear(scratch, group.points.bytes)
         warp.wait_for_lanes()
         queries = group.queries(number)
@@ -194,7 +195,9 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
 
     share = Share(image, warp.num_warps, whole=True)
     own = functools.partial(share.tile, warp)
-    for_each_tile_ahead(group.points, share.steps, own, tile, scratch, ready=warp.wait_for_copies)
+    for_each_tile(
+        group.points, share.steps, own, tile, scratch, ready=warp.wait_for_copies, ahead=True
+    )
 
 
 def _point_gradients_kernel(
@@ -213,7 +216,8 @@ def _point_gradients_kernel(
     last_rows = shared + (in_matrix + (matrix_number & 1) * 8) * pitch(image)
     first_place = scratch + group.row * matrix.pitch + group.column * (2 * WORD)
 
-    def tile(number, words):
+    def tile(number, words, is_ready):
+        is_ready()
         queries = group.queries(number)
         d_rows = []  # left sides, by halves of the queries and pairs of chunks
         for half in range(2):
@@ -304,4 +308,6 @@ def _point_gradients_kernel(
 
     share = Share(image, warp.num_warps, whole=True)
     own = functools.partial(share.tile, warp)
-    for_each_tile_ahead(group.points, share.steps, own, tile, scratch, ready=warp.wait_for_copies)
+    for_each_tile(
+        group.points, share.steps, own, tile, scratch, ready=warp.wait_for_copies, ahead=True
+    )

@@ -11,6 +11,7 @@ from pallas_kernels.deformable_conv.inner_corners import corners_of_points
 from pallas_kernels.deformable_conv.point_rows import WORD
 
 COPY_BYTES = 16  # of a thread at a time
+FEW_WARPS = 8  # with registers for points of the next tile
 
 
 class Window(NamedTuple):
@@ -44,7 +45,10 @@ def for_each_tile_with_window(
         def visit_tile(number, words, ready):
             visit(number, words, window, ready)
 
-        for_each_tile(group.points, share.steps, tile, visit_tile, scratch, ready=ready)
+        ahead = share.steps > 1 and warp.num_warps <= FEW_WARPS
+        for_each_tile(
+            group.points, share.steps, tile, visit_tile, scratch, ready=ready, ahead=ahead
+        )
 
     def with_window(window):
         copy(window)
