@@ -35,7 +35,6 @@ class RowProducts(NamedTuple):
     """row_products.forward, row_products.point_gradients; for Hopper GPUs."""
 
     num_warps: int  # a multiple of 4
-    tiles_per_warp: int = 1  # of 32 queries, where blocks have a part of an image
 
 
 class SparseMatrix(NamedTuple):
@@ -88,8 +87,10 @@ def choose(h: int, w: int, channels: int, num_points: int, dtype, *, hopper: boo
             blocks = blocks._replace(point_gradients=sizes)
         blocks = blocks._replace(values_gradient=SparseMatrix(window=8, num_warps=4))
     if hopper and row_products.why_not(h, w, channels, num_points, dtype) is None:
-        sizes = RowProducts(num_warps=4 if h * w <= FEW_TOKENS else 8)
-        blocks = blocks._replace(forward=sizes, point_gradients=sizes)
+        sizes = RowProducts(num_warps=8)
+        blocks = blocks._replace(forward=sizes)
+        if h * w > FEW_TOKENS:
+            blocks = blocks._replace(point_gradients=sizes)
     return blocks
 
 

@@ -2,12 +2,11 @@
 
 from typing import NamedTuple
 
-from pallas_kernels.deformable_conv.group import Group, Share
+from pallas_kernels.deformable_conv.group import Group, num_tiles
 from pallas_kernels.deformable_conv.image import Image
 from pallas_kernels.deformable_conv.launch import MAX_SHARED_BYTES
 from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD
 from pallas_kernels.deformable_conv.warp import Warp
-from pallas_kernels.deformable_conv.windows import window_bytes
 
 SHARERS = 8  # lanes that share a query's channels
 LOAD_BYTES = 16  # at most, of one load
@@ -26,26 +25,28 @@ class Layout(NamedTuple):
     own_bytes: int  # of shared memory, for each warp
 
     @property
-    def token_bytes(self) -> int:
+    def row_bytes(self) -> int:
         return self.image.channels * self.image.dtype.itemsize
 
     @property
-    def rows(self) -> int:
-        """Of the image that there is room for in shared memory."""
+    def capacity(self) -> int:
+        """Tokens in shared memory."""
         room = MAX_SHARED_BYTES - self.num_warps * self.own_bytes
-        return min(self.image.h, room // (self.image.w * self.token_bytes))
+        return min(self.image.tokens, room // self.row_bytes)
 
     @property
-    def share(self) -> Share:
-        return Share(self.image, self.num_warps, self.rows == self.image.h)
+    def whole(self) -> bool:
+        """Whether a block has an image, else a band for one tile of queries a warp."""
+        return self.capacity == self.image.tokens
 
     @property
-    def rows_bytes(self) -> int:
-        return window_bytes(self.rows * self.image.w * self.token_bytes, self.num_warps)
+    def parts(self) -> int:
+        """Blocks that share an image."""
+        return 1 if self.whole else -(-num_tiles(self.image) // self.num_warps)
 
     @property
     def shared_bytes(self) -> int:
-        return self.rows_bytes + self.num_warps * self.own_bytes
+        return self.capacity * self.row_bytes + self.num_warps * self.own_bytes
 
     @property
     def pieces(self) -> list[Piece]:
@@ -124,13 +125,13 @@ class Rows:
             [
                 number
                 for place, piece in zip(places, layout.pieces, strict=True)
-                for number in load(place, piece.count, x * layout.token_bytes)
+                for number in load(place, piece.count, x * layout.row_bytes)
             ]
             for x in self._neighbours
         ]
         rest = []
         if layout.rest:
-            own = self._own_neighbour * layout.token_bytes + self._own_first * size
+            own = self._own_neighbour * layout.row_bytes + self._own_first * size
             rest = load(address + own, 4, 0)
         return Four(rows, rest)
 

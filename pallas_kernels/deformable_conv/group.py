@@ -117,67 +117,24 @@ class Group:
             self.warp.store_pair(ref, index, number, mask=self.warp.lane == 0)
 
 
-class Share(NamedTuple):
-    """The tiles of 32 queries that a block has: all of an image's, or some.
+def for_each_tile(group: Group, copy: Callable, visit: Callable, scratch) -> None:
+    """Calls visit(number, words of its points, is_there) for the tiles of 32 queries of an image.
 
-    Of images that don't fit into shared memory, blocks have tiles below one another where rows are
-    whole tiles, since a window around them is smaller than around tiles side by side.
+    copy() begins to copy the image to shared memory; is_there() waits for it, which all warps of
+    the block do, hence in the first step all have a tile, maybe another's. The warps take turns,
+    and points are loaded one tile ahead.
     """
+    warp, rows, tiles = group.warp, group.points, num_tiles(group.image)
+    workers = warp.num_warps
+    steps = -(-tiles // workers)
 
-    image: Image
-    num_warps: int
-    whole: bool  # whether images fit
-    tiles_per_warp: int = 1  # if they don't
-
-    @property
-    def columns(self) -> int:
-        """Tiles in a row of the image."""
-        return 1 if self.whole or self.image.w % QUERIES else self.image.w // QUERIES
-
-    @property
-    def tiles(self) -> int:
-        """Of a column."""
-        return num_tiles(self.image) // self.columns
-
-    @property
-    def steps(self) -> int:
-        """Tiles of a warp."""
-        return -(-self.tiles // self.num_warps) if self.whole else self.tiles_per_warp
-
-    @property
-    def blocks(self) -> int:
-        """Blocks that share an image."""
-        return self.columns * -(-self.tiles // (self.steps * self.num_warps))
-
-    def tile(self, warp, step):
-        """(the warp's tile number `step`, whether there is one: None if there always is)."""
-        block = warp.block % self.blocks
-        first = (block // self.columns) * (self.steps * self.num_warps)
-        row = first + step * self.num_warps + warp.warp
-        exists = None
-        if self.tiles % (self.steps * self.num_warps):
-            exists = row < self.tiles
-            row = warp.select(exists, row, first)
-        return row * self.columns + block % self.columns, exists
-
-
-def for_each_tile(
-    rows: PointRows,
-    steps: int,
-    tile: Callable,
-    visit: Callable,
-    scratch,
-    *,
-    ready: Callable,
-    ahead: bool,
-) -> None:
-    """Calls visit(number, words of its points, is_ready) for the warp's tiles of 32 queries.
-
-    tile(step) is (a tile's number, whether there is one: None if there always is). In the first
-    step all warps have one, maybe another's, and is_ready() calls ready(), for all of the block.
-    `ahead` loads points while the tile before is visited, which takes registers.
-    """
-    warp = rows.warp
+    def tile(step):
+        """(its number, whether it is there: None if it always is)."""
+        number = step * workers + warp.warp
+        if tiles % workers == 0:
+            return number, None
+        exists = number < tiles
+        return warp.select(exists, number, warp.constant(0)), exists
 
     def load(step):
         return rows.load(tile(step)[0])
@@ -187,14 +144,16 @@ def for_each_tile(
         first = n == 0
 
         def visit_tile(loaded):
-            words = rows.exchange(loaded if ahead else load(n), scratch)
-            if ahead:
+            words = rows.exchange(loaded, scratch)
+            if steps > 1:
                 loaded = warp.when(n + 1 < steps, lambda _: load(n + 1), loaded)
-            visit(number, words, lambda: warp.when(first, lambda _: ready()))
+            visit(number, words, lambda: warp.when(first, lambda _: warp.wait_for_copies()))
             return loaded
 
         if exists is None:
             return visit_tile(loaded)
         return warp.when(exists | first, visit_tile, loaded)
 
-    warp.loop(steps, step, load(warp.constant(0)) if ahead else ())
+    loaded = load(warp.constant(0))
+    copy()
+    warp.loop(steps, step, loaded)

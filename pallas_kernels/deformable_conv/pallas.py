@@ -93,9 +93,7 @@ def _forward(values, *fields, form: type, boundary: str, interpret: bool) -> tup
     elif isinstance(tiling, RowGather):
         forward = functools.partial(row_gather.forward, h=h, w=w, **options)
     elif isinstance(tiling, RowProducts):
-        forward = functools.partial(
-            row_products.forward, h=h, w=w, tiles_per_warp=tiling.tiles_per_warp, **options
-        )
+        forward = functools.partial(row_products.forward, h=h, w=w, **options)
     elif isinstance(tiling, SparseMatrix):
         forward = functools.partial(
             sparse_matrix.forward, h=h, w=w, window=tiling.window, **options
@@ -125,9 +123,7 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
     if isinstance(tiling, RowGather):
         point_gradients = functools.partial(row_gather.point_gradients, h=h, w=w)
     elif isinstance(tiling, RowProducts):
-        point_gradients = functools.partial(
-            row_products.point_gradients, h=h, w=w, tiles_per_warp=tiling.tiles_per_warp
-        )
+        point_gradients = functools.partial(row_products.point_gradients, h=h, w=w)
     elif isinstance(tiling, SparseMatrix):
         point_gradients = functools.partial(
             sparse_matrix.point_gradients, h=h, w=w, window=tiling.window

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from pallas_kernels.deformable_conv.channel_rows import (
+    LOAD_BYTES,
     SHARERS,
     Layout,
     Rows,
@@ -23,6 +24,8 @@ from pallas_kernels.deformable_conv.channel_rows import (
 from pallas_kernels.deformable_conv.group import (
     Extents,
     Group,
+    for_each_tile,
+    num_tiles,
     point_gradient_structs,
 )
 from pallas_kernels.deformable_conv.image import Image, image_of
@@ -31,7 +34,6 @@ from pallas_kernels.deformable_conv.launch import launch
 from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD, exchange_bytes
 from pallas_kernels.deformable_conv.points import Points
 from pallas_kernels.deformable_conv.warp import LANES, Warp
-from pallas_kernels.deformable_conv.windows import COPY_BYTES, for_each_tile_with_window
 
 AT_A_TIME = LANES // SHARERS  # queries
 MAX_POINTS = 9  # whose corners fit into registers
@@ -53,7 +55,7 @@ def why_not(h: int, w: int, channels: int, num_points: int) -> str | None:
 def fits(h: int, w: int, channels: int, dtype) -> bool:
     """Whether the forward finds room for a whole image, with eight warps."""
     image = Image(1, h, w, channels, MAX_POINTS, np.dtype(dtype), "zeros")
-    return Layout(image, 8, QUERIES * WORD * (4 * MAX_POINTS | 1)).rows == h
+    return Layout(image, 8, QUERIES * WORD * (4 * MAX_POINTS | 1)).whole
 
 
 def _layout(values, points: Points, h: int, w: int, boundary: str, num_warps: int, table: int):
@@ -69,7 +71,7 @@ def forward(values, points, *, h: int, w: int, boundary: str, num_warps: int, in
     (out,) = launch(
         functools.partial(_forward_kernel, layout=layout),
         name="deformable_forward_row_gather",
-        num_blocks=values.shape[0] * layout.image.groups * layout.share.blocks,
+        num_blocks=values.shape[0] * layout.image.groups * layout.parts,
         shared_bytes=layout.shared_bytes,
         points=points,
         inputs=(values,),
@@ -102,7 +104,7 @@ def point_gradients(
     *gradients, lowest, highest = launch(
         functools.partial(_point_gradients_kernel, layout=layout, table=table),
         name="deformable_point_gradients_row_gather",
-        num_blocks=values.shape[0] * image.groups * layout.share.blocks,
+        num_blocks=values.shape[0] * image.groups * layout.parts,
         shared_bytes=layout.shared_bytes,
         points=points,
         inputs=(values, d_out),
@@ -116,61 +118,91 @@ def point_gradients(
 # --- kernels -------------------------------------------------------------------------------------
 
 
-def _each_tile(group: Group, shared, scratch, values, layout: Layout, visit: Callable) -> None:
+def _each_tile(warp: Warp, group: Group, shared, values, layout: Layout, visit: Callable) -> None:
     """Calls visit(tile, words of its points, gather) for each tile of 32 queries of the warp.
 
     gather(x, y) are the channels of four tokens from that one, see `Rows.of_corners`.
     """
-    warp, image = group.warp, layout.image
+    image = layout.image
     rows = Rows(group, layout)
-    pieces_of_token = layout.token_bytes // COPY_BYTES
+    scratch = shared + layout.capacity * layout.row_bytes + warp.warp * layout.own_bytes
 
-    def copy(window):
-        count = window.height * (image.w * pieces_of_token)
-
-        def copy_piece(piece):
-            token, number = window.y * image.w + piece // pieces_of_token, piece % pieces_of_token
-            warp.copy_to_shared(
-                shared + piece * COPY_BYTES,
-                values,
-                group.channel(token) + number * (COPY_BYTES // image.dtype.itemsize),
-                mask=piece < count,
-            )
-
-        threads = warp.num_warps * LANES
-
-        def copy_pieces(step, _):
-            for n in range(UNROLLED):
-                copy_piece((step * UNROLLED + n) * threads + warp.thread)
-
-        warp.loop((count + (threads * UNROLLED - 1)) // (threads * UNROLLED), copy_pieces)
-
-    def visit_with_window(tile, words, window, window_is_there):
-        window_is_there()
-
+    def from_band(first):
         def gather(x, y):
-            if window is None:
-                return rows.of_corners(values, y * image.w + x)
-            token = (y - window.y) * image.w + x
-            return rows.of_corners_in_band(shared + token * layout.token_bytes)
+            token = y * image.w + x
+            return rows.of_corners_in_band(shared + (token - first) * layout.row_bytes)
 
-        visit(tile, words, gather)
+        return gather
 
-    for_each_tile_with_window(
-        group,
-        layout.share,
-        shared,
-        scratch,
-        fits=lambda window: window.height < layout.rows + 1,
-        copy=copy,
-        visit=visit_with_window,
+    if layout.whole:
+        tokens = warp.constant(0), image.tokens
+        copy = functools.partial(_copy, warp, group, shared, values, layout, *tokens)
+
+        def tile(number, words, is_there):
+            is_there()
+            visit(number, words, from_band(0))
+
+        for_each_tile(group, copy, tile, scratch)
+        return
+
+    tiles = num_tiles(image)
+    number = (warp.block % layout.parts) * warp.num_warps + warp.warp
+    exists = number < tiles
+    last = warp.constant(tiles - 1)
+    number = warp.select(exists, number, last)
+    words = group.points.exchange(group.points.load(number), scratch)
+    corners = corners_of_points(group, words, group.queries(number))
+    extents = group.extents([x.y * image.w + x.x for x in corners])
+    for n, x in enumerate(extents):
+        warp.store_shared(shared + (warp.warp * 2 + n) * WORD, x)
+    warp.wait_for_block()
+    found = [
+        [warp.load_shared_bits(shared + (i * 2 + n) * WORD) for n in range(2)]
+        for i in range(warp.num_warps)
+    ]
+    extents = group.union([Extents(*x) for x in found])
+    warp.wait_for_block()
+    count = extents.highest - extents.lowest + (image.w + 2)
+    fits = count < layout.capacity + 1
+
+    def with_band(_):
+        _copy(warp, group, shared, values, layout, extents.lowest, count)
+        warp.wait_for_copies()
+        warp.when(exists, lambda _: visit(number, words, from_band(extents.lowest)))
+
+    warp.when(fits, with_band)
+    warp.when(
+        exists & (warp.constant(layout.capacity) < count),
+        lambda _: visit(number, words, lambda x, y: rows.of_corners(values, y * image.w + x)),
     )
 
 
+def _copy(warp: Warp, group: Group, shared, values, layout: Layout, first, count) -> None:
+    """Begins to copy the rows of `count` tokens to shared memory."""
+    pieces_of_row = layout.row_bytes // LOAD_BYTES
+    threads = warp.num_warps * LANES
+    pieces = count * pieces_of_row
+    full = isinstance(count, int) and pieces % (threads * UNROLLED) == 0
+
+    def copy(piece):
+        token, number = piece // pieces_of_row, piece % pieces_of_row
+        warp.copy_to_shared(
+            shared + piece * LOAD_BYTES,
+            values,
+            group.channel(first + token) + number * (LOAD_BYTES // layout.image.dtype.itemsize),
+            mask=None if full else piece < pieces,
+        )
+
+    def copy_several(step, _):
+        for n in range(UNROLLED):
+            copy((step * UNROLLED + n) * threads + warp.thread)
+
+    warp.loop((pieces + (threads * UNROLLED - 1)) // (threads * UNROLLED), copy_several)
+
+
 def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: Layout):
-    group = Group(warp, layout.image, warp.block // layout.share.blocks, points)
+    group = Group(warp, layout.image, warp.block // layout.parts, points)
     rows = Rows(group, layout)
-    scratch = shared + layout.rows_bytes + warp.warp * layout.own_bytes
 
     def visit(tile, words, gather):
         queries = group.queries(tile)
@@ -194,7 +226,7 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
 
         warp.loop(QUERIES // AT_A_TIME, four_queries)
 
-    _each_tile(group, shared, scratch, values, layout, visit)
+    _each_tile(warp, group, shared, values, layout, visit)
 
 
 def _point_gradients_kernel(
@@ -202,9 +234,9 @@ def _point_gradients_kernel(
 ):
     image = layout.image
     gradients, extents_refs = outputs[:-2], Extents(*outputs[-2:])
-    group = Group(warp, image, warp.block // layout.share.blocks, points)
+    group = Group(warp, image, warp.block // layout.parts, points)
     rows = Rows(group, layout)
-    scratch = shared + layout.rows_bytes + warp.warp * layout.own_bytes
+    scratch = shared + layout.capacity * layout.row_bytes + warp.warp * layout.own_bytes
     corner = (rows.share & 1) * 2 + (rows.share >> 1 & 1)
 
     def sum_of_lanes(products: list):
@@ -222,10 +254,9 @@ def _point_gradients_kernel(
 
     def visit(tile, words, gather):
         queries = group.queries(tile)
-        corners = [(x.x, x.y) for x in corners_of_points(group, words, queries)]
-        group.store_extents(
-            group.extents([y * image.w + x for x, y in corners]), tile, extents_refs
-        )
+        corners = corners_of_points(group, words, queries)
+        tokens = [x.y * image.w + x.x for x in corners]
+        group.store_extents(group.extents(tokens), tile, extents_refs)
 
         def load(step):
             source = step * AT_A_TIME + (warp.lane // SHARERS)
@@ -237,7 +268,7 @@ def _point_gradients_kernel(
             source = step * AT_A_TIME + (warp.lane // SHARERS)
             place = scratch + source * (table * WORD) + corner * WORD
             for k, own in enumerate(corners):
-                found = gather(*(warp.shuffle(x, source) for x in own))
+                found = gather(*(warp.shuffle(x, source) for x in (own.x, own.y)))
                 products = [product(d_row.rows[0], row) for row in found.rows]
                 if layout.rest:
                     rest = product(d_row.rest, found.rest)
@@ -259,4 +290,4 @@ def _point_gradients_kernel(
         pulled = gradients_of_points(group, words, queries, products)
         group.points.store_gradients(gradients, tile, pulled, scratch)
 
-    _each_tile(group, shared, scratch, values, layout, visit)
+    _each_tile(warp, group, shared, values, layout, visit)

@@ -19,35 +19,40 @@ queries, so every run gives the same bits.
 
 import functools
 import itertools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.deformable_conv.group import Extents, Group, point_gradient_structs
-from pallas_kernels.deformable_conv.image import image_of
+from pallas_kernels.deformable_conv.group import (
+    Extents,
+    Group,
+    for_each_tile,
+    point_gradient_structs,
+)
+from pallas_kernels.deformable_conv.image import Image, image_of
 from pallas_kernels.deformable_conv.inner_corners import corners_of_points, gradients_of_points
-from pallas_kernels.deformable_conv.launch import launch
+from pallas_kernels.deformable_conv.launch import MAX_SHARED_BYTES, launch
 from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD, exchange_bytes
 from pallas_kernels.deformable_conv.points import Points
 from pallas_kernels.deformable_conv.token_rows import (
     CHANNELS,
+    CODES_BYTES,
     PIECE,
     REST,
-    GlobalRows,
     Lane,
     Layout,
-    SharedRows,
-    copy_window,
+    TokenRows,
+    copy_image,
 )
 from pallas_kernels.deformable_conv.warp import Warp
-from pallas_kernels.deformable_conv.windows import for_each_tile_with_window
 
 MAX_POINTS = 9  # whose corners fit into registers
+MAX_WARPS = 8  # for which images are asked to leave room
 AT_A_TIME = 4  # queries
 PENDING = 1  # stores of the gradients' products; more take more registers
-CODES_BYTES = WORD * QUERIES  # of a point of all queries
 WEIGHTS_BYTES = 8 * QUERIES  # four weights of 16 bits each
+PRODUCTS_BYTES = 4 * WORD * QUERIES  # of a point
+MAX_OWN_BYTES = MAX_POINTS * (PRODUCTS_BYTES + CODES_BYTES)
 
 
 def why_not(h: int, w: int, channels: int, num_points: int, dtype) -> str | None:
@@ -60,6 +65,9 @@ def why_not(h: int, w: int, channels: int, num_points: int, dtype) -> str | None
         return f"there are {channels} channels; expected {CHANNELS} or {CHANNELS + REST}"
     if num_points > MAX_POINTS:
         return f"there are {num_points} points; expected at most {MAX_POINTS}"
+    image = Image(1, h, w, channels, MAX_POINTS, jnp.dtype(dtype), "zeros")
+    if Layout(image, MAX_WARPS, MAX_OWN_BYTES).shared_bytes > MAX_SHARED_BYTES:
+        return f"the images are {h} x {w}; expected such that they fit into shared memory"
     return None
 
 
@@ -71,17 +79,16 @@ def forward(
     w: int,
     boundary: str,
     num_warps: int,
-    tiles_per_warp: int,
     interpret: bool,
 ):
     """out [B, tokens, G, C] of values [B, tokens, G, C] and points with flattened tokens."""
     image = image_of(values, points, h, w, boundary)
     tables = image.num_points * (CODES_BYTES + WEIGHTS_BYTES)
-    layout = Layout(image, num_warps, tiles_per_warp, max(tables, exchange_bytes(points)))
+    layout = Layout(image, num_warps, max(tables, exchange_bytes(points)))
     (out,) = launch(
         functools.partial(_forward_kernel, layout=layout),
         name="deformable_forward_row_products",
-        num_blocks=values.shape[0] * image.groups * layout.share.blocks,
+        num_blocks=values.shape[0] * image.groups,
         shared_bytes=layout.shared_bytes,
         points=points,
         inputs=(values,),
@@ -102,7 +109,6 @@ def point_gradients(
     dtypes: tuple,
     boundary: str,
     num_warps: int,
-    tiles_per_warp: int,
     interpret: bool,
 ) -> tuple[list[jax.Array], Extents]:
     """The gradients of points.per_query, in `dtypes`; values and d_out are [B, tokens, G, C].
@@ -112,11 +118,11 @@ def point_gradients(
     image = image_of(values, points, h, w, boundary)
     pitch = 4 * WORD * (image.num_points | 1)
     table = max(pitch * QUERIES, exchange_bytes(points))
-    layout = Layout(image, num_warps, tiles_per_warp, table + image.num_points * CODES_BYTES)
+    layout = Layout(image, num_warps, table + image.num_points * CODES_BYTES)
     *gradients, lowest, highest = launch(
         functools.partial(_point_gradients_kernel, layout=layout, pitch=pitch, table=table),
         name="deformable_point_gradients_row_products",
-        num_blocks=values.shape[0] * image.groups * layout.share.blocks,
+        num_blocks=values.shape[0] * image.groups,
         shared_bytes=layout.shared_bytes,
         points=points,
         inputs=(values, d_out),
@@ -130,39 +136,16 @@ def point_gradients(
 # --- kernels -------------------------------------------------------------------------------------
 
 
-def _each_tile(group: Group, shared, values, layout: Layout, lane: Lane, visit: Callable) -> None:
-    """Calls visit(tile, words of its points, rows, rows_are_there) for each tile of the warp.
-
-    It calls rows_are_there(), which waits for them, before it loads rows.
-    """
-
-    def visit_with_rows(tile, words, window, window_is_there):
-        if window is None:
-            rows = GlobalRows(group, values, lane)
-        else:
-            rows = SharedRows(layout, shared, window, lane)
-        visit(tile, words, rows, window_is_there)
-
-    for_each_tile_with_window(
-        group,
-        layout.share,
-        shared,
-        layout.scratch(shared, group.warp),
-        fits=lambda window: layout.size(window) < layout.tokens + 1,
-        copy=functools.partial(copy_window, group, layout, shared, values),
-        visit=visit_with_rows,
-    )
-
-
 def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: Layout):
     image = layout.image
-    group = Group(warp, image, warp.block // layout.share.blocks, points)
+    group = Group(warp, image, warp.block, points)
     # Lane 4 i + j reads the four words of a piece of token j: the left sides of two products have
     # words 0 and 1, or 2 and 3, in rows i and i + 8. Of the right side it has column i: of query
     # i // 2, one channel of a word. Of the products it gets the same words, of query j.
     i, j = warp.lane >> 2, warp.lane & 3
     lane = Lane(right=j & 1, below=j >> 1, piece=(i >> 1) + (i & 1) * 4, word=i & 3)
-    codes = layout.scratch(shared, warp)
+    rows = TokenRows(warp, layout, shared, lane)
+    codes = scratch = layout.scratch(shared, warp)
     weights = codes + image.num_points * CODES_BYTES
     own_weight = weights + (i >> 1) * 8 + j * 2
     shift = (i & 1) * 16
@@ -176,15 +159,15 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
         low, top = (warp.select(odd, numbers[n + 1], numbers[n]) for n in (0, 2))
         return warp.select(high, top, low)
 
-    def visit(tile, words, rows, rows_are_there):
+    def visit(tile, words, is_there):
         queries = group.queries(tile)
         for k, corners in enumerate(corners_of_points(group, words, queries)):
-            rows.store_code(warp, codes + (k * CODES_BYTES), warp.lane, corners)
+            rows.store_code(codes + (k * CODES_BYTES), corners)
             w = corners.weights
             place = weights + (k * WEIGHTS_BYTES) + warp.lane * 8
             warp.store_shared(place, *(warp.pack(*w[n : n + 2], image.dtype) for n in (0, 2)))
         warp.wait_for_lanes()
-        rows_are_there()
+        is_there()
 
         def four_queries(step, _):
             zeros = [warp.constant(0.0)] * 4
@@ -192,15 +175,15 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
             rest = zeros
             own = own_weight + step * (AT_A_TIME * 8)
             for k in range(image.num_points):
-                found = rows.load_codes(warp, codes, step * AT_A_TIME, k * CODES_BYTES)
+                found = rows.load_codes(codes, step * AT_A_TIME, k * CODES_BYTES)
                 right = [warp.load_shared_half(own, k * WEIGHTS_BYTES) << shift]
-                pieces = [rows.load(warp, code) for code in found]
+                pieces = [rows.load(code) for code in found]
                 for q, half in itertools.product(range(AT_A_TIME), range(2)):
                     left = pieces[q][2 * half : 2 * half + 2]
                     totals[q][half] = warp.add_product(totals[q][half], left, right, image.dtype)
                 if layout.rest:
                     own_codes = [warp.select(second, found[n + 1], found[n]) for n in (0, 2)]
-                    left = [rows.load_rest(warp, code, 1)[0] for code in own_codes]
+                    left = [rows.load_rest(code, 1)[0] for code in own_codes]
                     rest = warp.add_product(rest, left, right, image.dtype)
             token = queries.first + step * AT_A_TIME + j
             exists = None if queries.exists is None else token < image.tokens
@@ -221,7 +204,8 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
         warp.loop(QUERIES // AT_A_TIME, four_queries)
         warp.wait_for_lanes()
 
-    _each_tile(group, shared, values, layout, lane, visit)
+    copy = functools.partial(copy_image, group, layout, shared, values)
+    for_each_tile(group, copy, visit, scratch)
 
 
 def _point_gradients_kernel(
@@ -237,7 +221,7 @@ def _point_gradients_kernel(
 ):
     image = layout.image
     gradients, extents_refs = outputs[:-2], Extents(*outputs[-2:])
-    group = Group(warp, image, warp.block // layout.share.blocks, points)
+    group = Group(warp, image, warp.block, points)
     # Lane 4 i + j reads the four words of pieces 2 j and 2 j + 1 of token i of the eight around two
     # points: the left side of a product has words 0 and 1 in rows i and i + 8, and beside them
     # words 2 and 3. Of the right side it has column i: of one of four queries, words 0 and 2 of
@@ -246,6 +230,7 @@ def _point_gradients_kernel(
     i, j = warp.lane >> 2, warp.lane & 3
     second = (i >> 2) == 1  # of two points
     lane = Lane(right=i & 1, below=i >> 1 & 1, piece=j * 2, word=(j & 1) * 2)
+    rows = TokenRows(warp, layout, shared, lane)
     query, odd_words = i >> 1, (i & 1) == 1
     scratch = layout.scratch(shared, warp)
     codes = scratch + table
@@ -271,14 +256,14 @@ def _point_gradients_kernel(
             rest = [warp.select(j < 2, word, warp.constant(0))]
         return pieces, rest
 
-    def products_of(rows, code, right):
+    def products_of(code, right):
         """Of the tokens of a code with d out of all queries."""
         pieces, rest = right
         total = [warp.constant(0.0)] * 4
         for n, words in enumerate(pieces):
-            total = warp.add_product(total, rows.load(warp, code, n), words, image.dtype)
+            total = warp.add_product(total, rows.load(code, n), words, image.dtype)
         if layout.rest:
-            total = warp.add_product(total, rows.load_rest(warp, code, 2), rest, image.dtype)
+            total = warp.add_product(total, rows.load_rest(code, 2), rest, image.dtype)
         return total[0] + total[3]
 
     def store(pending: list, left: int):
@@ -290,15 +275,15 @@ def _point_gradients_kernel(
             else:
                 warp.store_shared_where(mask, address, product)
 
-    def visit(tile, words, rows, rows_are_there):
+    def visit(tile, words, is_there):
         queries = group.queries(tile)
         corners = corners_of_points(group, words, queries)
         extents = group.extents([x.y * image.w + x.x for x in corners])
         group.store_extents(extents, tile, extents_refs)
         for k, x in enumerate(corners):
-            rows.store_code(warp, codes + (k * CODES_BYTES), warp.lane, x)
+            rows.store_code(codes + (k * CODES_BYTES), x)
         warp.wait_for_lanes()
-        rows_are_there()
+        is_there()
 
         def four_queries(step, loaded):
             last = QUERIES // AT_A_TIME - 1
@@ -311,14 +296,14 @@ def _point_gradients_kernel(
             pending = []
             for k in range(0, num_points, 2):
                 if k + 1 < num_points:
-                    found = rows.load_codes(warp, own_codes, first, k * CODES_BYTES)
-                    a, b, c, d = (products_of(rows, code, right) for code in found)
+                    found = rows.load_codes(own_codes, first, k * CODES_BYTES)
+                    a, b, c, d = (products_of(code, right) for code in found)
                     low, top = warp.select(odd, b, a), warp.select(odd, d, c)
                     address, mask = place + k * (4 * WORD), None
                 else:  # two queries' last points at a time
-                    found = rows.load_codes(warp, codes, first, k * CODES_BYTES)
+                    found = rows.load_codes(codes, first, k * CODES_BYTES)
                     found = [warp.select(second, found[n + 1], found[n]) for n in (0, 2)]
-                    low, top = (products_of(rows, code, right) for code in found)
+                    low, top = (products_of(code, right) for code in found)
                     address, mask = place - (i & 4) * WORD + k * (4 * WORD), gets_single
                 pending.append((mask, address, warp.select(high, top, low)))
                 store(pending, left=PENDING)  # not at once: later loads will have to wait
@@ -334,4 +319,5 @@ def _point_gradients_kernel(
         pulled = gradients_of_points(group, words, queries, products)
         group.points.store_gradients(gradients, tile, pulled, scratch)
 
-    _each_tile(group, shared, values, layout, lane, visit)
+    copy = functools.partial(copy_image, group, layout, shared, values)
+    for_each_tile(group, copy, visit, scratch)

@@ -19,7 +19,6 @@ import numpy as np
 
 from pallas_kernels.deformable_conv.group import (
     Extents,
-    Share,
     for_each_tile,
     point_gradient_structs,
 )
@@ -121,15 +120,14 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
     image, matrix = layout.image, layout.matrix
     group = MatrixGroup(warp, image, warp.block, shared, points)
     scratch = layout.scratch(shared, warp)
-    group.copy_image(values)
     group.clear(scratch, matrix.bytes)
     # Matrices of 8 tokens by a chunk: two below one another, then those of the next chunk.
     token = warp.lane & (COLUMNS - 1)
     rows = shared + token * pitch(image) + (warp.lane >> 4) * CHUNK_BYTES
     first_place = scratch + group.row * matrix.pitch + group.column * (2 * WORD)
 
-    def tile(number, words, is_ready):
-        is_ready()
+    def tile(number, words, is_there):
+        is_there()
         group.clear(scratch, group.points.bytes)
         warp.wait_for_lanes()
         queries = group.queries(number)
@@ -193,11 +191,7 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
                 mask = None if queries.exists is None else query < image.tokens
                 warp.store_pair(out, index, pair, mask=mask)
 
-    share = Share(image, warp.num_warps, whole=True)
-    own = functools.partial(share.tile, warp)
-    for_each_tile(
-        group.points, share.steps, own, tile, scratch, ready=warp.wait_for_copies, ahead=True
-    )
+    for_each_tile(group, functools.partial(group.copy_image, values), tile, scratch)
 
 
 def _point_gradients_kernel(
@@ -207,7 +201,6 @@ def _point_gradients_kernel(
     image, matrix = layout.image, layout.matrix
     group = MatrixGroup(warp, image, warp.block, shared, points)
     scratch = layout.scratch(shared, warp)
-    group.copy_image(values)
     # Matrices of 8 tokens by a chunk: two side by side, then those of the next tokens. A chunk that
     # is alone has just the tokens' two.
     in_matrix, matrix_number = warp.lane & 7, warp.lane >> 3
@@ -216,8 +209,8 @@ def _point_gradients_kernel(
     last_rows = shared + (in_matrix + (matrix_number & 1) * 8) * pitch(image)
     first_place = scratch + group.row * matrix.pitch + group.column * (2 * WORD)
 
-    def tile(number, words, is_ready):
-        is_ready()
+    def tile(number, words, is_there):
+        is_there()
         queries = group.queries(number)
         d_rows = []  # left sides, by halves of the queries and pairs of chunks
         for half in range(2):
@@ -306,8 +299,4 @@ def _point_gradients_kernel(
         ]
         group.points.store_gradients(gradients, number, pulled, scratch)
 
-    share = Share(image, warp.num_warps, whole=True)
-    own = functools.partial(share.tile, warp)
-    for_each_tile(
-        group.points, share.steps, own, tile, scratch, ready=warp.wait_for_copies, ahead=True
-    )
+    for_each_tile(group, functools.partial(group.copy_image, values), tile, scratch)

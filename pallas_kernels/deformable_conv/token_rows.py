@@ -9,26 +9,24 @@ pieces of two neighbours, or the odd ones, and the rests of four.
 
 from typing import NamedTuple
 
-from pallas_kernels.deformable_conv.group import Group, Share
+from pallas_kernels.deformable_conv.group import Group
 from pallas_kernels.deformable_conv.image import Image
 from pallas_kernels.deformable_conv.inner_corners import Corners
-from pallas_kernels.deformable_conv.launch import MAX_SHARED_BYTES
 from pallas_kernels.deformable_conv.point_rows import WORD
 from pallas_kernels.deformable_conv.warp import LANES, Warp
-from pallas_kernels.deformable_conv.windows import Window, window_bytes
 
 CHANNELS = 64
 REST = 8  # channels beyond them
 PIECE = 8  # channels
 PIECE_BYTES = 16
 TOKEN_BYTES = 9 * PIECE_BYTES
+CODES_BYTES = 2 * LANES  # of a table
 PIECES_AT_A_TIME = 4  # whose addresses are computed while others are on the way
 
 
 class Layout(NamedTuple):
     image: Image
     num_warps: int
-    tiles_per_warp: int  # if a block has a window
     own_bytes: int  # of shared memory, for each warp
 
     @property
@@ -36,33 +34,13 @@ class Layout(NamedTuple):
         return self.image.channels > CHANNELS
 
     @property
-    def room(self) -> int:
-        """Tokens."""
-        return (MAX_SHARED_BYTES - self.num_warps * self.own_bytes) // TOKEN_BYTES
-
-    def pitch(self, width):
-        """Tokens from a row of a window to the next: even, but no multiple of four."""
-        return (width + 1) // 4 * 4 + 2
-
-    def size(self, window: Window):
-        """Tokens that a window takes."""
-        return self.pitch(window.width) * window.height
-
-    @property
-    def share(self) -> Share:
-        image = self.image
-        whole = self.size(Window(0, 0, image.w, image.h)) <= self.room
-        return Share(image, self.num_warps, whole, self.tiles_per_warp)
-
-    @property
-    def tokens(self) -> int:
-        """For which there is room in a block's shared memory."""
-        image = self.image
-        return self.size(Window(0, 0, image.w, image.h)) if self.share.whole else self.room
+    def pitch(self) -> int:
+        """Tokens from a row of the image to the next: even, but no multiple of four."""
+        return (self.image.w + 1) // 4 * 4 + 2
 
     @property
     def tokens_bytes(self) -> int:
-        return window_bytes(self.tokens * TOKEN_BYTES, self.num_warps)
+        return self.pitch * self.image.h * TOKEN_BYTES
 
     @property
     def shared_bytes(self) -> int:
@@ -73,36 +51,26 @@ class Layout(NamedTuple):
         return shared + self.tokens_bytes + warp.warp * self.own_bytes
 
 
-def copy_window(group: Group, layout: Layout, shared, values, window: Window) -> None:
-    """Begins to copy a window's tokens to shared memory, shared out by rows among the warps."""
+def copy_image(group: Group, layout: Layout, shared, values) -> None:
+    """Begins to copy all tokens to shared memory."""
     warp, image = group.warp, group.image
     pieces_of_token = image.channels // PIECE
-    pieces = window.width * pieces_of_token
-    at_a_time = PIECES_AT_A_TIME * LANES
-    full = isinstance(pieces, int) and pieces % at_a_time == 0
+    pieces = image.tokens * pieces_of_token
+    threads = warp.num_warps * LANES
 
-    def row(number):
-        place = shared + number * (layout.pitch(window.width) * TOKEN_BYTES)
-        first = group.channel((window.y + number) * image.w + window.x)
+    def copy(step, _):
+        for n in range(PIECES_AT_A_TIME):
+            piece = (step * PIECES_AT_A_TIME + n) * threads + warp.thread
+            token, own = piece // pieces_of_token, piece % pieces_of_token
+            place = (token // image.w) * layout.pitch + token % image.w
+            warp.copy_to_shared(
+                shared + place * TOKEN_BYTES + own * PIECE_BYTES,
+                values,
+                group.channel(token) + own * PIECE,
+                mask=None if pieces % (threads * PIECES_AT_A_TIME) == 0 else piece < pieces,
+            )
 
-        def copy(step, _):
-            for n in range(PIECES_AT_A_TIME):
-                piece = step * at_a_time + n * LANES + warp.lane
-                x, own = piece // pieces_of_token, piece % pieces_of_token
-                warp.copy_to_shared(
-                    place + x * TOKEN_BYTES + own * PIECE_BYTES,
-                    values,
-                    first + x * (image.groups * image.channels) + own * PIECE,
-                    mask=None if full else piece < pieces,
-                )
-
-        warp.loop((pieces + (at_a_time - 1)) // at_a_time, copy)
-
-    def rows(step, _):
-        number = step * warp.num_warps + warp.warp
-        warp.when(number < window.height, lambda _: row(number))
-
-    warp.loop((window.height + (warp.num_warps - 1)) // warp.num_warps, rows)
+    warp.loop(-(-pieces // (threads * PIECES_AT_A_TIME)), copy)
 
 
 class Lane(NamedTuple):
@@ -114,57 +82,34 @@ class Lane(NamedTuple):
     word: object  # of its rest, the first
 
 
-class SharedRows:
-    """Rows of values in shared memory, of a window of the image.
+class TokenRows:
+    """The rows of values in shared memory.
 
     A point's code, which each lane computes for its own query's points, tells all lanes where they
-    find their part of the four tokens. Codes of several queries are together in a table.
+    find their part of the four tokens. Codes of 32 queries are together in a table.
     """
 
-    def __init__(self, layout: Layout, shared, window: Window, lane: Lane):
-        self._window, self._pitch = window, layout.pitch(window.width)
-        token = shared + (lane.below * self._pitch + lane.right) * TOKEN_BYTES
+    def __init__(self, warp: Warp, layout: Layout, shared, lane: Lane):
+        self._warp, self._pitch = warp, layout.pitch
+        token = shared + (lane.below * layout.pitch + lane.right) * TOKEN_BYTES
         self._pieces = token + lane.piece * PIECE_BYTES
         self._rest = token + lane.word * WORD + CHANNELS // PIECE * PIECE_BYTES
 
-    def store_code(self, warp: Warp, table, query, corners: Corners) -> None:
-        x, y = corners.x - self._window.x, corners.y - self._window.y
-        warp.store_shared_half(table + query * 2, y * self._pitch + x)
+    def store_code(self, table, corners: Corners) -> None:
+        """That of a point of the lane's query."""
+        place = table + self._warp.lane * (CODES_BYTES // LANES)
+        self._warp.store_shared_half(place, corners.y * self._pitch + corners.x)
 
-    def load_codes(self, warp: Warp, table, query, offset: int) -> list:
+    def load_codes(self, table, query, offset: int) -> list:
         """Of four queries from number `query`, of the table `offset` bytes further."""
-        words = warp.load_shared_words(table + query * 2, 2, offset)
+        words = self._warp.load_shared_words(table + query * (CODES_BYTES // LANES), 2, offset)
         return [code for word in words for code in (word & 0xFFFF, word >> 16)]
 
-    def load(self, warp: Warp, code, number: int = 0) -> list:
+    def load(self, code, number: int = 0) -> list:
         """The four words of the lane's piece, or of the one `number` further."""
         place = code * TOKEN_BYTES + self._pieces
-        return warp.load_shared_words(place, 4, number * PIECE_BYTES)
+        return self._warp.load_shared_words(place, 4, number * PIECE_BYTES)
 
-    def load_rest(self, warp: Warp, code, count: int) -> list:
+    def load_rest(self, code, count: int) -> list:
         """That many words of the rest."""
-        return warp.load_shared_words(code * TOKEN_BYTES + self._rest, count, 0)
-
-
-class GlobalRows:
-    """The same where they are in global memory: [B, tokens, G, C]."""
-
-    def __init__(self, group: Group, values, lane: Lane):
-        self._group, self._values = group, values
-        image = group.image
-        token = (lane.below * image.w + lane.right) * (image.groups * image.channels)
-        self._pieces = token + lane.piece * PIECE
-        self._rest = token + lane.word * 2 + CHANNELS
-
-    def store_code(self, warp: Warp, table, query, corners: Corners) -> None:
-        token = corners.y * self._group.image.w + corners.x
-        warp.store_shared(table + query * WORD, self._group.channel(token))
-
-    def load_codes(self, warp: Warp, table, query, offset: int) -> list:
-        return warp.load_shared_words(table + query * WORD, 4, offset)
-
-    def load(self, warp: Warp, code, number: int = 0) -> list:
-        return warp.load_words(self._values, code + self._pieces + number * PIECE, 4)
-
-    def load_rest(self, warp: Warp, code, count: int) -> list:
-        return warp.load_words(self._values, code + self._rest, count)
+        return self._warp.load_shared_words(code * TOKEN_BYTES + self._rest, count, 0)
