@@ -65,7 +65,7 @@ class TransposedProduct(NamedTuple):
 class Blocks(NamedTuple):
     """Block sizes of one call."""
 
-    forward: Gather | Product | RowGather | RowProducts | SparseMatrix
+    forward: Gather | Product | RowGather | RowProducts
     point_gradients: Product | RowGather | RowProducts | SparseMatrix
     values_gradient: TransposedProduct | SparseMatrix
 
@@ -81,8 +81,6 @@ def choose(h: int, w: int, channels: int, num_points: int, dtype, *, hopper: boo
             blocks = blocks._replace(forward=RowGather(num_warps=8))
     if hopper and sparse_matrix.why_not(h, w, channels, num_points, dtype) is None:
         sizes = SparseMatrix(window=4, num_warps=4 if h * w <= FEW_TOKENS else 8)
-        if h * w <= FEW_TOKENS:
-            blocks = blocks._replace(forward=sizes)
         if sparse_matrix.fits(h, w, channels, **sizes._asdict()):
             blocks = blocks._replace(point_gradients=sizes)
         blocks = blocks._replace(values_gradient=SparseMatrix(window=8, num_warps=4))

@@ -3,9 +3,9 @@
 The forward multiplies by the interpolation matrix (`tent.py`) where there are few tokens, and
 gathers (`gather.py`) elsewhere. Backward, the gradient of the values is a product with the
 transposed matrix (`tent.py`), and those of the sampling points come from products of rows
-(`products.py`). On Hopper most of it is done in shared memory, by the interpolation matrix
-(`sparse_matrix.py`, `sparse_transpose.py`) or by gathers (`row_gather.py`). `blocks.choose`
-decides. Nothing is added up in an order that changes from run to run.
+(`products.py`). On Hopper most of it is done in shared memory, by gathers (`row_products.py`,
+`row_gather.py`) or by the interpolation matrix (`sparse_matrix.py`, `sparse_transpose.py`).
+`blocks.choose` decides. Nothing is added up in an order that changes from run to run.
 """
 
 import functools
@@ -94,10 +94,6 @@ def _forward(values, *fields, form: type, boundary: str, interpret: bool) -> tup
         forward = functools.partial(row_gather.forward, h=h, w=w, **options)
     elif isinstance(tiling, RowProducts):
         forward = functools.partial(row_products.forward, h=h, w=w, **options)
-    elif isinstance(tiling, SparseMatrix):
-        forward = functools.partial(
-            sparse_matrix.forward, h=h, w=w, window=tiling.window, **options
-        )
     else:
         forward = functools.partial(
             tent.forward,

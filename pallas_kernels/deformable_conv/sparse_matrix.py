@@ -1,14 +1,13 @@
-"""Kernels that build the interpolation matrix in shared memory, for NVIDIA's Hopper.
+"""A kernel of the points' gradients by the interpolation matrix, for NVIDIA's Hopper.
 
-The forward is A values, with a row of A for each query and a column for each token; a row has at
-most four entries a sampling point. A warp takes 32 queries, one a lane. Each lane adds the weights
-of its query's sampling points to its own row of A, in float32, entry by entry: the work does not
-grow with the image, and nothing is shared between lanes, so every run gives the same bits. Blocks
-of 16 columns that were touched then go through the tensor cores. A window of columns is in shared
-memory at a time, the values of a group's image all the time.
+The forward would be A values, with a row of A for each query and a column for each token; a row has
+at most four entries a sampling point. The gradients of the points look up those entries of
+d out valuesᵀ. A warp takes 32 queries, one a lane: blocks of 16 columns in which any of them has an
+entry are computed by the tensor cores, a window at a time, and go to shared memory, where
+each lane finds its own. The values of a group's image are in shared memory all the time. Nothing is
+added up across lanes, so every run gives the same bits.
 
-The gradients of the points look up entries of d out valuesᵀ, of which the touched blocks are
-computed. The gradient of the values, Aᵀ d out, is in `sparse_transpose.py`.
+The gradient of the values, Aᵀ d out, is in `sparse_transpose.py`.
 """
 
 import functools
@@ -32,7 +31,6 @@ from pallas_kernels.deformable_conv.matrix_rows import (
     Layout,
     Matrix,
     MatrixGroup,
-    chunks,
     for_each_bit,
     pitch,
 )
@@ -55,29 +53,9 @@ def why_not(h: int, w: int, channels: int, num_points: int, dtype) -> str | None
 
 
 def fits(h: int, w: int, channels: int, *, window: int, num_warps: int) -> bool:
-    """Whether the forward and the points' gradients find room in shared memory."""
+    """Whether there is room in shared memory."""
     image = Image(1, h, w, channels, 1, np.dtype(np.float16), "zeros")
     return Layout(image, Matrix(window), num_warps).shared_bytes <= MAX_SHARED_BYTES
-
-
-def forward(
-    values, points, *, h: int, w: int, boundary: str, window: int, num_warps: int, interpret: bool
-):
-    """out [B, tokens, G, C] of values [B, tokens, G, C] and points with flattened tokens."""
-    image = image_of(values, points, h, w, boundary)
-    layout = Layout(image, Matrix(window), num_warps)
-    (out,) = launch(
-        functools.partial(_forward_kernel, layout=layout),
-        name="deformable_forward_sparse_matrix",
-        num_blocks=values.shape[0] * image.groups,
-        shared_bytes=layout.shared_bytes,
-        points=points,
-        inputs=(values,),
-        outputs=(jax.ShapeDtypeStruct(values.shape, values.dtype),),
-        num_warps=num_warps,
-        interpret=interpret,
-    )
-    return out
 
 
 def point_gradients(
@@ -114,84 +92,6 @@ def point_gradients(
 
 
 # --- kernels -------------------------------------------------------------------------------------
-
-
-def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: Layout):
-    image, matrix = layout.image, layout.matrix
-    group = MatrixGroup(warp, image, warp.block, shared, points)
-    scratch = layout.scratch(shared, warp)
-    group.clear(scratch, matrix.bytes)
-    # Matrices of 8 tokens by a chunk: two below one another, then those of the next chunk.
-    token = warp.lane & (COLUMNS - 1)
-    rows = shared + token * pitch(image) + (warp.lane >> 4) * CHUNK_BYTES
-    first_place = scratch + group.row * matrix.pitch + group.column * (2 * WORD)
-
-    def tile(number, words, is_there):
-        is_there()
-        group.clear(scratch, group.points.bytes)
-        warp.wait_for_lanes()
-        queries = group.queries(number)
-        corners = [group.corners(group.points.fields(x, k), queries) for k, x in enumerate(words)]
-        extents = [group.extent(x.token) for x in corners]
-
-        def add_window(window, totals):
-            bits = warp.constant(0)
-            for point, extent in zip(corners, extents, strict=True):
-
-                def add_point(bits, point=point):
-                    group.add(point, window, matrix, scratch)
-                    return bits | group.bits(point.token, window)
-
-                bits = warp.when(extent.touch(window.first, window.size, image), add_point, bits)
-            bits = warp.union(bits)
-            warp.wait_for_lanes()
-            first_block = window.number * matrix.window
-
-            def multiply_block(block, totals):
-                return multiply(first_block + block, block, totals)
-
-            totals = for_each_bit(warp, bits, matrix.window, multiply_block, totals)
-            warp.wait_for_lanes()
-            return totals
-
-        def multiply(block_of_rows, block, totals):
-            left = []
-            for half in range(2):
-                places = [
-                    first_place
-                    + block * (COLUMNS * WORD)
-                    + ((half * 16 + i * 8) * matrix.pitch + part * 8 * WORD)
-                    for part in range(2)
-                    for i in range(2)
-                ]
-                entries = [warp.load_shared(x, 2) for x in places]
-                for x in places:
-                    warp.store_shared(x, *[warp.constant(0.0)] * 2)
-                left.append([warp.pack(*x, image.dtype) for x in entries])
-            totals = list(totals)
-            address = rows + block_of_rows * (COLUMNS * pitch(image))
-            for pair in group.chunk_pairs:
-                right = group.columns_of_rows(address, pair)
-                for i, chunk in enumerate(pair):
-                    for half in range(2):
-                        n = 2 * chunk + half
-                        totals[n] = warp.add_product(
-                            totals[n], left[half], right[2 * i : 2 * i + 2], image.dtype
-                        )
-            return totals
-
-        zeros = [[warp.constant(0.0)] * 4 for _ in range(2 * chunks(image))]
-        totals = group.for_each_window(group.union(extents), matrix, add_window, zeros)
-        for n, total in enumerate(totals):
-            chunk, half = divmod(n, 2)
-            for i in range(2):
-                query = queries.first + group.row + (16 * half + 8 * i)
-                index = group.channel(query) + group.column * 2 + CHUNK * chunk
-                pair = warp.pack(total[2 * i], total[2 * i + 1], image.dtype)
-                mask = None if queries.exists is None else query < image.tokens
-                warp.store_pair(out, index, pair, mask=mask)
-
-    for_each_tile(group, functools.partial(group.copy_image, values), tile, scratch)
 
 
 def _point_gradients_kernel(

@@ -20,6 +20,7 @@ from pallas_kernels.deformable_conv import (
     gather,
     products,
     row_gather,
+    row_products,
     sparse_matrix,
     sparse_transpose,
     tent,
@@ -61,6 +62,7 @@ _CHAINED = {
 _KINDS = (
     blocks.Gather,
     blocks.RowGather,
+    blocks.RowProducts,
     blocks.SparseMatrix,
     blocks.Product,
     blocks.TransposedProduct,
@@ -83,13 +85,18 @@ def _candidates(shape, dtype) -> Iterator[tuple[str, object, Callable]]:
                 b = blocks.Gather(tile(queries, 8), chunk, num_warps)
                 extra = dict(grid=Grid(h, w, *b.tile), chunk=chunk, num_warps=num_warps)
                 yield "forward", b, functools.partial(gather.forward, **extra, **options)
+    gathers = []
     if is_hopper() and row_gather.why_not(h, w, shape[4], shape[5]) is None:
+        gathers.append((row_gather, blocks.RowGather))
+    if is_hopper() and row_products.why_not(h, w, shape[4], shape[5], dtype) is None:
+        gathers.append((row_products, blocks.RowProducts))
+    for module, kind in gathers:
         for kernel, num_warps in itertools.product(("forward", "point_gradients"), (4, 8, 12, 16)):
             extra = dict(h=h, w=w, num_warps=num_warps)
             if kernel == "point_gradients":
                 extra["dtypes"] = (jnp.dtype(dtype),) * 3
-            run = getattr(row_gather, kernel)
-            yield kernel, blocks.RowGather(num_warps), functools.partial(run, **extra, **options)
+            run = getattr(module, kernel)
+            yield kernel, kind(num_warps), functools.partial(run, **extra, **options)
     if is_hopper() and sparse_matrix.why_not(h, w, shape[4], shape[5], dtype) is None:
         for kernel, b in _sparse_matrices(h, w, shape[4]):
             extra = dict(h=h, w=w, **b._asdict())
@@ -123,7 +130,6 @@ def _sparse_matrices(h: int, w: int, channels: int) -> Iterator:
         for num_warps in (4, 8, 12):
             b = blocks.SparseMatrix(window, num_warps)
             if sparse_matrix.fits(h, w, channels, **b._asdict()):
-                yield "forward", b
                 yield "point_gradients", b
             if window % num_warps == 0:
                 yield "values_gradient", b

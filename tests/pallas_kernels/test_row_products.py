@@ -1,4 +1,4 @@
-"""The kernels that gather rows from shared memory: simulated, lowered for CUDA, and on a GPU."""
+"""The kernels that gather rows into products: simulated, lowered for CUDA, and on a GPU."""
 
 import functools
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.deformable_conv import sparse_matrix, sparse_transpose
-from pallas_kernels.deformable_conv.blocks import Blocks, SparseMatrix
+from pallas_kernels.deformable_conv.blocks import Blocks, RowGather, SparseMatrix
 from pallas_kernels.deformable_conv.named_shapes import NAMED_SHAPES
 from pallas_kernels.deformable_conv.points import flatten_points, flatten_tokens
 from pallas_kernels.deformable_conv.sparse_transpose import extents_of
@@ -45,11 +45,6 @@ def run(function, values, points, *others, boundary, window, interpret=True, **o
     )
 
 
-def forward(values, points, **options):
-    flat = flatten_tokens(values), flatten_points(points)
-    return run(sparse_matrix.forward, values, points, *flat, **options).reshape(values.shape)
-
-
 def point_gradients(values, points, d_out, **options):
     like = points.per_query
     flat = flatten_tokens(values), flatten_points(points), flatten_tokens(d_out)
@@ -66,9 +61,8 @@ def values_gradient(values, points, d_out, **options):
 
 
 def check(values, points, d_out, tolerance, **options):
-    """Holds all three to the definition; the gradients of the points, in float32, to 1e-5."""
-    out, d_values, d_points = reference(options["boundary"], values, points, d_out)
-    assert relative_error(forward(values, points, **options), out) < tolerance
+    """Holds both to the definition; the gradients of the points, in float32, to 1e-5."""
+    _, d_values, d_points = reference(options["boundary"], values, points, d_out)
     assert relative_error(values_gradient(values, points, d_out, **options), d_values) < tolerance
     for a, b in zip(point_gradients(values, points, d_out, **options), d_points, strict=False):
         assert relative_error(a, b) < 1e-5
@@ -97,9 +91,8 @@ def test_points_at_whole_tokens_and_at_the_border():
 def test_points_that_are_not_finite_add_nothing():
     values, points, without, d_out = points_that_are_not_finite()
     options = dict(boundary="zeros", window=4)
-    for function, others in ((forward, ()), (values_gradient, (d_out,))):
-        actual, expected = (function(values, p, *others, **options) for p in (points, without))
-        np.testing.assert_array_equal(actual, expected)
+    actual, expected = (values_gradient(values, p, d_out, **options) for p in (points, without))
+    np.testing.assert_array_equal(actual, expected)
     for gradient in point_gradients(values, points, d_out, **options):
         assert np.isfinite(gradient).all()
 
@@ -132,9 +125,9 @@ def test_extents_hold_every_corner(boundary):
 
 @pytest.mark.parametrize("case", ["case0", "case1"])
 def test_operator_matches_official(case, fixture_file, monkeypatch):
-    """All three at once, where a choice of blocks takes them."""
+    """With row gathers for the forward, where a choice of blocks takes them."""
     sparse = SparseMatrix(window=4, num_warps=4)
-    blocks = Blocks(sparse, sparse, sparse)
+    blocks = Blocks(RowGather(num_warps=4), sparse, sparse)
     check_released_in_float16(fixture_file("op.npz"), case, blocks, monkeypatch)
 
 
@@ -157,11 +150,11 @@ def test_every_named_shape_lowers_for_cuda(shape, dtype):
     if sparse_matrix.why_not(h, w, c, 9, dtype) is not None:
         pytest.skip(sparse_matrix.why_not(h, w, c, 9, dtype))
     options = dict(boundary="zeros", window=4, interpret=False)
-    functions = [(values_gradient, (values,))]
+    functions = [values_gradient]
     if sparse_matrix.fits(h, w, c, window=4, num_warps=4):
-        functions += (forward, ()), (point_gradients, (values,))
-    for function, others in functions:
-        text = lowered_for_cuda(functools.partial(function, **options), values, points, *others)
+        functions.append(point_gradients)
+    for function in functions:
+        text = lowered_for_cuda(functools.partial(function, **options), values, points, values)
         assert text.count("custom_call @mosaic_gpu") == 1
 
 
@@ -179,12 +172,8 @@ def test_a_gpu_does_what_the_simulation_does(shape, form, boundary, window):
         pytest.skip("needs a GPU of compute capability 9.0")
     values, points, d_out = inputs(shape, form, jnp.bfloat16, jnp.float32)
     options = dict(boundary=boundary, window=window)
-    for function, others, tolerance in (
-        (forward, (), 2e-3),
-        (values_gradient, (d_out,), 2e-3),
-        (point_gradients, (d_out,), 1e-5),
-    ):
-        actual = function(values, points, *others, interpret=False, **options)
-        simulated = function(values, points, *others, **options)
+    for function, tolerance in ((values_gradient, 2e-3), (point_gradients, 1e-5)):
+        actual = function(values, points, d_out, interpret=False, **options)
+        simulated = function(values, points, d_out, **options)
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(simulated), strict=True):
             assert relative_error(a, b) < tolerance
