@@ -26,8 +26,6 @@ class Lanes:
     def __add__(self, other):
         return self._with(other, arith.addf, arith.addi)
 
-    __radd__ = __add__
-
     def __sub__(self, other):
         return self._with(other, arith.subf, arith.subi)
 
@@ -46,9 +44,6 @@ class Lanes:
 
     def __or__(self, other):
         return Lanes(arith.ori(self.value, _like(self, other)))
-
-    def __xor__(self, other):
-        return Lanes(arith.xori(self.value, _like(self, other)))
 
     def __rshift__(self, other):
         return Lanes(arith.shrui(self.value, _like(self, other)))

@@ -1,14 +1,14 @@
 """Kernels that gather rows of values into products of the tensor cores, for NVIDIA's Hopper.
 
-A block has a group's image, or the band that its queries need, in shared memory. A warp takes 32
-queries, of which each lane evaluates one's sampling points. Then all lanes load the rows of the
-four tokens around a point in one instruction, straight into what a product wants of each lane:
-nothing is unpacked, and sums are the tensor cores'.
+A block has a group's image in shared memory. A warp takes 32 queries, of which each lane evaluates
+one's sampling points. Then all lanes load the rows of the four tokens around a point in one
+instruction, straight into what a product wants of each lane: nothing is unpacked, and sums are the
+tensor cores'.
 
 A register holds two neighbouring channels, where a product has two neighbours of its sum:
 
 - The forward's sums go over four tokens and the two channels of a word. A word has columns of its
-  own, one for each channel, in which the tokens' weights stand beside zeros. Two queries' weights
+  own, one for each channel, in which the tokens' weights stand beside zeros. Four queries' weights
   are in one matrix, and of the columns those are kept whose weights belong to the rows.
 - The points' gradients are sums over channels, of the rows around two points times d out of four
   queries, of which again one's is kept.
