@@ -7,7 +7,12 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.deformable_conv import row_gather, row_products, sparse_matrix
+from pallas_kernels.deformable_conv import (
+    list_gradient,
+    row_gather,
+    row_products,
+    sparse_matrix,
+)
 from pallas_kernels.deformable_conv.tiles import Grid
 
 LOAD_BYTES = 16  # of one load instruction of one thread
@@ -44,6 +49,12 @@ class SparseMatrix(NamedTuple):
     num_warps: int  # a multiple of 4; for values_gradient, at most `window`
 
 
+class PointLists(NamedTuple):
+    """list_gradient.values_gradient; for Hopper GPUs."""
+
+    num_warps: int  # a multiple of 4
+
+
 class Product(NamedTuple):
     """tent.forward, products.point_gradients."""
 
@@ -67,27 +78,31 @@ class Blocks(NamedTuple):
 
     forward: Gather | Product | RowGather | RowProducts
     point_gradients: Product | RowGather | RowProducts | SparseMatrix
-    values_gradient: TransposedProduct | SparseMatrix
+    values_gradient: PointLists | SparseMatrix | TransposedProduct
 
 
 def choose(h: int, w: int, channels: int, num_points: int, dtype, *, hopper: bool) -> Blocks:
     """The block sizes for images of h x w tokens, on a Hopper GPU or another one."""
     blocks = _choose_triton(h, w, channels, num_points, dtype)
+    few_tokens = h * w <= FEW_TOKENS
+    lists = hopper and list_gradient.why_not(h, w, channels, num_points) is None
+    if lists:
+        blocks = blocks._replace(values_gradient=PointLists(num_warps=4))
     if hopper and row_gather.why_not(h, w, channels, num_points) is None:
-        few_tokens = h * w <= FEW_TOKENS
         wide = jnp.dtype(dtype).itemsize > 2
         blocks = blocks._replace(point_gradients=RowGather(num_warps=8 if few_tokens else 12))
         if few_tokens or (not wide and row_gather.fits(h, w, channels, dtype)):
             blocks = blocks._replace(forward=RowGather(num_warps=8))
     if hopper and sparse_matrix.why_not(h, w, channels, num_points, dtype) is None:
-        sizes = SparseMatrix(window=4, num_warps=4 if h * w <= FEW_TOKENS else 8)
+        sizes = SparseMatrix(window=4, num_warps=4 if few_tokens else 8)
         if sparse_matrix.fits(h, w, channels, **sizes._asdict()):
             blocks = blocks._replace(point_gradients=sizes)
-        blocks = blocks._replace(values_gradient=SparseMatrix(window=8, num_warps=4))
+        if few_tokens or not lists:
+            blocks = blocks._replace(values_gradient=SparseMatrix(window=8, num_warps=4))
     if hopper and row_products.why_not(h, w, channels, num_points, dtype) is None:
         sizes = RowProducts(num_warps=8)
         blocks = blocks._replace(forward=sizes)
-        if h * w > FEW_TOKENS:
+        if not few_tokens:
             blocks = blocks._replace(point_gradients=sizes)
     return blocks
 

@@ -4,8 +4,9 @@ The forward multiplies by the interpolation matrix (`tent.py`) where there are f
 gathers (`gather.py`) elsewhere. Backward, the gradient of the values is a product with the
 transposed matrix (`tent.py`), and those of the sampling points come from products of rows
 (`products.py`). On Hopper most of it is done in shared memory, by gathers (`row_products.py`,
-`row_gather.py`) or by the interpolation matrix (`sparse_matrix.py`, `sparse_transpose.py`).
-`blocks.choose` decides. Nothing is added up in an order that changes from run to run.
+`row_gather.py`) or by the interpolation matrix (`sparse_matrix.py`, `sparse_transpose.py`), or from
+sorted points (`list_gradient.py`). `blocks.choose` decides. Nothing is added up in an order that
+changes from run to run.
 """
 
 import functools
@@ -19,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.deformable_conv import (
     gather,
+    list_gradient,
     products,
     row_gather,
     row_products,
@@ -30,6 +32,7 @@ from pallas_kernels.deformable_conv.blocks import (
     MAX_CHANNELS,
     Blocks,
     Gather,
+    PointLists,
     RowGather,
     RowProducts,
     SparseMatrix,
@@ -147,7 +150,9 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
     d_points = jax.tree.map(lambda *parts: sum(parts), *d_points)
 
     tiling = blocks.values_gradient
-    if isinstance(tiling, SparseMatrix):
+    if isinstance(tiling, PointLists):
+        values_gradient = functools.partial(list_gradient.values_gradient, h=h, w=w)
+    elif isinstance(tiling, SparseMatrix):
         values_gradient = functools.partial(
             sparse_transpose.values_gradient, extents=extents, h=h, w=w, window=tiling.window
         )

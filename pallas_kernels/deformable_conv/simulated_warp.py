@@ -107,7 +107,8 @@ class SimulatedWarp:
         numbers = np.ascontiguousarray(pair)[..., None].view(ref.dtype)
         self.store(ref, index, *np.moveaxis(numbers, -1, 0), mask=mask)
 
-    def copy_to_shared(self, address, ref, index, *, mask):
+    def copy_to_shared(self, address, ref, index, *, mask, again: bool = False):
+        del again
         ref = ref.reshape(-1)
         mask = self._active & (True if mask is None else mask)
         index = index[mask][:, None] + np.arange(16 // ref.itemsize)
@@ -116,6 +117,9 @@ class SimulatedWarp:
         self._shared[where] = ref[_inside(ref, index)].view(np.uint8)
 
     def wait_for_copies(self):
+        pass
+
+    def wait_for_own_copies(self):
         pass
 
     def load_shared(self, address, count: int = 1):
@@ -194,6 +198,10 @@ class SimulatedWarp:
 
     def popcount(self, bits):
         return np.bitwise_count(bits.view(np.uint32)).astype(np.int32)
+
+    def match(self, x):
+        same = (x[..., :, None] == x[..., None, :]) & self._active[..., None, :]
+        return np.packbits(same, axis=-1, bitorder="little").view(np.int32)[..., 0]
 
     def nth_bit(self, bits, n):
         is_set = bits[..., None] >> np.arange(LANES) & 1

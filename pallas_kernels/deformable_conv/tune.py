@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from pallas_kernels.deformable_conv import (
     blocks,
     gather,
+    list_gradient,
     products,
     row_gather,
     row_products,
@@ -63,6 +64,7 @@ _KINDS = (
     blocks.Gather,
     blocks.RowGather,
     blocks.RowProducts,
+    blocks.PointLists,
     blocks.SparseMatrix,
     blocks.Product,
     blocks.TransposedProduct,
@@ -97,6 +99,12 @@ def _candidates(shape, dtype) -> Iterator[tuple[str, object, Callable]]:
                 extra["dtypes"] = (jnp.dtype(dtype),) * 3
             run = getattr(module, kernel)
             yield kernel, kind(num_warps), functools.partial(run, **extra, **options)
+    if is_hopper() and list_gradient.why_not(h, w, shape[4], shape[5]) is None:
+        for num_warps in (4, 8):
+            run = functools.partial(
+                list_gradient.values_gradient, h=h, w=w, num_warps=num_warps, **options
+            )
+            yield "values_gradient", blocks.PointLists(num_warps), run
     if is_hopper() and sparse_matrix.why_not(h, w, shape[4], shape[5], dtype) is None:
         for kernel, b in _sparse_matrices(h, w, shape[4]):
             extra = dict(h=h, w=w, **b._asdict())

@@ -84,6 +84,11 @@ class Warp:
     def popcount(self, bits: Lanes) -> Lanes:
         return assemble("popc.b32 $0, $1;", type_named("i32"), "=r,r", bits)
 
+    def match(self, x: Lanes) -> Lanes:
+        """A bit for each lane that has the same integer."""
+        text = f"match.any.sync.b32 $0, $1, {ALL_LANES};"
+        return assemble(text, type_named("i32"), "=r,r", x, ordered=True)
+
     def nth_bit(self, bits: Lanes, n: Lanes) -> Lanes:
         """The place of the set bit number n, counted from 0; -1 if there are no more."""
         return assemble("fns.b32 $0, $1, 0, $2;", type_named("i32"), "=r,r,r", bits, n + 1)
@@ -182,13 +187,22 @@ class Warp:
         _where(mask, lambda: llvm.store(pair.value, pointer))
 
     def copy_to_shared(
-        self, address: Lanes, ref: ir.Value, index: Lanes, *, mask: Lanes | None
+        self,
+        address: Lanes,
+        ref: ir.Value,
+        index: Lanes,
+        *,
+        mask: Lanes | None,
+        again: bool = False,
     ) -> None:
-        """Begins to copy 16 bytes; `wait_for_copies` ends all copies of the block."""
+        """Begins to copy 16 bytes; `wait_for_copies` ends all copies of the block.
+
+        `again` says that others copy the same bytes: they stay in the L1 cache.
+        """
 
         def copy():
             pointer = Lanes(llvm.ptrtoint(type_named("i64"), _element_and_pointer(ref, index)[1]))
-            text = "cp.async.cg.shared.global [$0], [$1], 16;"
+            text = f"cp.async.{'ca' if again else 'cg'}.shared.global [$0], [$1], 16;"
             assemble(text, None, "r,l,~{memory}", address, pointer, ordered=True)
 
         _where(mask, copy)
@@ -270,6 +284,11 @@ class Warp:
     def wait_for_block(self) -> None:
         gpu.barrier()
 
+    def wait_for_own_copies(self) -> None:
+        """Ends all copies of the warp."""
+        assemble("cp.async.wait_all;", None, "~{memory}", ordered=True)
+        self.wait_for_lanes()
+
     def wait_for_copies(self) -> None:
         assemble("cp.async.wait_all;", None, "~{memory}", ordered=True)
         gpu.barrier()
@@ -314,7 +333,10 @@ class Warp:
         )
 
     def when(self, condition: Lanes, body: Callable, carry=()):
-        """body(carry) if the condition holds, else carry; all lanes of the warp must agree."""
+        """body(carry) if the condition holds, else carry.
+
+        All lanes of the warp must agree, unless the body only loads, computes and stores.
+        """
         leaves, tree = jax.tree.flatten(carry)
         branch = scf.IfOp(condition.value, [x.value.type for x in leaves], has_else=bool(leaves))
         with ir.InsertionPoint(branch.then_block):
