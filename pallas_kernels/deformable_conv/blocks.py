@@ -84,12 +84,11 @@ class Blocks(NamedTuple):
 def choose(h: int, w: int, channels: int, num_points: int, dtype, *, hopper: bool) -> Blocks:
     """The block sizes for images of h x w tokens, on a Hopper GPU or another one."""
     blocks = _choose_triton(h, w, channels, num_points, dtype)
-    few_tokens = h * w <= FEW_TOKENS
+    few_tokens, wide = h * w <= FEW_TOKENS, jnp.dtype(dtype).itemsize > 2
     lists = hopper and list_gradient.why_not(h, w, channels, num_points) is None
     if lists:
-        blocks = blocks._replace(values_gradient=PointLists(num_warps=4))
+        blocks = blocks._replace(values_gradient=PointLists(num_warps=8 if wide else 4))
     if hopper and row_gather.why_not(h, w, channels, num_points) is None:
-        wide = jnp.dtype(dtype).itemsize > 2
         blocks = blocks._replace(point_gradients=RowGather(num_warps=8 if few_tokens else 12))
         if few_tokens or (not wide and row_gather.fits(h, w, channels, dtype)):
             blocks = blocks._replace(forward=RowGather(num_warps=8))

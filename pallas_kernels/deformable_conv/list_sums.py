@@ -105,7 +105,7 @@ class TensorCoreSums:
     Tokens have their columns by whether x and y are odd, so those that stay have theirs already.
     """
 
-    AHEAD = 4
+    AHEAD = 4  # of the ring: more takes cache from the rows
 
     def __init__(self, warp: Warp, strip: Strip, ring: Ring):
         self.warp, self.strip, self.image, self.ring = warp, strip, strip.image, ring
@@ -222,7 +222,7 @@ class ScalarSums:
     lanes of the four points are added up in the end.
     """
 
-    AHEAD = 2
+    AHEAD = 3  # of the ring
 
     def __init__(self, warp: Warp, strip: Strip, ring: Ring):
         self.warp, self.strip, self.image, self.ring = warp, strip, strip.image, ring
