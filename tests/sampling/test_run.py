@@ -22,6 +22,8 @@ from flowdcn_jax.sampling.folder import SampleFolder
 from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SETTINGS = sampling.Settings(sampler="euler_sde", num_steps=3, guidance=2.0, seed=5)
 COUNT = 24
 
