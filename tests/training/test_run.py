@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ import flowdcn_jax
 from flowdcn_jax import sampling
 from flowdcn_jax.training import loop
 from flowdcn_jax.training.preemption import Preemption
+from flowdcn_jax.training.sharding import make_mesh
 from flowdcn_jax.training.workdir_lock import WorkdirError, workdir_lock
 from tests import tiny
 
@@ -151,9 +153,16 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs in this process use one of the eight devices."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(loop, "make_mesh", lambda *sizes: mesh)
+
+
 @pytest.mark.parametrize("poisoned", ["loss", "grad_norm"])
 def test_a_non_finite_step_stops_the_run_before_the_next_checkpoint(
-    tmp_path, monkeypatch, poisoned
+    tmp_path, monkeypatch, one_device, poisoned
 ):
     real = loop._Run._compile_steps
 
@@ -174,7 +183,7 @@ def test_a_non_finite_step_stops_the_run_before_the_next_checkpoint(
     assert tiny.steps(tmp_path) == [3]
 
 
-def test_a_run_logs_saves_and_draws(tmp_path):
+def test_a_run_logs_saves_and_draws(tmp_path, one_device):
     config = tiny.config(log__sample_every_steps=3, train__num_steps=6, log__every_steps=2)
     loop.train(config, str(tmp_path))
     rows = tiny.metrics(tmp_path)
@@ -207,7 +216,7 @@ def test_a_run_goes_on_with_more_steps_and_other_devices(tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def test_grids_are_drawn_with_the_ema(tmp_path, monkeypatch):
+def test_grids_are_drawn_with_the_ema(tmp_path, monkeypatch, one_device):
     real, seen = sampling.generate_images, []
 
     def watched(generator, params, *args, **options):
