@@ -183,7 +183,7 @@ def test_a_non_finite_step_stops_the_run_before_the_next_checkpoint(
     assert tiny.steps(tmp_path) == [3]
 
 
-def test_a_run_logs_saves_and_draws(tmp_path, one_device):
+def test_a_run_logs_saves_and_draws(tmp_path):
     config = tiny.config(log__sample_every_steps=3, train__num_steps=6, log__every_steps=2)
     loop.train(config, str(tmp_path))
     rows = tiny.metrics(tmp_path)

@@ -17,7 +17,7 @@ from flowdcn_jax.training import loop
 from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device_runs")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 BUCKETS = AspectBuckets(image_size=32, count=3, min_aspect=0.5, max_aspect=2.0, side_multiple=16)
 COUNTS = {"4x2": 30, "2x4": 12}  # none of aspect 1.25: 16x32, as of aspect 2
