@@ -22,8 +22,6 @@ from flowdcn_jax.sampling.folder import SampleFolder
 from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SETTINGS = sampling.Settings(sampler="euler_sde", num_steps=3, guidance=2.0, seed=5)
 COUNT = 24
 
@@ -37,7 +35,7 @@ def sample(workdir, out, num_devices=1, *, autoencoder=None, save_images=False, 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once():
+def compiled_once(quick_compilation):
     """Calls with the same settings and devices share their compiled function."""
     real, made = trained_model.make_generator, {}
 
