@@ -14,6 +14,8 @@ from flowdcn_jax.autoencoders import kl
 from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 WEIGHTS = 26_608  # of a SiT with a block of 16 channels and 1000 classes
 
 
@@ -57,7 +59,7 @@ def test_a_step_that_takes_no_time_waits_for_data(tmp_path):
     assert report["result"]["data_wait"] > 0.5
 
 
-def test_the_step_that_waits_for_data_is_that_of_training(quick_compilation):
+def test_the_step_that_waits_for_data_is_that_of_training():
     config = tiny.config(model=tiny.SIT, train__batch_size=2)
     run_step = training_step(config, make_mesh(devices=jax.devices()[:1]))
     batch = {"image": np.full((2, 8, 8, 1), 9, np.uint8), "label": np.zeros(2, np.int32)}
@@ -89,8 +91,7 @@ def test_kernels_are_not_timed_without_a_gpu():
         assert code == 2 and "needs an NVIDIA GPU" in output and "Traceback" not in output
 
 
-def test_the_sampling_benchmark_measures_one_device_and_two(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of the time
+def test_the_sampling_benchmark_measures_one_device_and_two(tmp_path):
     command = [sys.executable, "-m", "benchmarks.sampling", "--config=configs/sit_s2.py"]
     command += ["--config.model.width=16", "--config.model.depth=1", "--config.model.num_heads=2"]
     command += ["--image_sizes=32", "--num_steps=3", "--batch_size=2", "--runs=1"]
@@ -128,8 +129,7 @@ command.run(training.main)
 """
 
 
-def test_the_training_benchmark_compares_models(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of the time
+def test_the_training_benchmark_compares_models(tmp_path):
     command = [sys.executable, "-c", SMALL_TRAINING, "--models=s2,sit_s2", "--image_size=32"]
     command += ["--batch_size=3", "--devices=2", "--runs=1", "--steps=2", f"--out={tmp_path / 'o'}"]
     code, output = tiny.run(command, num_devices=2)

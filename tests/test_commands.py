@@ -15,6 +15,8 @@ from flowdcn_jax.training import loop
 from flowdcn_jax.training.checkpoint import CheckpointError
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device_runs")
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):

@@ -13,6 +13,8 @@ from flowdcn_jax.autoencoders import AutoencoderError, kl
 from tests.autoencoders.conftest import SD_VAE, decode, encode, nhwc
 from tests.comparison import relative_error
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FILE = "diffusion_pytorch_model.safetensors"
 
 

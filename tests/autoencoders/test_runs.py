@@ -15,6 +15,8 @@ from flowdcn_jax.training import loop
 from tests import tiny
 from tests.autoencoders.conftest import SD_VAE
 
+pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device_runs")
+
 
 def latents_config(data_dir, **overrides):
     config = tiny.config(train__num_steps=2, model__in_channels=4, **overrides)

@@ -23,6 +23,8 @@ from tests.autoencoders.conftest import (
 )
 from tests.comparison import relative_error
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Layers of taesd.py that hold tensors, by their number.
 ENCODER_CONVS, ENCODER_BLOCKS = {0, 2, 6, 10, 14}, {1, 3, 4, 5, 7, 8, 9, 11, 12, 13}
 DECODER_CONVS, DECODER_BLOCKS = {1, 7, 12, 17, 19}, {3, 4, 5, 8, 9, 10, 13, 14, 15, 18}

@@ -64,7 +64,8 @@ def test_it_trains_and_samples(name, quick_programs):
     batch = dict(image=rng.integers(0, 256, (16, 4, 4, 1), np.uint8), label=np.arange(16) % 10)
     state, metrics = make_train_step(config, mesh)(state._replace(params=params), batch)
     assert np.isfinite(metrics["loss"])
-    changed = jax.tree.map(lambda old, new: bool((old != new).any()), params, state.params)
+    new_params = jax.device_get(state.params)
+    changed = jax.tree.map(lambda old, new: bool((old != new).any()), params, new_params)
     assert all(jax.tree.leaves(changed)), changed
 
     settings = sampling.Settings(image_size=(4, 8), num_steps=2, guidance=2.0)

@@ -1,5 +1,6 @@
 """FlowDCN against the authors' model, and what its users rely on."""
 
+import functools
 import importlib
 import itertools
 
@@ -18,6 +19,8 @@ from pallas_kernels.deformable_conv.reference import deformable_aggregate_refere
 from tests import official
 from tests.comparison import relative_error
 from tests.models.aggregates import use_aggregate
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SIZES = {  # parameters (millions) and GMACs at 256x256, as published
     "s2": (30.3, 4.80),
@@ -48,7 +51,8 @@ def run(golden, params, dtype, suffix="", remat=False):
     config.remat = remat
     graphdef, _ = official.build(config, dtype)
     x = official.nhwc(golden["x" + suffix]).astype(dtype)
-    return models.apply_model(graphdef, params, x, golden["t"], golden["y"])
+    network = jax.jit(functools.partial(models.apply_model, graphdef))
+    return network(params, x, golden["t"], golden["y"])
 
 
 # This model's random parameters amplify rounding about a hundredfold: float32 differs from float64
@@ -94,7 +98,7 @@ def test_gradients_match_official(golden, params, recorded_gradient):
     def loss_fn(params):
         return jnp.mean(jnp.square(run(golden, params, jnp.float32) - target))
 
-    loss, grads = jax.value_and_grad(loss_fn)(params)
+    loss, grads = jax.jit(jax.value_and_grad(loss_fn))(params)
     assert relative_error(loss, golden["loss"]) < 1e-5
     errors = jax.tree.map(relative_error, grads, official.to_tree(golden, "grad/"))
     assert max(jax.tree.leaves(errors)) < 2e-4, errors
@@ -106,7 +110,10 @@ def test_gradients_match_official(golden, params, recorded_gradient):
 
 def test_remat_changes_no_gradient(golden, params):
     def grads(remat):
-        return jax.grad(lambda p: jnp.sum(run(golden, p, jnp.float32, remat=remat) ** 2))(params)
+        def loss_fn(params):
+            return jnp.sum(run(golden, params, jnp.float32, remat=remat) ** 2)
+
+        return jax.jit(jax.grad(loss_fn))(params)
 
     errors = jax.tree.map(relative_error, grads(True), grads(False))
     assert max(jax.tree.leaves(errors)) < 1e-6, errors
@@ -123,12 +130,13 @@ def test_bfloat16_is_close_to_float32(golden, params):
 def test_velocity_loss_of_the_official_model(golden, params):
     """Through the public loss: with noise and data chosen to give the fixture's x_t and target."""
     graphdef, _ = models.abstract_model(official.model_config(golden))
+    network = jax.jit(functools.partial(models.apply_model, graphdef))
     x_t, target = official.nhwc(golden["x"]), official.nhwc(golden["target"])
     t = golden["t"].reshape(-1, 1, 1, 1)
     noise = x_t - t * target
     draws = Draws(t=golden["t"], noise=noise, drop_label=np.zeros(len(t), bool))
     loss = velocity_loss(
-        lambda *args: models.apply_model(graphdef, params, *args),
+        lambda *args: network(params, *args),
         noise + target,
         golden["y"],
         draws,
@@ -140,11 +148,12 @@ def test_velocity_loss_of_the_official_model(golden, params):
 @pytest.mark.parametrize("name", SIZES)
 def test_parameter_count_and_macs(name):
     config = importlib.import_module(f"configs.{name}").get_config().model
-    _, params = models.abstract_model(config)
+    graphdef, params = models.abstract_model(config)
     millions, gmacs = SIZES[name]
     assert round(models.parameter_count(params) / 1e6, 1) == millions
     digits = 2 if gmacs < 10 else 1
-    assert round(models.forward_macs(config, 32, 32) / 1e9, digits) == gmacs
+    macs = nnx.merge(graphdef, params).forward_macs(32, 32)
+    assert round(macs / 1e9, digits) == gmacs
 
 
 def small_config(**overrides):
@@ -220,9 +229,11 @@ def test_a_fixed_prior_is_the_one_that_a_learned_one_starts_from(scale_prior):
 )
 def test_any_size_patch_and_channels(patch_size, channels, size):
     config = small_config(patch_size=patch_size, in_channels=channels, learn_sigma=False)
-    model = models.build_model(config, rngs=nnx.Rngs(0))
-    x = jnp.ones((2, *size, channels))
-    assert model(x, jnp.zeros(2), jnp.zeros(2, jnp.int32)).shape == x.shape
+    graphdef, shapes = models.abstract_model(config)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    x = np.ones((2, *size, channels), np.float32)
+    network = jax.jit(models.apply_model, static_argnums=0)
+    assert network(graphdef, params, x, np.zeros(2, "f"), np.zeros(2, "i")).shape == x.shape
 
 
 def test_unpatchify_inverts_patchify():

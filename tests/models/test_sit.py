@@ -1,5 +1,6 @@
 """SiT against the authors' model, and what its users rely on."""
 
+import functools
 import importlib
 
 import jax
@@ -13,6 +14,8 @@ from flowdcn_jax.models import sit
 from tests.comparison import relative_error
 from tests.official import model_config, nhwc, to_tree
 from tests.pallas_kernels.test_devices import fake_device
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,8 @@ def params(golden):
 def run(golden, params, x=None, **overrides):
     graphdef, _ = models.abstract_model(model_config(golden, **overrides))
     x = nhwc(golden["x"]) if x is None else x
-    return models.apply_model(graphdef, params, x, golden["t"], golden["y"])
+    network = jax.jit(functools.partial(models.apply_model, graphdef))
+    return network(params, x, golden["t"], golden["y"])
 
 
 def test_output_matches_official(golden, params):

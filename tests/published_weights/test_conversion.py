@@ -23,6 +23,8 @@ from flowdcn_jax.training.state import abstract_state, initial_state, make_optim
 from tests import official, tiny
 from tests.comparison import relative_error
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Random parameters amplify rounding. Those of model.npz do a hundredfold (tests/models holds
 # float64 to 1e-5); those of smax.npz, with 12 blocks, about 1e6-fold: moving them by 1e-7 of
 # themselves moves the float64 output by 0.1, as far as it is from the recorded one (by 1e-12:

@@ -35,7 +35,7 @@ def sample(workdir, out, num_devices=1, *, autoencoder=None, save_images=False, 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once():
+def compiled_once(quick_compilation):
     """Calls with the same settings and devices share their compiled function."""
     real, made = trained_model.make_generator, {}
 

@@ -10,6 +10,8 @@ from flowdcn_jax.errors import UserError
 from flowdcn_jax.tools import model_table
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 COMMAND = [sys.executable, "-m", "flowdcn_jax.tools.model_table"]
 
 

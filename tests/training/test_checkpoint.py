@@ -16,6 +16,8 @@ from flowdcn_jax.training.sharding import make_mesh, state_sharding
 from flowdcn_jax.training.state import abstract_state, initial_state
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = tiny.config(model__width=64)
 NAMES = tuple("0123456789")
 IDENTITY = {"settings": {"autoencoder": {"scale": 0.18215}}, "num_examples": {"1x1x1": 3}}

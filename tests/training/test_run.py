@@ -15,8 +15,11 @@ import flowdcn_jax
 from flowdcn_jax import sampling
 from flowdcn_jax.training import loop
 from flowdcn_jax.training.preemption import Preemption
+from flowdcn_jax.training.sharding import make_mesh
 from flowdcn_jax.training.workdir_lock import WorkdirError, workdir_lock
 from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # A checkpoint of 20 MB takes long enough to write for a kill to hit it.
 SLOW_TO_SAVE = dict(model__width=256, train__num_steps=6, checkpoint__every_steps=3)
@@ -74,44 +77,39 @@ STOPPED = 75
 
 
 def start_endless(workdir):
-    """A run that is on its way."""
+    """A run that is on its way, and how many rows of metrics there are by then."""
+    before = len(tiny.numbers(workdir)) if (workdir / "metrics.jsonl").exists() else 0
     process = tiny.start(tiny.train_command(workdir, **ENDLESS))
     wait_for(
-        lambda: (workdir / "metrics.jsonl").exists() and len(tiny.numbers(workdir)) > 3, process
+        lambda: (workdir / "metrics.jsonl").exists() and len(tiny.numbers(workdir)) > before + 3,
+        process,
     )
-    return process
+    return process, len(tiny.numbers(workdir))
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
-    endless, process = dict(ENDLESS), start_endless(tmp_path)
-    process.send_signal(signal.SIGTERM)
-    code, output = tiny.finish(process)
-    assert code == STOPPED, output
-    (step,) = tiny.steps(tmp_path)
-    assert f"saved step {step}" in output
-    assert tiny.metrics(tmp_path)[-1]["step"] == step
-
-    endless["train__num_steps"] = step + 2
-    code, output = tiny.run(tiny.train_command(tmp_path, **endless))
-    assert code == 0, output
-    assert tiny.steps(tmp_path) == [step, step + 2]
-    assert [row["step"] for row in tiny.metrics(tmp_path)] == list(range(1, step + 3))
-
-
-def test_a_second_run_in_a_workdir_is_refused_and_ctrl_c_saves(tmp_path):
-    process = start_endless(tmp_path)
-    rows = len(tiny.numbers(tmp_path))
+def test_a_second_run_is_refused_and_sigterm_and_ctrl_c_save(tmp_path):
+    """And the same command goes on."""
+    process, _ = start_endless(tmp_path)
     code, output = tiny.run(tiny.train_command(tmp_path, **ENDLESS))
     assert code == 2 and output.count("\n") == 1
     assert f"error: --workdir={tmp_path} is in use by another run (process {process.pid}" in output
 
+    process.send_signal(signal.SIGTERM)
+    code, output = tiny.finish(process)
+    assert code == STOPPED, output
+    (first,) = tiny.steps(tmp_path)
+    assert f"saved step {first}" in output
+    assert tiny.metrics(tmp_path)[-1]["step"] == first
+
+    process, rows = start_endless(tmp_path)
     process.send_signal(signal.SIGINT)
     code, output = tiny.finish(process)
     assert code == STOPPED and "Traceback" not in output, output
-    (step,) = tiny.steps(tmp_path)
-    assert "interrupted: saving" in output and f"saved step {step}" in output
-    assert [row["step"] for row in tiny.metrics(tmp_path)] == list(range(1, step + 1))
-    assert step > rows
+    second = tiny.steps(tmp_path)[-1]
+    assert tiny.steps(tmp_path) == [first, second] and second > rows
+    assert f"going on from step {first}" in output
+    assert "interrupted: saving" in output and f"saved step {second}" in output
+    assert [row["step"] for row in tiny.metrics(tmp_path)] == list(range(1, second + 1))
 
 
 INTERRUPTED_TWICE = """
@@ -155,25 +153,30 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs in this process use one of the eight devices."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(loop, "make_mesh", lambda *sizes: mesh)
+
+
 @pytest.mark.parametrize("poisoned", ["loss", "grad_norm"])
 def test_a_non_finite_step_stops_the_run_before_the_next_checkpoint(
-    tmp_path, monkeypatch, poisoned
+    tmp_path, monkeypatch, one_device, poisoned
 ):
-    real = loop.make_train_step
+    real = loop._Run._compile_steps
 
-    def poisoning(config, mesh):
-        step_fn = real(config, mesh)
+    def poisoning(self, state, writer):
+        ((shape, step_fn),) = real(self, state, writer).items()
 
         def poison(state, batch):
             state, metrics = step_fn(state, batch)
-            bad = jax.numpy.where(state.step >= 4, jax.numpy.nan, metrics[poisoned])
-            return state, metrics | {poisoned: bad}
+            return state, metrics | ({poisoned: np.float32(np.nan)} if state.step >= 4 else {})
 
-        return jax.jit(poison)
+        return {shape: poison}
 
-    monkeypatch.setattr(loop, "make_train_step", poisoning)
+    monkeypatch.setattr(loop._Run, "_compile_steps", poisoning)
     config = tiny.config(train__num_steps=8, checkpoint__every_steps=3, log__every_steps=100)
-    config.mesh.update(data=1, fsdp=8)
     with pytest.raises(loop.NonFiniteError, match="step 4: .*nan.*learning_rate") as caught:
         loop.train(config, str(tmp_path))
     assert "clip_norm" in str(caught.value)
@@ -207,12 +210,13 @@ def test_a_run_goes_on_with_more_steps_and_other_devices(tmp_path):
     assert [row["step"] for row in tiny.metrics(tmp_path)] == [1, 2, 3, 4]
 
     straight = tmp_path / "straight"
+    config.checkpoint.every_steps = 4
     loop.train(config, str(straight))
     losses = [[row["loss"] for row in tiny.metrics(folder)] for folder in (tmp_path, straight)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def test_grids_are_drawn_with_the_ema(tmp_path, monkeypatch):
+def test_grids_are_drawn_with_the_ema(tmp_path, monkeypatch, one_device):
     real, seen = sampling.generate_images, []
 
     def watched(generator, params, *args, **options):

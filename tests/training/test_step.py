@@ -9,13 +9,16 @@ import pytest
 from flowdcn_jax import data
 from flowdcn_jax.flow.loss import draw, velocity_loss
 from flowdcn_jax.models import abstract_model, apply_model
-from flowdcn_jax.training.sharding import batch_sharding, make_mesh
+from flowdcn_jax.training.sharding import batch_sharding, make_mesh, state_sharding
 from flowdcn_jax.training.state import initial_state, learning_rate_schedule
 from flowdcn_jax.training.step import STEP_KEY_SALT, make_train_step, to_unit_range
 from tests import tiny
 from tests.comparison import relative_error
 
 WIDE = dict(model__width=64)  # wide enough for the sharding rule to split something
+SMALL = dict(optimizer__clip_norm=0.5, optimizer__warmup_steps=0, ema__decay=0.9)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def batches(config, count):
@@ -81,17 +84,26 @@ def test_accumulation_is_the_whole_batch_in_parts(single):
     assert relative_error(norms, single[2]) < 1e-5
 
 
-def test_one_step_by_hand():
+@pytest.fixture(scope="module")
+def small():
+    """A config, the initial state in the host's memory, a batch, and the step on one device."""
+    config = tiny.config(**SMALL)
+    state = jax.device_get(initial_state(config, one_device()))
+    return config, state, batches(config, 1)[0], make_train_step(config, one_device())
+
+
+def on_device(state):
+    return jax.device_put(state, state_sharding(state, one_device()))
+
+
+def test_one_step_by_hand(small):
     """Loss, clipping, AdamW and EMA recomputed from the public pieces."""
-    config = tiny.config(optimizer__clip_norm=0.5, optimizer__warmup_steps=0, ema__decay=0.9)
-    mesh = one_device()
-    before = jax.device_get(initial_state(config, mesh))
-    batch = batches(config, 1)[0]
-    after, metrics = make_train_step(config, mesh)(initial_state(config, mesh), batch)
+    config, before, batch, step = small
+    after, metrics = jax.device_get(step(on_device(before), batch))
 
     graphdef, _ = abstract_model(config.model)
-    x = to_unit_range(jnp.asarray(batch["image"]))
-    assert x.min() >= -1 and x.max() <= 1 and x.dtype == jnp.float32
+    x = np.asarray(to_unit_range(jnp.asarray(batch["image"])))
+    assert x.min() >= -1 and x.max() <= 1 and x.dtype == np.float32
     keys = jax.random.fold_in(jax.random.key(config.seed), STEP_KEY_SALT)
     drawn = draw(
         jax.random.fold_in(keys, 0), x.shape, time_distribution="uniform", label_dropout=0.1
@@ -103,19 +115,23 @@ def test_one_step_by_hand():
 
         return velocity_loss(velocity_fn, x, batch["label"], drawn, null_class=10)
 
-    loss, grads = jax.jit(jax.value_and_grad(loss_fn))(before.params)
-    norm = optax.tree.norm(grads)
+    @jax.jit
+    def by_hand(params):
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        norm = optax.tree.norm(grads)
+        grads = jax.tree.map(lambda g: g * 0.5 / norm, grads)
+        adam = optax.adamw(2e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
+        updates, _ = adam.update(grads, adam.init(params), params)
+        return loss, norm, optax.apply_updates(params, updates)
+
+    loss, norm, expected = jax.device_get(by_hand(before.params))
     assert norm > 0.5
     assert relative_error(metrics["loss"], loss) < 1e-5
     assert relative_error(metrics["grad_norm"], norm) < 1e-5
-    grads = jax.tree.map(lambda g: g * 0.5 / norm, grads)
-    adam = optax.adamw(2e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
-    updates, _ = adam.update(grads, adam.init(before.params), before.params)
-    expected = optax.apply_updates(before.params, updates)
     final = expected["final"]["linear"]["kernel"]
     assert relative_error(after.params["final"]["linear"]["kernel"], final) < 1e-3
     ema = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, before.ema, after.params)
-    errors = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after.ema, ema)
+    errors = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), after.ema, ema)
     assert max(jax.tree.leaves(errors)) < 1e-6
     assert after.step == 1
 
@@ -128,10 +144,10 @@ def test_learning_rate_warms_up_and_stays():
     assert float(learning_rate_schedule(config)(0)) == pytest.approx(0.1)
 
 
-def test_the_state_is_donated():
-    config, mesh = tiny.config(), one_device()
-    state = initial_state(config, mesh)
-    make_train_step(config, mesh)(state, batches(config, 1)[0])
+def test_the_state_is_donated(small):
+    _, before, batch, step = small
+    state = on_device(before)
+    step(state, batch)
     assert state.params["stem"]["kernel"].is_deleted()
 
 
@@ -144,12 +160,12 @@ def test_no_gradient_is_a_scatter():
     assert "stablehlo.scatter" not in text
 
 
-def test_every_step_and_seed_draws_anew():
-    mesh, losses = one_device(), []
-    for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0)):
-        config = tiny.config(seed=seed)
-        state = initial_state(tiny.config(), mesh)._replace(step=jnp.int32(step))
-        _, metrics = make_train_step(config, mesh)(state, batches(config, 1)[0])
+def test_every_step_and_seed_draws_anew(small):
+    _, before, batch, of_seed_0 = small
+    of_seed_1 = make_train_step(tiny.config(**SMALL, seed=1), one_device())
+    losses = []
+    for step, number in ((of_seed_0, 0), (of_seed_0, 0), (of_seed_0, 1), (of_seed_1, 0)):
+        _, metrics = step(on_device(before._replace(step=np.int32(number))), batch)
         losses.append(float(metrics["loss"]))
     assert losses[0] == losses[1]
     assert len(set(losses)) == 3

@@ -17,6 +17,8 @@ from flowdcn_jax.training import loop
 from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BUCKETS = AspectBuckets(image_size=32, count=3, min_aspect=0.5, max_aspect=2.0, side_multiple=16)
 COUNTS = {"4x2": 30, "2x4": 12}  # none of aspect 1.25: 16x32, as of aspect 2
 
@@ -94,7 +96,7 @@ def test_the_shapes_are_compiled_side_by_side(latents, monkeypatch):
 
 
 def test_a_run_resumes_exactly_and_draws_square_grids(latents, tmp_path, capsys, compile_once):
-    options = dict(checkpoint__every_steps=5)
+    options = dict(checkpoint__every_steps=12)
     straight = config(latents, train__num_steps=12, log__sample_every_steps=12, **options)
     loop.train(straight, str(tmp_path / "straight"))
     printed = capsys.readouterr()
