@@ -85,7 +85,7 @@ def choose(h: int, w: int, channels: int, num_points: int, dtype, *, hopper: boo
     """The block sizes for images of h x w tokens, on a Hopper GPU or another one."""
     blocks = _choose_triton(h, w, channels, num_points, dtype)
     few_tokens, wide = h * w <= FEW_TOKENS, jnp.dtype(dtype).itemsize > 2
-    lists = hopper and list_gradient.why_not(h, w, channels, num_points) is None
+    lists = hopper and list_gradient.why_not(h, w, channels, num_points, dtype) is None
     if lists:
         blocks = blocks._replace(values_gradient=PointLists(num_warps=8 if wide else 4))
     if hopper and row_gather.why_not(h, w, channels, num_points) is None:

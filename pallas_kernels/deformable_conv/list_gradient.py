@@ -27,13 +27,25 @@ MAX_CHANNELS = 128  # whose sums fit into registers
 MAX_POINTS = 9  # that fit into registers
 
 
-def why_not(h: int, w: int, channels: int, num_points: int) -> str | None:
-    """Why the kernels can't take such values and points; None if they can."""
+def why_not(h: int, w: int, channels: int, num_points: int, dtype) -> str | None:
+    """Why the kernels can't take such values and points; None if they can.
+
+    Lists may take as much memory as the values, but no more.
+    """
     if channels % 8 or channels > MAX_CHANNELS:
         return f"there are {channels} channels; expected a multiple of 8 to {MAX_CHANNELS}"
     if num_points > MAX_POINTS:
         return f"there are {num_points} points; expected at most {MAX_POINTS}"
-    return point_lists.why_not(h, w, num_points)
+    if reason := point_lists.why_not(h, w, num_points):
+        return reason
+    list_bytes = point_lists.num_bytes(h * w, num_points, dtype)
+    image_bytes = h * w * channels * jnp.dtype(dtype).itemsize
+    if list_bytes > image_bytes:
+        return (
+            f"there are {channels} channels; expected more, as a list of points takes {list_bytes} "
+            f"bytes, and an image {image_bytes}"
+        )
+    return None
 
 
 def values_gradient(points, d_out, *, h: int, w: int, boundary: str, num_warps: int, interpret):

@@ -3,7 +3,7 @@
 A point belongs to the upper left of the four tokens inside the image that it lies between. A list
 for each image of a group has the points of the first token, then of the second, and so on: the
 number of the point's query and the weights of the four tokens. Each token's points begin at a
-multiple of four, as `list_products.py` takes four at a time; where they are not as many, one of
+multiple of four, as `list_gradient.py` takes four at a time; where they are not as many, one of
 them is repeated without weights. Points without any weight are in no list.
 
 A warp counts how many points of its own queries belong to each token; what all warps have counted
@@ -28,7 +28,7 @@ FOUR = 4  # points that are taken at a time
 NUM_WARPS = 8
 COUNT_BYTES = 2  # counts and places are numbers of 16 bits
 READ_AHEAD = LANES  # points
-MAX_OWN_BYTES = 4096  # that a warp needs to exchange its points, at most
+MAX_OWN_BYTES = 4608  # that a warp needs to exchange up to nine points of 32 bits a number
 
 
 class Lists(NamedTuple):
@@ -48,6 +48,12 @@ def capacity(tokens: int, num_points: int) -> int:
     Behind the list are more, so that it can be read ahead of its end.
     """
     return -(-tokens * (num_points + FOUR - 1) // FOUR) * FOUR + READ_AHEAD
+
+
+def num_bytes(tokens: int, num_points: int, dtype) -> int:
+    """Of an image's list."""
+    point_bytes = 2 + 4 * jnp.dtype(dtype).itemsize
+    return capacity(tokens, num_points) * point_bytes + (tokens + 1) * WORD
 
 
 def why_not(h: int, w: int, num_points: int) -> str | None:
@@ -108,8 +114,8 @@ def _kernel(warp: Warp, points: Points, shared, *lists, image: Image):
         warp.store_shared(counts + (step * LANES + warp.lane) * WORD, warp.constant(0))
 
     def for_each_point(visit):
-        """visit(token it belongs to, corners, place) for those of the warp's queries, where place
-        is the number of the same token's points that were visited before."""
+        """Counts the points of the warp's queries. visit(queries, corners, whether there is a
+        point, what its token's count was before) for each point of a lane, unless it is None."""
         tiles = num_tiles(image)
 
         def tile_of(step):

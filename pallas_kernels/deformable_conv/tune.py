@@ -99,7 +99,7 @@ def _candidates(shape, dtype) -> Iterator[tuple[str, object, Callable]]:
                 extra["dtypes"] = (jnp.dtype(dtype),) * 3
             run = getattr(module, kernel)
             yield kernel, kind(num_warps), functools.partial(run, **extra, **options)
-    if is_hopper() and list_gradient.why_not(h, w, shape[4], shape[5]) is None:
+    if is_hopper() and list_gradient.why_not(h, w, shape[4], shape[5], dtype) is None:
         for num_warps in (4, 8):
             run = functools.partial(
                 list_gradient.values_gradient, h=h, w=w, num_warps=num_warps, **options

@@ -125,12 +125,18 @@ def test_operator_matches_official(case, fixture_file, monkeypatch):
 
 
 def test_what_it_cannot_take():
-    assert list_gradient.why_not(64, 64, 72, 9) is None
-    assert "1 x 16" in list_gradient.why_not(1, 16, 72, 9)
-    assert "76 channels" in list_gradient.why_not(16, 16, 76, 9)
-    assert "136 channels" in list_gradient.why_not(16, 16, 136, 9)
-    assert "25 points" in list_gradient.why_not(16, 16, 72, 25)
-    assert "128 x 128" in list_gradient.why_not(128, 128, 72, 9)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        assert list_gradient.why_not(64, 64, 72, 9, dtype) is None
+        assert list_gradient.why_not(16, 16, 64, 9, dtype) is None
+        assert "1 x 16" in list_gradient.why_not(1, 16, 72, 9, dtype)
+        assert "76 channels" in list_gradient.why_not(16, 16, 76, 9, dtype)
+        assert "136 channels" in list_gradient.why_not(16, 16, 136, 9, dtype)
+        assert "25 points" in list_gradient.why_not(16, 16, 72, 25, dtype)
+        assert "128 x 128" in list_gradient.why_not(128, 128, 72, 9, dtype)
+    # 12 places of 10 bytes and a start of 4 for each of 256 tokens, one start more, 32 places more
+    assert "takes 32068 bytes, and an image 20480" in list_gradient.why_not(
+        16, 16, 40, 9, jnp.bfloat16
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
