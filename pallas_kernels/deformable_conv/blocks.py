@@ -11,6 +11,7 @@ from pallas_kernels.deformable_conv import (
     list_gradient,
     row_gather,
     row_products,
+    row_slices,
     sparse_matrix,
 )
 from pallas_kernels.deformable_conv.tiles import Grid
@@ -38,6 +39,12 @@ class RowGather(NamedTuple):
 
 class RowProducts(NamedTuple):
     """row_products.forward, row_products.point_gradients; for Hopper GPUs."""
+
+    num_warps: int  # a multiple of 4
+
+
+class RowSlices(NamedTuple):
+    """row_slices.forward; for Hopper GPUs."""
 
     num_warps: int  # a multiple of 4
 
@@ -76,7 +83,7 @@ class TransposedProduct(NamedTuple):
 class Blocks(NamedTuple):
     """Block sizes of one call."""
 
-    forward: Gather | Product | RowGather | RowProducts
+    forward: Gather | Product | RowGather | RowProducts | RowSlices
     point_gradients: Product | RowGather | RowProducts | SparseMatrix
     values_gradient: PointLists | SparseMatrix | TransposedProduct
 
@@ -85,6 +92,8 @@ def choose(h: int, w: int, channels: int, num_points: int, dtype, *, hopper: boo
     """The block sizes for images of h x w tokens, on a Hopper GPU or another one."""
     blocks = _choose_triton(h, w, channels, num_points, dtype)
     few_tokens, wide = h * w <= FEW_TOKENS, jnp.dtype(dtype).itemsize > 2
+    if hopper and row_slices.why_not(h, w, channels, num_points, dtype) is None:
+        blocks = blocks._replace(forward=RowSlices(num_warps=8))
     lists = hopper and list_gradient.why_not(h, w, channels, num_points, dtype) is None
     if lists:
         blocks = blocks._replace(values_gradient=PointLists(num_warps=8 if wide else 4))

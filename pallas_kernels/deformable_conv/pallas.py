@@ -4,9 +4,9 @@ The forward multiplies by the interpolation matrix (`tent.py`) where there are f
 gathers (`gather.py`) elsewhere. Backward, the gradient of the values is a product with the
 transposed matrix (`tent.py`), and those of the sampling points come from products of rows
 (`products.py`). On Hopper most of it is done in shared memory, by gathers (`row_products.py`,
-`row_gather.py`) or by the interpolation matrix (`sparse_matrix.py`, `sparse_transpose.py`), or from
-sorted points (`list_gradient.py`). `blocks.choose` decides. Nothing is added up in an order that
-changes from run to run.
+`row_slices.py`, `row_gather.py`) or by the interpolation matrix (`sparse_matrix.py`,
+`sparse_transpose.py`), or from sorted points (`list_gradient.py`). `blocks.choose` decides. Nothing
+is added up in an order that changes from run to run.
 """
 
 import functools
@@ -24,6 +24,7 @@ from pallas_kernels.deformable_conv import (
     products,
     row_gather,
     row_products,
+    row_slices,
     sparse_matrix,
     sparse_transpose,
     tent,
@@ -35,6 +36,7 @@ from pallas_kernels.deformable_conv.blocks import (
     PointLists,
     RowGather,
     RowProducts,
+    RowSlices,
     SparseMatrix,
     choose,
 )
@@ -97,6 +99,8 @@ def _forward(values, *fields, form: type, boundary: str, interpret: bool) -> tup
         forward = functools.partial(row_gather.forward, h=h, w=w, **options)
     elif isinstance(tiling, RowProducts):
         forward = functools.partial(row_products.forward, h=h, w=w, **options)
+    elif isinstance(tiling, RowSlices):
+        forward = functools.partial(row_slices.forward, h=h, w=w, **options)
     else:
         forward = functools.partial(
             tent.forward,

@@ -39,6 +39,14 @@ class SimulatedWarp:
     def shuffle(self, x, source):
         return np.take_along_axis(x, np.broadcast_to(source, x.shape), axis=-1)
 
+    def permute(self, x, selector):
+        result = np.zeros_like(x)
+        for n in range(4):
+            byte = selector >> (4 * n) & 7
+            bits = x >> np.where(byte < 4, 8 * byte, 0) & 0xFF
+            result |= np.where(byte < 4, bits, 0) << (8 * n)
+        return result
+
     def pack(self, low, high, dtype):
         pair = np.stack([low, high], axis=-1).astype(dtype)
         return pair.view(np.int32)[..., 0]
@@ -142,6 +150,10 @@ class SimulatedWarp:
     def load_shared_words(self, address, count: int, offset: int):
         words = self._words(np.where(self._active, address, -offset) + offset, count)
         return [self._shared.view(np.int32)[self.block, word] for word in words]
+
+    def load_shared_words_where(self, mask, address, count: int):
+        words = self.load_shared_words(np.where(mask, address, 0), count, 0)
+        return [np.where(mask, word, -1) for word in words]  # else not a number
 
     def load_shared_half(self, address, offset: int):
         address = np.where(self._active, address + offset, 0)

@@ -22,6 +22,7 @@ from pallas_kernels.deformable_conv import (
     products,
     row_gather,
     row_products,
+    row_slices,
     sparse_matrix,
     sparse_transpose,
     tent,
@@ -64,6 +65,7 @@ _KINDS = (
     blocks.Gather,
     blocks.RowGather,
     blocks.RowProducts,
+    blocks.RowSlices,
     blocks.PointLists,
     blocks.SparseMatrix,
     blocks.Product,
@@ -99,6 +101,11 @@ def _candidates(shape, dtype) -> Iterator[tuple[str, object, Callable]]:
                 extra["dtypes"] = (jnp.dtype(dtype),) * 3
             run = getattr(module, kernel)
             yield kernel, kind(num_warps), functools.partial(run, **extra, **options)
+    if is_hopper() and row_slices.why_not(h, w, shape[4], shape[5], dtype) is None:
+        for num_warps in (4, 8, 12, 16):
+            extra = dict(h=h, w=w, num_warps=num_warps)
+            run = functools.partial(row_slices.forward, **extra, **options)
+            yield "forward", blocks.RowSlices(num_warps), run
     if is_hopper() and list_gradient.why_not(h, w, shape[4], shape[5], dtype) is None:
         for num_warps in (4, 8):
             run = functools.partial(

@@ -93,6 +93,11 @@ class Warp:
         """The place of the set bit number n, counted from 0; -1 if there are no more."""
         return assemble("fns.b32 $0, $1, 0, $2;", type_named("i32"), "=r,r,r", bits, n + 1)
 
+    def permute(self, x: Lanes, selector: Lanes) -> Lanes:
+        """Bytes of x, the lowest first, by the four lowest hexadecimal digits of `selector`: a
+        digit up to 3 is the number of a byte, and 4 to 7 stand for a zero."""
+        return assemble("prmt.b32 $0, $1, 0, $2;", type_named("i32"), "=r,r,r", x, selector)
+
     def pack(self, low: Lanes, high: Lanes, dtype) -> Lanes:
         """Two float32 numbers in the 16 bits of `dtype` each."""
         text = f"cvt.rn.{_short(dtype)}x2.f32 $0, $1, $2;"
@@ -248,6 +253,20 @@ class Warp:
             f"ld.shared{width}.b32 {names}, [${count}+{offset}];",
             [type_named("i32")] * count,
             "=r," * count + "r,~{memory}",
+            address,
+            ordered=True,
+        )
+
+    def load_shared_words_where(self, mask: Lanes, address: Lanes, count: int) -> list:
+        """`count` (1, 2 or 4) neighbours of 32 bits at an address in shared memory where `mask`
+        says so, elsewhere anything."""
+        names = ",".join(f"${i}" for i in range(count))
+        names, width = (f"{{{names}}}", f".v{count}") if count > 1 else (names, "")
+        return assemble(
+            f"@${count} ld.shared{width}.b32 {names}, [${count + 1}];",
+            [type_named("i32")] * count,
+            "=r," * count + "b,r,~{memory}",
+            mask,
             address,
             ordered=True,
         )

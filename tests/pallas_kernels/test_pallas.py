@@ -216,11 +216,18 @@ def test_every_named_shape_lowers_for_cuda(shape, dtype, hopper, monkeypatch):
     both = functools.partial(output_and_gradients, function)
     text = lower_for_cuda(both, full(values), points, full(cotangent))
     chosen = blocks.choose(*shape[1:3], *shape[4:], dtype, hopper=hopper)
-    hopper_kernels = blocks.PointLists, blocks.RowGather, blocks.RowProducts, blocks.SparseMatrix
+    hopper_kernels = (
+        blocks.PointLists,
+        blocks.RowGather,
+        blocks.RowProducts,
+        blocks.RowSlices,
+        blocks.SparseMatrix,
+    )
     mosaic = sum(isinstance(x, hopper_kernels) for x in chosen)
     assert (mosaic > 0) == hopper
-    sorts = isinstance(chosen.values_gradient, blocks.PointLists)  # in a kernel of its own
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == mosaic + sorts
+    # Points are sorted, or evaluated, in a kernel of its own.
+    first = sum(isinstance(x, (blocks.PointLists, blocks.RowSlices)) for x in chosen)
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == mosaic + first
     skips = getattr(chosen.values_gradient, "skip", False)  # in a kernel of its own
     triton = 3 - mosaic + skips
     assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == triton
