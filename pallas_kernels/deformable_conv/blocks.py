@@ -92,8 +92,11 @@ def choose(h: int, w: int, channels: int, num_points: int, dtype, *, hopper: boo
     """The block sizes for images of h x w tokens, on a Hopper GPU or another one."""
     blocks = _choose_triton(h, w, channels, num_points, dtype)
     few_tokens, wide = h * w <= FEW_TOKENS, jnp.dtype(dtype).itemsize > 2
+    slices = None
     if hopper and row_slices.why_not(h, w, channels, num_points, dtype) is None:
-        blocks = blocks._replace(forward=RowSlices(num_warps=8))
+        share = row_slices.share_a_multiprocessor(h, w, num_points, dtype, num_warps=8)
+        slices = RowSlices(num_warps=8 if share else 12)
+        blocks = blocks._replace(forward=slices)
     lists = hopper and list_gradient.why_not(h, w, channels, num_points, dtype) is None
     if lists:
         blocks = blocks._replace(values_gradient=PointLists(num_warps=8 if wide else 4))
@@ -112,6 +115,8 @@ def choose(h: int, w: int, channels: int, num_points: int, dtype, *, hopper: boo
         blocks = blocks._replace(forward=sizes)
         if not few_tokens:
             blocks = blocks._replace(point_gradients=sizes)
+    if slices and not few_tokens and channels % row_slices.SLICE == 0:  # none is partly empty
+        blocks = blocks._replace(forward=slices)
     return blocks
 
 

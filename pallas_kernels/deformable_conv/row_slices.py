@@ -21,7 +21,7 @@ from pallas_kernels.deformable_conv.warp import LANES, Warp
 
 MAX_CHANNELS = 128  # more come in parts
 MAX_POINTS = 9  # that `point_tables.py` holds in registers
-MAX_WARPS = 8  # for which images are asked to leave room
+MAX_WARPS = 12  # for which images are asked to leave room
 AT_A_TIME = 4  # queries
 PIECE = 8  # channels, of 16 bits
 PIECE_BYTES = 16
@@ -92,6 +92,12 @@ def why_not(h: int, w: int, channels: int, num_points: int, dtype) -> str | None
             f"{tables_bytes} bytes, and an image {image_bytes}"
         )
     return None
+
+
+def share_a_multiprocessor(h: int, w: int, num_points: int, dtype, *, num_warps: int) -> bool:
+    """Whether two blocks fit into its shared memory."""
+    image = Image(1, h, w, SLICE, num_points, jnp.dtype(dtype), "zeros")
+    return 2 * Layout(image, num_warps).shared_bytes <= MAX_SHARED_BYTES
 
 
 def forward(

@@ -90,19 +90,28 @@ def test_what_it_cannot_take():
     assert "409600 bytes, and an image 393216" in row_slices.why_not(64, 64, 48, 9, jnp.bfloat16)
 
 
-def test_they_are_chosen_where_rows_do_not_fit():
-    forwards = {
-        size: choose(size, size, 72, 9, jnp.bfloat16, hopper=True).forward for size in (32, 40, 64)
+def test_they_are_chosen_for_full_slices_and_where_rows_do_not_fit():
+    def is_chosen(size, channels=72, dtype=jnp.bfloat16, hopper=True):
+        return isinstance(choose(size, size, channels, 9, dtype, hopper=hopper).forward, RowSlices)
+
+    assert [is_chosen(size) for size in (16, 32, 64)] == [False, True, True]
+    assert [is_chosen(size, 64) for size in (16, 32, 64)] == [False, False, True]
+    assert not is_chosen(64, dtype=jnp.float32)
+    assert not is_chosen(64, hopper=False)
+
+
+def test_fewer_warps_where_two_blocks_share_a_multiprocessor():
+    sizes = {
+        size: choose(size, size, 72, 9, jnp.bfloat16, hopper=True).forward for size in (32, 40, 48)
     }
-    assert [isinstance(x, RowSlices) for x in forwards.values()] == [False, True, True]
-    assert not isinstance(choose(64, 64, 72, 9, jnp.float32, hopper=True).forward, RowSlices)
-    assert not isinstance(choose(64, 64, 72, 9, jnp.bfloat16, hopper=False).forward, RowSlices)
+    assert [x.num_warps for x in sizes.values()] == [8, 8, 12]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_named_shape_lowers_for_cuda(dtype):
-    values, points = named_structs("XL at 1024", dtype)
-    lower = functools.partial(forward, boundary="zeros", num_warps=8, interpret=False)
+@pytest.mark.parametrize("name, num_warps", [("XL at 512", 8), ("XL at 1024", 12)])
+def test_the_named_shapes_lower_for_cuda(name, num_warps, dtype):
+    values, points = named_structs(name, dtype)
+    lower = functools.partial(forward, boundary="zeros", num_warps=num_warps, interpret=False)
     assert lowered_for_cuda(lower, values, points).count("custom_call @mosaic_gpu") == 2
 
 
@@ -120,7 +129,7 @@ def test_a_gpu_does_what_the_simulation_does(shape, form, boundary, dtype):
         pytest.skip("needs a GPU of compute capability 9.0")
     values, points, _ = inputs(shape, form, dtype, jnp.float32)
     actual, simulated = (
-        forward(values, points, boundary=boundary, num_warps=8, interpret=interpret)
+        forward(values, points, boundary=boundary, num_warps=12, interpret=interpret)
         for interpret in (False, True)
     )
     assert relative_error(actual, simulated) < 2e-3
