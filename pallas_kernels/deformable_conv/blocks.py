@@ -101,7 +101,8 @@ def choose(h: int, w: int, channels: int, num_points: int, dtype, *, hopper: boo
     if lists:
         blocks = blocks._replace(values_gradient=PointLists(num_warps=8 if wide else 4))
     if hopper and row_gather.why_not(h, w, channels, num_points) is None:
-        blocks = blocks._replace(point_gradients=RowGather(num_warps=8 if few_tokens else 12))
+        sizes = RowGather(num_warps=8 if few_tokens or wide else 12)
+        blocks = blocks._replace(point_gradients=sizes)
         if few_tokens or (not wide and row_gather.fits(h, w, channels, dtype)):
             blocks = blocks._replace(forward=RowGather(num_warps=8))
     if hopper and sparse_matrix.why_not(h, w, channels, num_points, dtype) is None:
