@@ -10,6 +10,7 @@ from pallas_kernels.deformable_conv.warp import Warp
 
 SHARERS = 8  # lanes that share a query's channels
 LOAD_BYTES = 16  # at most, of one load
+BANKS_BYTES = 128  # of all banks of shared memory
 
 
 class Piece(NamedTuple):
@@ -29,15 +30,37 @@ class Layout(NamedTuple):
         return self.image.channels * self.image.dtype.itemsize
 
     @property
-    def capacity(self) -> int:
-        """Tokens in shared memory."""
-        room = MAX_SHARED_BYTES - self.num_warps * self.own_bytes
-        return min(self.image.tokens, room // self.row_bytes)
+    def _room(self) -> int:
+        """Bytes of shared memory for tokens."""
+        return MAX_SHARED_BYTES - self.num_warps * self.own_bytes
+
+    @property
+    def pitch_bytes(self) -> int:
+        """From a row of the image to the next.
+
+        In a whole image, half a round of the banks beyond a multiple of one, if there is room: then
+        the rests of the four tokens around a point are in different banks.
+        """
+        pitch = self.image.w * self.row_bytes
+        padded = pitch + (BANKS_BYTES // 2 - pitch) % BANKS_BYTES
+        return padded if self.rest and padded * self.image.h <= self._room else pitch
 
     @property
     def whole(self) -> bool:
         """Whether a block has an image, else a band for one tile of queries a warp."""
-        return self.capacity == self.image.tokens
+        return self.image.tokens * self.row_bytes <= self._room
+
+    @property
+    def band(self) -> int:
+        """Tokens for which there is room."""
+        return self._room // self.row_bytes
+
+    @property
+    def tokens_bytes(self) -> int:
+        """Of shared memory."""
+        if self.whole:
+            return self.image.h * self.pitch_bytes
+        return self.band * self.row_bytes
 
     @property
     def parts(self) -> int:
@@ -46,7 +69,7 @@ class Layout(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        return self.capacity * self.row_bytes + self.num_warps * self.own_bytes
+        return self.tokens_bytes + self.num_warps * self.own_bytes
 
     @property
     def pieces(self) -> list[Piece]:
@@ -83,12 +106,9 @@ class Rows:
     def __init__(self, group: Group, layout: Layout):
         self.group, self.layout = group, layout
         self.share = share = group.warp.lane & (SHARERS - 1)
-        w = layout.image.w
-        self._neighbours = 0, 1, w, w + 1
         self._firsts = [share * piece.count + piece.first for piece in layout.pieces]
         # Lanes 2 n and 2 n + 1 have the rest of the row of corner n.
         self._own_corner = share >> 1
-        self._own_neighbour = (share >> 1 & 1) + (share >> 2) * w
         last = layout.image.channels - SHARERS
         self._own_first = (share & 1) * 4 + last
         # Of which each has one in the end, see `sum_of_rest`.
@@ -104,10 +124,11 @@ class Rows:
         """The rows of a token, the next, and the two below."""
         channel = self.group.channel(token)
         step = self.layout.image.groups * self.layout.image.channels
-        rows = [self._load_pieces(values, channel, x * step) for x in self._neighbours]
+        neighbours, own_neighbour = self._neighbours(step, self.layout.image.w * step)
+        rows = [self._load_pieces(values, channel, x) for x in neighbours]
         rest = []
         if self.layout.rest:
-            index = channel + self._own_neighbour * step + self._own_first
+            index = channel + own_neighbour + self._own_first
             rest = self._load(values, index, 4)
         return Four(rows, rest)
 
@@ -120,18 +141,19 @@ class Rows:
             words = warp.load_shared_words(place, count * size // WORD, offset)
             return self._numbers(words)
 
+        neighbours, own_neighbour = self._neighbours(layout.row_bytes, layout.pitch_bytes)
         places = [address + first * size for first in self._firsts]
         rows = [
             [
                 number
                 for place, piece in zip(places, layout.pieces, strict=True)
-                for number in load(place, piece.count, x * layout.row_bytes)
+                for number in load(place, piece.count, x)
             ]
-            for x in self._neighbours
+            for x in neighbours
         ]
         rest = []
         if layout.rest:
-            own = self._own_neighbour * layout.row_bytes + self._own_first * size
+            own = own_neighbour + self._own_first * size
             rest = load(address + own, 4, 0)
         return Four(rows, rest)
 
@@ -141,6 +163,11 @@ class Rows:
         right, below = (self._own_corner & 1) == 1, (self._own_corner >> 1) == 1
         upper, lower = (warp.select(right, numbers[n + 1], numbers[n]) for n in (0, 2))
         return warp.select(below, lower, upper)
+
+    def _neighbours(self, right: int, below: int):
+        """How far the four tokens are, and that of which the lane has the rest."""
+        own = (self.share >> 1 & 1) * right + (self.share >> 2) * below
+        return (0, right, below, below + right), own
 
     def is_own_corner(self, n: int):
         return self._own_corner == n

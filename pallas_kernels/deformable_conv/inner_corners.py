@@ -27,6 +27,21 @@ class Corners(NamedTuple):
         return [row * column for row in self.rows for column in self.columns]
 
 
+def three_weights(corners: Corners):
+    """(weights of the two rows, that of the right column), of which `weights_of_three` makes four.
+
+    The columns' weights sum to 1, unless one is outside; then the other one is moved to the rows.
+    """
+    left, right = corners.columns
+    total = jnp.where(left == 0, right, jnp.where(right == 0, left, 1.0))
+    return *(row * total for row in corners.rows), jnp.where(left == 0, 1.0, right)
+
+
+def weights_of_three(upper, lower, right) -> list:
+    """`Corners.weights`."""
+    return [row * column for row in (upper, lower) for column in (1.0 - right, right)]
+
+
 def corners_of_points(group: Group, words: list, queries: Queries) -> list[Corners]:
     """Those of the lane's query, from its points' words."""
     function = functools.partial(_corners, image=group.image)

@@ -29,6 +29,9 @@ class Lanes:
     def __sub__(self, other):
         return self._with(other, arith.subf, arith.subi)
 
+    def __rsub__(self, other):
+        return Lanes(_like(self, other)) - self
+
     def __mul__(self, other):
         return self._with(other, arith.mulf, arith.muli)
 
@@ -164,6 +167,7 @@ SCALARS = {
     "mul": _binary(lambda a, b: a * b),
     "neg": lambda x, **_: x * -1,
     "and": _binary(lambda a, b: a & b),
+    "eq": _binary(lambda a, b: a == b),
     "lt": _binary(lambda a, b: a < b),
     "ge": _binary(lambda a, b: _compare(a, b, "OGE", "sge")),
     "max": _extremum("max.NaN.f32", arith.maxsi),

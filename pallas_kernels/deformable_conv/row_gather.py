@@ -1,15 +1,16 @@
 """Kernels that gather rows of values from shared memory, for NVIDIA's Hopper.
 
 A block has a group's image, or the band of its tokens that the block's queries need, in shared
-memory. A warp takes 32 queries, of which each lane evaluates one's sampling points; then it gathers
-for four queries at a time: eight lanes read the rows at a point's four corners, each its part of
-the channels, with the point's token and weights shuffled from the query's own lane. A band that
-does not fit, as offsets may be of any size, is gathered from global memory instead. Nothing is
-shared between queries, so every run gives the same bits.
+memory. A warp takes 32 queries, of which each lane evaluates one's sampling points and tells the
+others where they are: through a table in shared memory, or by shuffles. Then the warp gathers for
+four queries at a time: eight lanes read the rows at a point's four corners, each its part of the
+channels. A band that does not fit, as offsets may be of any size, is gathered from global memory
+instead. Nothing is shared between queries, so every run gives the same bits.
 """
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -29,7 +30,12 @@ from pallas_kernels.deformable_conv.group import (
     point_gradient_structs,
 )
 from pallas_kernels.deformable_conv.image import Image, image_of
-from pallas_kernels.deformable_conv.inner_corners import corners_of_points, gradients_of_points
+from pallas_kernels.deformable_conv.inner_corners import (
+    corners_of_points,
+    gradients_of_points,
+    three_weights,
+    weights_of_three,
+)
 from pallas_kernels.deformable_conv.launch import launch
 from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD, exchange_bytes
 from pallas_kernels.deformable_conv.points import Points
@@ -38,6 +44,7 @@ from pallas_kernels.deformable_conv.warp import LANES, Warp
 AT_A_TIME = LANES // SHARERS  # queries
 MAX_POINTS = 9  # whose corners fit into registers
 MAX_CHANNELS = 128  # whose sums do
+POINT_WORDS = 4  # of a point in the forward's table: a place, and what weights are made of
 UNROLLED = 4  # steps of a copy, so that their addresses are computed while others are on the way
 
 
@@ -55,7 +62,12 @@ def why_not(h: int, w: int, channels: int, num_points: int) -> str | None:
 def fits(h: int, w: int, channels: int, dtype) -> bool:
     """Whether the forward finds room for a whole image, with eight warps."""
     image = Image(1, h, w, channels, MAX_POINTS, np.dtype(dtype), "zeros")
-    return Layout(image, 8, QUERIES * WORD * (4 * MAX_POINTS | 1)).whole
+    return Layout(image, 8, QUERIES * WORD * _table(MAX_POINTS)).whole
+
+
+def _table(num_points: int) -> int:
+    """Words a query in the forward's table; so that eight lanes' points are in different banks."""
+    return POINT_WORDS * (num_points | 1)
 
 
 def _layout(values, points: Points, h: int, w: int, boundary: str, num_warps: int, table: int):
@@ -67,7 +79,7 @@ def _layout(values, points: Points, h: int, w: int, boundary: str, num_warps: in
 
 def forward(values, points, *, h: int, w: int, boundary: str, num_warps: int, interpret: bool):
     """out [B, tokens, G, C] of values [B, tokens, G, C] and points with flattened tokens."""
-    layout = _layout(values, points, h, w, boundary, num_warps, 0)
+    layout = _layout(values, points, h, w, boundary, num_warps, _table(points.weights.shape[-1]))
     (out,) = launch(
         functools.partial(_forward_kernel, layout=layout),
         name="deformable_forward_row_gather",
@@ -118,21 +130,24 @@ def point_gradients(
 # --- kernels -------------------------------------------------------------------------------------
 
 
-def _each_tile(warp: Warp, group: Group, shared, values, layout: Layout, visit: Callable) -> None:
-    """Calls visit(tile, words of its points, gather) for each tile of 32 queries of the warp.
+class Gather(NamedTuple):
+    """How a lane finds the channels of four tokens around a point."""
 
-    gather(x, y) are the channels of four tokens from that one, see `Rows.of_corners`.
-    """
+    place: Callable  # of the first token's x and y: its place, which other lanes may have computed
+    load: Callable  # of that place, see `Rows.of_corners`
+
+
+def _each_tile(warp: Warp, group: Group, shared, values, layout: Layout, visit: Callable) -> None:
+    """Calls visit(tile, words of its points, a Gather) for each tile of 32 queries of the warp."""
     image = layout.image
     rows = Rows(group, layout)
-    scratch = shared + layout.capacity * layout.row_bytes + warp.warp * layout.own_bytes
+    scratch = shared + layout.tokens_bytes + warp.warp * layout.own_bytes
 
     def from_band(first):
-        def gather(x, y):
-            token = y * image.w + x
-            return rows.of_corners_in_band(shared + (token - first) * layout.row_bytes)
+        def place(x, y):
+            return shared + y * layout.pitch_bytes + (x - first) * layout.row_bytes
 
-        return gather
+        return Gather(place, rows.of_corners_in_band)
 
     if layout.whole:
         tokens = warp.constant(0), image.tokens
@@ -163,7 +178,7 @@ def _each_tile(warp: Warp, group: Group, shared, values, layout: Layout, visit: 
     extents = group.union([Extents(*x) for x in found])
     warp.wait_for_block()
     count = extents.highest - extents.lowest + (image.w + 2)
-    fits = count < layout.capacity + 1
+    fits = count < layout.band + 1
 
     def with_band(_):
         _copy(warp, group, shared, values, layout, extents.lowest, count)
@@ -171,25 +186,30 @@ def _each_tile(warp: Warp, group: Group, shared, values, layout: Layout, visit: 
         warp.when(exists, lambda _: visit(number, words, from_band(extents.lowest)))
 
     warp.when(fits, with_band)
+    from_values = Gather(lambda x, y: y * image.w + x, lambda token: rows.of_corners(values, token))
     warp.when(
-        exists & (warp.constant(layout.capacity) < count),
-        lambda _: visit(number, words, lambda x, y: rows.of_corners(values, y * image.w + x)),
+        exists & (warp.constant(layout.band) < count),
+        lambda _: visit(number, words, from_values),
     )
 
 
 def _copy(warp: Warp, group: Group, shared, values, layout: Layout, first, count) -> None:
     """Begins to copy the rows of `count` tokens to shared memory."""
-    pieces_of_row = layout.row_bytes // LOAD_BYTES
+    image, pieces_of_row = layout.image, layout.row_bytes // LOAD_BYTES
     threads = warp.num_warps * LANES
     pieces = count * pieces_of_row
+    padding = layout.pitch_bytes - image.w * layout.row_bytes
     full = isinstance(count, int) and pieces % (threads * UNROLLED) == 0
 
     def copy(piece):
         token, number = piece // pieces_of_row, piece % pieces_of_row
+        place = piece * LOAD_BYTES
+        if padding:
+            place = place + (token // image.w) * padding
         warp.copy_to_shared(
-            shared + piece * LOAD_BYTES,
+            shared + place,
             values,
-            group.channel(first + token) + number * (LOAD_BYTES // layout.image.dtype.itemsize),
+            group.channel(first + token) + number * (LOAD_BYTES // image.dtype.itemsize),
             mask=None if full else piece < pieces,
         )
 
@@ -201,30 +221,41 @@ def _copy(warp: Warp, group: Group, shared, values, layout: Layout, first, count
 
 
 def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: Layout):
-    group = Group(warp, layout.image, warp.block // layout.parts, points)
+    image, table = layout.image, _table(layout.image.num_points)
+    group = Group(warp, image, warp.block // layout.parts, points)
     rows = Rows(group, layout)
+    scratch = shared + layout.tokens_bytes + warp.warp * layout.own_bytes
 
     def visit(tile, words, gather):
         queries = group.queries(tile)
-        corners = corners_of_points(group, words, queries)
+        own_row = scratch + warp.lane * (table * WORD)
+        for k, point in enumerate(corners_of_points(group, words, queries)):
+            numbers = gather.place(point.x, point.y), *warp.apply(three_weights, point)
+            warp.store_shared(own_row + k * POINT_WORDS * WORD, *numbers)
+        warp.wait_for_lanes()
 
         def four_queries(step, _):
             source = step * AT_A_TIME + (warp.lane // SHARERS)
+            table_row = scratch + source * (table * WORD)
             zero = warp.constant(0.0)
             totals = [zero] * sum(piece.count for piece in layout.pieces)
             rest = [zero] * (4 if layout.rest else 0)
-            for own in corners:
-                point = jax.tree.map(lambda x: warp.shuffle(x, source), own)
-                found = gather(point.x, point.y)
-                for weight, row in zip(point.weights, found.rows, strict=True):
+            for k in range(image.num_points):
+                place, *numbers = warp.load_shared_words(
+                    table_row, POINT_WORDS, k * POINT_WORDS * WORD
+                )
+                weights = weights_of_three(*map(warp.as_float, numbers))
+                found = gather.load(place)
+                for weight, row in zip(weights, found.rows, strict=True):
                     totals = [t + weight * x for t, x in zip(totals, row, strict=True)]
                 if layout.rest:
-                    weight = rows.of_own_corner(point.weights)
+                    weight = rows.of_own_corner(weights)
                     rest = [t + weight * x for t, x in zip(rest, found.rest, strict=True)]
             last = rows.sum_of_rest(rest) if layout.rest else None
             rows.store(out, queries.first + source, totals, last)
 
         warp.loop(QUERIES // AT_A_TIME, four_queries)
+        warp.wait_for_lanes()
 
     _each_tile(warp, group, shared, values, layout, visit)
 
@@ -236,7 +267,7 @@ def _point_gradients_kernel(
     gradients, extents_refs = outputs[:-2], Extents(*outputs[-2:])
     group = Group(warp, image, warp.block // layout.parts, points)
     rows = Rows(group, layout)
-    scratch = shared + layout.capacity * layout.row_bytes + warp.warp * layout.own_bytes
+    scratch = shared + layout.tokens_bytes + warp.warp * layout.own_bytes
     corner = (rows.share & 1) * 2 + (rows.share >> 1 & 1)
 
     def sum_of_lanes(products: list):
@@ -257,6 +288,7 @@ def _point_gradients_kernel(
         corners = corners_of_points(group, words, queries)
         tokens = [x.y * image.w + x.x for x in corners]
         group.store_extents(group.extents(tokens), tile, extents_refs)
+        places = [gather.place(x.x, x.y) for x in corners]
 
         def load(step):
             source = step * AT_A_TIME + (warp.lane // SHARERS)
@@ -267,8 +299,8 @@ def _point_gradients_kernel(
             following = load(warp.select(step < last, step + 1, warp.constant(last)))
             source = step * AT_A_TIME + (warp.lane // SHARERS)
             place = scratch + source * (table * WORD) + corner * WORD
-            for k, own in enumerate(corners):
-                found = gather(*(warp.shuffle(x, source) for x in (own.x, own.y)))
+            for k, own in enumerate(places):
+                found = gather.load(warp.shuffle(own, source))
                 products = [product(d_row.rows[0], row) for row in found.rows]
                 if layout.rest:
                     rest = product(d_row.rest, found.rest)

@@ -293,6 +293,7 @@ _SCALARS = {
         "mul": np.multiply,
         "neg": np.negative,
         "and": np.logical_and,
+        "eq": np.equal,
         "lt": np.less,
         "ge": np.greater_equal,
         "max": np.maximum,
