@@ -295,11 +295,11 @@ def checksum(tree) -> dict[str, int]:
     The weights are odd, so a change of any one word changes the sum.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    # One compiled function a shape: all leaves in one would take a minute to compile on a GPU.
-    sums = jax.device_get([_array_checksum(leaf) for _, leaf in leaves])
+    # One compiled function a shape: all leaves in one would take a minute to compile on a GPU. One
+    # at a time: of several processes on CPUs, more than 32 in flight wait for one another for ever.
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): int(value)
-        for (path, _), value in zip(leaves, sums, strict=True)
+        jax.tree_util.keystr(path, simple=True, separator="/"): int(_array_checksum(leaf))
+        for path, leaf in leaves
     }
 
 
