@@ -21,13 +21,30 @@ class Piece(NamedTuple):
 
 
 class Layout(NamedTuple):
+    """What a block has in shared memory of some channels of a group's tokens."""
+
     image: Image
     num_warps: int
     own_bytes: int  # of shared memory, for each warp
+    first: int  # channel
+    channels: int
 
     @property
     def row_bytes(self) -> int:
-        return self.image.channels * self.image.dtype.itemsize
+        return self.channels * self.image.dtype.itemsize
+
+    @property
+    def halves(self) -> list["Layout"]:
+        """Of half of the channels each, in eights; none if there are eight only.
+
+        Nor where half of the channels of an image would fit: on a GPU only others were tried.
+        """
+        eights = self.channels // SHARERS
+        half = (eights + 1) // 2 * SHARERS
+        if eights == 1 or self.image.tokens * half * self.image.dtype.itemsize <= self._room:
+            return []
+        rest = self._replace(first=self.first + half, channels=self.channels - half)
+        return [self._replace(channels=half), rest]
 
     @property
     def _room(self) -> int:
@@ -43,12 +60,13 @@ class Layout(NamedTuple):
         """
         pitch = self.image.w * self.row_bytes
         padded = pitch + (BANKS_BYTES // 2 - pitch) % BANKS_BYTES
-        return padded if self.rest and padded * self.image.h <= self._room else pitch
+        return padded if self.whole and self.rest and padded * self.image.h <= self._room else pitch
 
     @property
     def whole(self) -> bool:
         """Whether a block has an image, else a band for one tile of queries a warp."""
-        return self.image.tokens * self.row_bytes <= self._room
+        all_channels = self.channels == self.image.channels
+        return all_channels and self.image.tokens * self.row_bytes <= self._room
 
     @property
     def band(self) -> int:
@@ -58,9 +76,7 @@ class Layout(NamedTuple):
     @property
     def tokens_bytes(self) -> int:
         """Of shared memory."""
-        if self.whole:
-            return self.image.h * self.pitch_bytes
-        return self.band * self.row_bytes
+        return self.image.h * self.pitch_bytes if self.whole else self._room
 
     @property
     def parts(self) -> int:
@@ -74,7 +90,7 @@ class Layout(NamedTuple):
     @property
     def pieces(self) -> list[Piece]:
         """Of the channels, but the last eight of an odd number of eights."""
-        left, first, pieces = self.image.channels // SHARERS, 0, []
+        left, first, pieces = self.channels // SHARERS, 0, []
         left -= left % 2
         count = LOAD_BYTES // self.image.dtype.itemsize
         while left:
@@ -90,11 +106,11 @@ class Layout(NamedTuple):
 
         They are few for eight lanes, which therefore share the eights of all four corners.
         """
-        return self.image.channels // SHARERS % 2 == 1
+        return self.channels // SHARERS % 2 == 1
 
 
 class Four(NamedTuple):
-    """What a lane has of the rows of four tokens, in float32."""
+    """What a lane has of the rows of four tokens, in float32; of the layout's channels."""
 
     rows: list  # of each row, the channels of the pieces
     rest: list  # of one row, four channels of the last eight; may be empty
@@ -109,20 +125,24 @@ class Rows:
         self._firsts = [share * piece.count + piece.first for piece in layout.pieces]
         # Lanes 2 n and 2 n + 1 have the rest of the row of corner n.
         self._own_corner = share >> 1
-        last = layout.image.channels - SHARERS
+        last = layout.channels - SHARERS
         self._own_first = (share & 1) * 4 + last
         # Of which each has one in the end, see `sum_of_rest`.
         self._own_channel = self._own_first + (share >> 1 & 1) * 2 + (share >> 2)
 
+    def channel(self, token):
+        """Number of the token's first channel of the layout, in arrays [B, tokens, G, C]."""
+        return self.group.channel(token) + self.layout.first
+
     def of_token(self, ref, token) -> Four:
         """The one row of `ref`, and its rest."""
-        channel = self.group.channel(token)
+        channel = self.channel(token)
         rest = self._load(ref, channel + self._own_first, 4) if self.layout.rest else []
         return Four([self._load_pieces(ref, channel, 0)], rest)
 
     def of_corners(self, values, token) -> Four:
         """The rows of a token, the next, and the two below."""
-        channel = self.group.channel(token)
+        channel = self.channel(token)
         step = self.layout.image.groups * self.layout.image.channels
         neighbours, own_neighbour = self._neighbours(step, self.layout.image.w * step)
         rows = [self._load_pieces(values, channel, x) for x in neighbours]
@@ -187,7 +207,7 @@ class Rows:
     def store(self, ref, token, numbers: list, last) -> None:
         """Writes what a lane has of the token's row, and its one of the last eight channels."""
         warp, image = self.group.warp, self.layout.image
-        channel, numbers = self.group.channel(token), iter(numbers)
+        channel, numbers = self.channel(token), iter(numbers)
         mask = None if image.tokens % QUERIES == 0 else token < image.tokens
         wide = image.dtype.itemsize == WORD
         for piece, first in zip(self.layout.pieces, self._firsts, strict=True):

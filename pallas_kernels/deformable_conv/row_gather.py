@@ -4,8 +4,9 @@ A block has a group's image, or the band of its tokens that the block's queries 
 memory. A warp takes 32 queries, of which each lane evaluates one's sampling points and tells the
 others where they are: through a table in shared memory, or by shuffles. Then the warp gathers for
 four queries at a time: eight lanes read the rows at a point's four corners, each its part of the
-channels. A band that does not fit, as offsets may be of any size, is gathered from global memory
-instead. Nothing is shared between queries, so every run gives the same bits.
+channels. Of a band that does not fit, half of the channels come after the other half; if half of
+them do not fit either, as offsets may be of any size, rows are gathered from global memory. Nothing
+is shared between queries, so every run gives the same bits.
 """
 
 import functools
@@ -62,7 +63,7 @@ def why_not(h: int, w: int, channels: int, num_points: int) -> str | None:
 def fits(h: int, w: int, channels: int, dtype) -> bool:
     """Whether the forward finds room for a whole image, with eight warps."""
     image = Image(1, h, w, channels, MAX_POINTS, np.dtype(dtype), "zeros")
-    return Layout(image, 8, QUERIES * WORD * _table(MAX_POINTS)).whole
+    return Layout(image, 8, QUERIES * WORD * _table(MAX_POINTS), 0, channels).whole
 
 
 def _table(num_points: int) -> int:
@@ -74,7 +75,7 @@ def _layout(values, points: Points, h: int, w: int, boundary: str, num_warps: in
     """With `table` words a query of each warp."""
     image = image_of(values, points, h, w, boundary)
     own = max(QUERIES * WORD * table, exchange_bytes(points))
-    return Layout(image, num_warps, own)
+    return Layout(image, num_warps, own, 0, image.channels)
 
 
 def forward(values, points, *, h: int, w: int, boundary: str, num_warps: int, interpret: bool):
@@ -131,31 +132,48 @@ def point_gradients(
 
 
 class Gather(NamedTuple):
-    """How a lane finds the channels of four tokens around a point."""
+    """How a lane finds channels of the four tokens around a point: one visit of a tile's points."""
 
+    rows: Rows  # of those channels
     place: Callable  # of the first token's x and y: its place, which other lanes may have computed
     load: Callable  # of that place, see `Rows.of_corners`
 
+    @property
+    def is_first(self) -> bool:
+        return self.rows.layout.first == 0
+
+    @property
+    def is_last(self) -> bool:
+        layout = self.rows.layout
+        return layout.first + layout.channels == layout.image.channels
+
 
 def _each_tile(warp: Warp, group: Group, shared, values, layout: Layout, visit: Callable) -> None:
-    """Calls visit(tile, words of its points, a Gather) for each tile of 32 queries of the warp."""
+    """Calls visit(tile, words of its points, a Gather) for each tile of 32 queries of the warp.
+
+    Once if all channels of the block's tokens fit into shared memory; twice, for one half of the
+    channels after the other, if half of them do; else once, and values are in global memory.
+    """
     image = layout.image
-    rows = Rows(group, layout)
     scratch = shared + layout.tokens_bytes + warp.warp * layout.own_bytes
 
-    def from_band(first):
+    def from_band(first, layout: Layout):
+        rows = Rows(group, layout)
+
         def place(x, y):
             return shared + y * layout.pitch_bytes + (x - first) * layout.row_bytes
 
-        return Gather(place, rows.of_corners_in_band)
+        return Gather(rows, place, rows.of_corners_in_band)
 
     if layout.whole:
         tokens = warp.constant(0), image.tokens
-        copy = functools.partial(_copy, warp, group, shared, values, layout, *tokens)
+
+        def copy():
+            _copy(Rows(group, layout), shared, values, *tokens)
 
         def tile(number, words, is_there):
             is_there()
-            visit(number, words, from_band(0))
+            visit(number, words, from_band(0, layout))
 
         for_each_tile(group, copy, tile, scratch)
         return
@@ -178,23 +196,32 @@ def _each_tile(warp: Warp, group: Group, shared, values, layout: Layout, visit: 
     extents = group.union([Extents(*x) for x in found])
     warp.wait_for_block()
     count = extents.highest - extents.lowest + (image.w + 2)
-    fits = count < layout.band + 1
 
-    def with_band(_):
-        _copy(warp, group, shared, values, layout, extents.lowest, count)
-        warp.wait_for_copies()
-        warp.when(exists, lambda _: visit(number, words, from_band(extents.lowest)))
+    def in_turn(layouts: list[Layout]):
+        for n, some in enumerate(layouts):
+            if n:
+                warp.wait_for_block()
+            _copy(Rows(group, some), shared, values, extents.lowest, count)
+            warp.wait_for_copies()
+            gather = from_band(extents.lowest, some)
+            warp.when(exists, lambda _, gather=gather: visit(number, words, gather))
 
-    warp.when(fits, with_band)
-    from_values = Gather(lambda x, y: y * image.w + x, lambda token: rows.of_corners(values, token))
-    warp.when(
-        exists & (warp.constant(layout.band) < count),
-        lambda _: visit(number, words, from_values),
+    room = layout.band
+    warp.when(count < room + 1, lambda _: in_turn([layout]))
+    if layout.halves:
+        full, room = room, min(half.band for half in layout.halves)
+        in_halves = (warp.constant(full) < count) & (count < room + 1)
+        warp.when(in_halves, lambda _: in_turn(layout.halves))
+    rows = Rows(group, layout)
+    from_values = Gather(
+        rows, lambda x, y: y * image.w + x, lambda token: rows.of_corners(values, token)
     )
+    warp.when(exists & (warp.constant(room) < count), lambda _: visit(number, words, from_values))
 
 
-def _copy(warp: Warp, group: Group, shared, values, layout: Layout, first, count) -> None:
+def _copy(rows: Rows, shared, values, first, count) -> None:
     """Begins to copy the rows of `count` tokens to shared memory."""
+    warp, layout = rows.group.warp, rows.layout
     image, pieces_of_row = layout.image, layout.row_bytes // LOAD_BYTES
     threads = warp.num_warps * LANES
     pieces = count * pieces_of_row
@@ -209,7 +236,7 @@ def _copy(warp: Warp, group: Group, shared, values, layout: Layout, first, count
         warp.copy_to_shared(
             shared + place,
             values,
-            group.channel(first + token) + number * (LOAD_BYTES // image.dtype.itemsize),
+            rows.channel(first + token) + number * (LOAD_BYTES // image.dtype.itemsize),
             mask=None if full else piece < pieces,
         )
 
@@ -223,11 +250,10 @@ def _copy(warp: Warp, group: Group, shared, values, layout: Layout, first, count
 def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: Layout):
     image, table = layout.image, _table(layout.image.num_points)
     group = Group(warp, image, warp.block // layout.parts, points)
-    rows = Rows(group, layout)
     scratch = shared + layout.tokens_bytes + warp.warp * layout.own_bytes
 
     def visit(tile, words, gather):
-        queries = group.queries(tile)
+        queries, rows = group.queries(tile), gather.rows
         own_row = scratch + warp.lane * (table * WORD)
         for k, point in enumerate(corners_of_points(group, words, queries)):
             numbers = gather.place(point.x, point.y), *warp.apply(three_weights, point)
@@ -238,8 +264,8 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
             source = step * AT_A_TIME + (warp.lane // SHARERS)
             table_row = scratch + source * (table * WORD)
             zero = warp.constant(0.0)
-            totals = [zero] * sum(piece.count for piece in layout.pieces)
-            rest = [zero] * (4 if layout.rest else 0)
+            totals = [zero] * sum(piece.count for piece in rows.layout.pieces)
+            rest = [zero] * (4 if rows.layout.rest else 0)
             for k in range(image.num_points):
                 place, *numbers = warp.load_shared_words(
                     table_row, POINT_WORDS, k * POINT_WORDS * WORD
@@ -248,10 +274,10 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
                 found = gather.load(place)
                 for weight, row in zip(weights, found.rows, strict=True):
                     totals = [t + weight * x for t, x in zip(totals, row, strict=True)]
-                if layout.rest:
+                if rest:
                     weight = rows.of_own_corner(weights)
                     rest = [t + weight * x for t, x in zip(rest, found.rest, strict=True)]
-            last = rows.sum_of_rest(rest) if layout.rest else None
+            last = rows.sum_of_rest(rest) if rest else None
             rows.store(out, queries.first + source, totals, last)
 
         warp.loop(QUERIES // AT_A_TIME, four_queries)
@@ -266,12 +292,10 @@ def _point_gradients_kernel(
     image = layout.image
     gradients, extents_refs = outputs[:-2], Extents(*outputs[-2:])
     group = Group(warp, image, warp.block // layout.parts, points)
-    rows = Rows(group, layout)
     scratch = shared + layout.tokens_bytes + warp.warp * layout.own_bytes
-    corner = (rows.share & 1) * 2 + (rows.share >> 1 & 1)
 
-    def sum_of_lanes(products: list):
-        """The sum over a query's lanes of the product number `corner`."""
+    def sum_of_lanes(rows: Rows, products: list):
+        """The sum over a query's lanes of a product, of number 2 (share & 1) + (share >> 1 & 1)."""
         products = halves(warp, products, (rows.share & 1) == 1, rows.partner(1))
         (total,) = halves(warp, products, (rows.share >> 1 & 1) == 1, rows.partner(2))
         return total + warp.shuffle(total, rows.partner(4))
@@ -284,10 +308,12 @@ def _point_gradients_kernel(
         )
 
     def visit(tile, words, gather):
-        queries = group.queries(tile)
+        queries, rows = group.queries(tile), gather.rows
+        corner = (rows.share & 1) * 2 + (rows.share >> 1 & 1)
         corners = corners_of_points(group, words, queries)
-        tokens = [x.y * image.w + x.x for x in corners]
-        group.store_extents(group.extents(tokens), tile, extents_refs)
+        if gather.is_first:
+            tokens = [x.y * image.w + x.x for x in corners]
+            group.store_extents(group.extents(tokens), tile, extents_refs)
         places = [gather.place(x.x, x.y) for x in corners]
 
         def load(step):
@@ -302,17 +328,21 @@ def _point_gradients_kernel(
             for k, own in enumerate(places):
                 found = gather.load(warp.shuffle(own, source))
                 products = [product(d_row.rows[0], row) for row in found.rows]
-                if layout.rest:
+                if d_row.rest:
                     rest = product(d_row.rest, found.rest)
                     products = [
                         warp.select(rows.is_own_corner(n), x + rest, x)
                         for n, x in enumerate(products)
                     ]
-                total = sum_of_lanes(products)
-                warp.store_shared_where(rows.share < 4, place + (4 * k) * WORD, total)
+                total, sum_place = sum_of_lanes(rows, products), place + (4 * k) * WORD
+                if not gather.is_first:
+                    total = total + warp.load_shared(sum_place)
+                warp.store_shared_where(rows.share < 4, sum_place, total)
             return following
 
         warp.loop(QUERIES // AT_A_TIME, four_queries, load(warp.constant(0)))
+        if not gather.is_last:
+            return
         warp.wait_for_lanes()
         row = scratch + warp.lane * (table * WORD)
         products = [

@@ -27,7 +27,8 @@ SHAPES = [
     ((2, 20, 20, 2, 24, 9), "multiscale", "zeros", jnp.float16),
     ((1, 16, 16, 2, 80, 9), "multiscale", "truncate", jnp.float32),
     ((1, 64, 64, 1, 72, 3), "multiscale", "zeros", jnp.bfloat16),  # a band for each block
-    ((1, 36, 36, 1, 96, 2), "multiscale", "zeros", jnp.float32),  # some bands do not fit
+    ((1, 10, 130, 2, 96, 3), "multiscale", "zeros", jnp.float32),  # bands fit by halves, or not
+    ((1, 20, 100, 1, 56, 2), "multiscale", "zeros", jnp.float32),  # the other half would fit whole
 ]
 
 
