@@ -1,6 +1,7 @@
 """Two processes with four virtual devices each train, checkpoint, stop and restore together."""
 
 import signal
+import sys
 import time
 
 import numpy as np
@@ -12,6 +13,22 @@ from tests import tiny
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 OPTIONS = dict(train__num_steps=4, model__width=64, mesh__data=2, mesh__fsdp=4)
+
+
+MANY_CHECKSUMS = """
+import sys
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from flowdcn_jax.training.checkpoint import checksum
+from flowdcn_jax.training.sharding import make_mesh
+
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+sharding = NamedSharding(make_mesh(2, 4), PartitionSpec("fsdp"))
+rows = np.arange(64.0, dtype=np.float32)
+arrays = [jax.make_array_from_callback((64,), sharding, lambda i: rows[i])] * 300
+print(len(set(checksum(arrays).values())), "checksum")
+"""
 
 
 def start_two(workdir, **overrides):
@@ -65,3 +82,11 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path):
     finish_all(processes, status=75)
     (step,) = tiny.steps(tmp_path)
     assert tiny.metrics(tmp_path)[-1]["step"] == step
+
+
+def test_checksums_of_more_arrays_than_a_device_takes_at_once():
+    """XLA has 32 computations of a CPU device in flight, the collectives of which then hang."""
+    address = f"127.0.0.1:{tiny.free_port()}"
+    commands = [[sys.executable, "-c", MANY_CHECKSUMS, address, str(i)] for i in range(2)]
+    processes = [tiny.start(command, num_devices=4) for command in commands]
+    assert all("1 checksum" in output for output in finish_all(processes))
