@@ -1,0 +1,238 @@
+"""Options, each declared once: a type, a default, a range and a text.
+
+An option is a field of a dataclass whose default `option` makes. The config's checks, the commands'
+flags, the keywords of functions and the tables in docs/ follow from it. Imports no JAX.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import math
+import numbers
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from flowdcn_jax.errors import UserError
+
+_TYPE_NAMES = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    tuple: "a tuple",
+}
+
+
+class Range(NamedTuple):
+    """The values that an option takes, of those of its type."""
+
+    holds: Callable[[Any], bool]
+    text: Callable[[], str]  # ends "NAME is VALUE; expected ..."
+
+
+def at_least(minimum: float, *, below: float | None = None) -> Range:
+    """Numbers from `minimum`, and below another one if there is one."""
+    if below is None:
+        return Range(lambda value: value >= minimum, lambda: f"at least {minimum}")
+    text = f"at least {minimum} and below {below}"
+    return Range(lambda value: minimum <= value < below, lambda: text)
+
+
+def one_of(*choices: str) -> Range:
+    """One of some words."""
+    return Range(lambda value: value in choices, lambda: f"one of {', '.join(choices)}")
+
+
+def name_in(registry: str) -> Range:
+    """A key of the registry "MODULE:NAME", which is imported when it is needed."""
+
+    def names() -> list[str]:
+        module, _, name = registry.partition(":")
+        return sorted(getattr(importlib.import_module(module), name))
+
+    return Range(lambda value: value in names(), lambda: f"one of {', '.join(names())}")
+
+
+POSITIVE = Range(lambda value: value > 0, lambda: "a positive number")
+FRACTION = Range(lambda value: 0 <= value < 1, lambda: "a number in [0, 1)")
+SEED = at_least(0, below=2**32)  # JAX keeps 32 bits of a seed without its 64-bit mode
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What is declared of an option.
+
+    Attributes:
+        name: of the field.
+        type: of values other than None: bool, int, float, str or tuple.
+        optional: whether None is a value.
+        default: its value where nothing else is said.
+        help: what it is, with its unit; ends without a full stop.
+        range: the values of the type that it takes; None: all of them.
+        parse: from what people write (texts, lists) to a value; None: the type alone.
+        fixed: whether a run keeps its value for good.
+    """
+
+    name: str
+    type: type
+    optional: bool
+    default: Any
+    help: str
+    range: Range | None
+    parse: Callable[[Any], Any] | None
+    fixed: bool
+
+    @property
+    def expected(self) -> str:
+        """The values, in words."""
+        text = self.range.text() if self.range else _TYPE_NAMES[self.type]
+        return f"{text} or None" if self.optional else text
+
+    def value(self, given: Any, *, name: str | None = None, error: type = UserError) -> Any:
+        """`given` as a value of the option, in plain Python types.
+
+        Args:
+            given: what was written.
+            name: what a message calls the option, if not by its name.
+            error: type of the exception.
+
+        Raises:
+            UserError, or `error`: another type, or out of range.
+        """
+        if given is None and self.optional:
+            return None
+        name = name or self.name
+        value = given
+        if self.parse is not None and given is not None:
+            try:
+                value = self.parse(given)
+            except ValueError as e:
+                raise error(f"{name} is {given!r}; expected {e}") from e
+        elif not self._is_of_type(value):
+            raise error(f"{name} is {given!r}; expected {self._type_text()}")
+        if self.type in (int, float):
+            value = self.type(value)
+        if self.range is not None and not self.range.holds(value):
+            raise error(f"{name} is {given!r}; expected {self.expected}")
+        return value
+
+    def _is_of_type(self, value: Any) -> bool:
+        if self.type in (int, float):
+            kind = numbers.Integral if self.type is int else numbers.Real
+            return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, self.type)
+
+    def _type_text(self) -> str:
+        """As `expected`; for a word of another type, the words that would do."""
+        if self.range is not None and self.type in (str, bool):
+            return self.expected
+        text = _TYPE_NAMES[self.type]
+        if self.range is not None:
+            text = f"{text}: {self.range.text()}" if self.type is int else self.range.text()
+        return f"{text} or None" if self.optional else text
+
+
+def option(
+    default: Any,
+    help: str,
+    range: Range | None = None,
+    *,
+    parse: Callable[[Any], Any] | None = None,
+    fixed: bool = False,
+) -> Any:
+    """A dataclass's field that is an option; the field's annotation gives its type.
+
+    Args:
+        default: the value where nothing else is said.
+        help: what it is, with its unit.
+        range: see `Option`.
+        parse: see `Option`; raises ValueError with what was expected.
+        fixed: see `Option`.
+    """
+    declared = dict(help=help, range=range, parse=parse, fixed=fixed)
+    return dataclasses.field(default=default, metadata={"option": declared})
+
+
+def options_of(cls: type) -> dict[str, Option]:
+    """The options among a dataclass's fields, by name, in their order."""
+    hints = typing.get_type_hints(cls)
+    return {
+        field.name: _make_option(field, hints[field.name])
+        for field in dataclasses.fields(cls)
+        if "option" in field.metadata
+    }
+
+
+def checked(instance: Any, *, prefix: str = "", error: type = UserError) -> None:
+    """Brings the options of a dataclass instance, also a frozen one, into plain Python types.
+
+    For `__post_init__`.
+
+    Args:
+        instance: it is changed in place.
+        prefix: what a message puts before a name.
+        error: type of the exception.
+
+    Raises:
+        UserError, or `error`: the first value of another type, or out of range.
+    """
+    for name, declared in options_of(type(instance)).items():
+        value = declared.value(getattr(instance, name), name=prefix + name, error=error)
+        object.__setattr__(instance, name, value)
+
+
+def takes_options(*classes: type) -> Callable[[Callable], Callable]:
+    """Decorates a function that takes the options of `classes` as keywords, in `**options`.
+
+    Its signature and its docstring then name each of them; another keyword is a TypeError.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        declared = {name: o for cls in classes for name, o in options_of(cls).items()}
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        keywords = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=each.default,
+                annotation=each.type | None if each.optional else each.type,
+            )
+            for name, each in declared.items()
+        ]
+        function.__signature__ = signature.replace(parameters=[*own, *keywords])
+        lines = [f"        {name}: {each.help}." for name, each in declared.items()]
+        function.__doc__ = function.__doc__.replace("        OPTIONS", "\n".join(lines))
+        return function
+
+    return decorate
+
+
+def split_options(given: dict[str, Any], *classes: type) -> list[Any]:
+    """An instance of each class, made of those of the keywords `given` that are its options.
+
+    Raises:
+        TypeError: a keyword that is none of theirs.
+    """
+    known = [options_of(cls) for cls in classes]
+    for name in given:
+        if not any(name in names for names in known):
+            raise TypeError(f"unexpected keyword argument {name!r}")
+    return [
+        cls(**{name: value for name, value in given.items() if name in names})
+        for cls, names in zip(classes, known, strict=True)
+    ]
+
+
+def _make_option(field: dataclasses.Field, hint: Any) -> Option:
+    of = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    (kind,) = (part for part in of if part is not types.NoneType)
+    return Option(
+        name=field.name,
+        type=typing.get_origin(kind) or kind,
+        optional=types.NoneType in of,
+        default=field.default,
+        **field.metadata["option"],
+    )
