@@ -9,11 +9,17 @@ Exit status: 0 done; 2 bad input; 75 stopped as asked (SIGTERM, Ctrl-C), a check
 from absl import flags
 
 from flowdcn_jax import command
-from flowdcn_jax.config_flag import define_config_flag
+from flowdcn_jax.config_flag import define_config_flag, overrides
 
 _CONFIG = define_config_flag(required=True)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, metrics, grids.", required=True
+)
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "End after all checks and compilation; nothing is written."
+)
+_PROFILE = flags.DEFINE_integer(
+    "profile", 0, "Steps of which a trace is written to WORKDIR/profile.", lower_bound=0
 )
 command.define_distributed_flags()
 
@@ -21,9 +27,18 @@ command.define_distributed_flags()
 def main() -> int:
     command.join_processes()
     # Imported here so that --help and usage errors come at once.
+    from flowdcn_jax.sampling import grid_drawer
     from flowdcn_jax.training.loop import train
 
-    return 0 if train(_CONFIG.value, _WORKDIR.value) else command.STOPPED
+    done = train(
+        _CONFIG.value,
+        _WORKDIR.value,
+        grid_drawer,
+        changed=overrides(),
+        dry_run=_DRY_RUN.value,
+        profile_steps=_PROFILE.value,
+    )
+    return 0 if done else command.STOPPED
 
 
 if __name__ == "__main__":

@@ -26,12 +26,12 @@ from ml_collections import ConfigDict
 from benchmarks.memory import process_peak_bytes, program_bytes
 from flowdcn_jax import command, config_flag
 from flowdcn_jax.command import file_to_write, numbers, write_json
+from flowdcn_jax.config import validate
 from flowdcn_jax.environment import describe_machine
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.models import abstract_model, apply_model, random_params
+from flowdcn_jax.runs.sharding import batch_sharding, make_mesh, replicated
 from flowdcn_jax.sampling import Settings, labels_in_turn, make_generator
-from flowdcn_jax.training.sharding import batch_sharding, make_mesh, replicated
-from flowdcn_jax.validation import validate
 from pallas_kernels.timing import median_ms
 
 _CONFIG = config_flag.define_config_flag(default="configs/xl2.py")

@@ -29,14 +29,14 @@ from tqdm import tqdm
 from benchmarks.memory import process_peak_bytes, program_bytes
 from flowdcn_jax import command
 from flowdcn_jax.command import file_to_write, write_json
+from flowdcn_jax.config import validate
 from flowdcn_jax.environment import describe_machine
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.models import parameter_count
 from flowdcn_jax.precision import compute_dtype
-from flowdcn_jax.training.sharding import batch_sharding, make_mesh
-from flowdcn_jax.training.state import abstract_state, initial_state
+from flowdcn_jax.runs.sharding import batch_sharding, make_mesh
+from flowdcn_jax.runs.state import abstract_state, initial_state
 from flowdcn_jax.training.step import make_train_step
-from flowdcn_jax.validation import validate
 from pallas_kernels.timing import median_ms, none_if_out_of_memory
 
 _MODELS = flags.DEFINE_list("models", ["b2", "sit_b2", "xl2", "sit_xl2"], "Configs of configs/.")

@@ -68,8 +68,8 @@ def repository() -> Path:
 @pytest.fixture(scope="module")
 def one_device_runs():
     """Training in this process uses one of the eight devices: for tests of something else."""
+    from flowdcn_jax.runs.sharding import make_mesh
     from flowdcn_jax.training import loop
-    from flowdcn_jax.training.sharding import make_mesh
 
     def one_device(*sizes):
         make_mesh(*sizes)  # for its errors

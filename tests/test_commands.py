@@ -10,9 +10,9 @@ from PIL import Image
 from flowdcn_jax import sampling
 from flowdcn_jax.errors import ConfigError, UserError
 from flowdcn_jax.images import read_metadata
+from flowdcn_jax.runs.checkpoint import CheckpointError
 from flowdcn_jax.sampling import trained_model
 from flowdcn_jax.training import loop
-from flowdcn_jax.training.checkpoint import CheckpointError
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device_runs")

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from configs import default, digits
-from flowdcn_jax.training import checkpoint
+from flowdcn_jax.config import load_config, model_config
+from flowdcn_jax.runs import checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -33,13 +33,13 @@ OVERRIDES = {
 
 # config.model of the other models, of the same size.
 _SMALL = dict(width=16, depth=1, in_channels=1, num_classes=10, dtype="float32")
-SIT = default.sit() | _SMALL | dict(num_heads=2)
-FLOWCNN = default.flowcnn() | _SMALL | dict(num_groups=2)
+SIT = model_config("sit") | _SMALL | dict(num_heads=2)
+FLOWCNN = model_config("flowcnn") | _SMALL | dict(num_groups=2)
 
 
 def config(**overrides):
     """The tiny config; keys such as model__width=32 override config.model.width."""
-    result = digits.get_config()
+    result = load_config("digits")
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
     for key, value in (OVERRIDES | dotted).items():
         *sections, name = key.split(".")

@@ -9,6 +9,7 @@ from flowdcn_jax.autoencoders.interface import (
     decode_images,
     decode_pixels,
     preview_latents,
+    to_unit_range,
 )
 from flowdcn_jax.autoencoders.registry import AUTOENCODERS, check_fits, load_autoencoder
 from flowdcn_jax.autoencoders.weights import AutoencoderError, WeightsNotFoundError
@@ -24,4 +25,5 @@ __all__ = [
     "decode_pixels",
     "load_autoencoder",
     "preview_latents",
+    "to_unit_range",
 ]

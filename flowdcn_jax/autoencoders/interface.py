@@ -48,6 +48,13 @@ class Autoencoder:
     decode: Callable[[Any, jax.Array], jax.Array]
 
 
+def to_unit_range(images: jax.Array) -> jax.Array:
+    """uint8 pixels -> float32 in [-1,1]; latents (floats) pass as they are."""
+    if images.dtype == jnp.uint8:
+        return images.astype(jnp.float32) / 127.5 - 1.0
+    return images.astype(jnp.float32)
+
+
 def decode_pixels(x: jax.Array) -> jax.Array:
     """[-1,1] float [B,H,W,C] -> uint8 [B,H,W,C]."""
     return jnp.round(jnp.clip(x * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)

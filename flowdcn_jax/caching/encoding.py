@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowdcn_jax.autoencoders import Autoencoder
-from flowdcn_jax.training.sharding import batch_sharding, make_mesh, replicated
-from flowdcn_jax.training.step import to_unit_range
+from flowdcn_jax.autoencoders import Autoencoder, to_unit_range
+from flowdcn_jax.runs.sharding import batch_sharding, make_mesh, replicated
 
 # Encoded at a time on each device: 16 images of 256x256, 4 of 512x512.  More are hardly faster
 # (SD-VAE at 256x240 on an H100, in batches of 32, 16, 8: 36, 56, 55 images a second in float32 and

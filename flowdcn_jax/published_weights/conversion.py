@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 import flowdcn_jax
+from flowdcn_jax.config import validate
 from flowdcn_jax.files import atomic_folder, atomic_path
 from flowdcn_jax.models import abstract_model
 from flowdcn_jax.published_weights.checks import check_constant, check_tensors
@@ -33,9 +34,8 @@ from flowdcn_jax.published_weights.names import (
 )
 from flowdcn_jax.published_weights.selection import select_weights, warn_of_unused
 from flowdcn_jax.published_weights.source import StoredTensor, open_source
-from flowdcn_jax.training import checkpoint
-from flowdcn_jax.training.sharding import make_mesh, with_sharding
-from flowdcn_jax.validation import validate
+from flowdcn_jax.runs import checkpoint
+from flowdcn_jax.runs.sharding import make_mesh, with_sharding
 
 ORIGIN_FILE = "origin.json"
 AUTHORS_MODEL = {"boundary": "truncate", "max_scale": 6.0}  # of FlowDCN: no tensor tells them
@@ -144,7 +144,7 @@ def export(
 
     Raises:
         PublishedWeightsError: the authors have no such model, or `file` cannot be written.
-        flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
+        flowdcn_jax.runs.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
     _check_choice(weights)
     _check_can_be_made("export", Path(file).parent)

@@ -54,7 +54,7 @@ def compare_to_png(
 
     Raises:
         SamplingError: a value that cannot be used.
-        flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
+        flowdcn_jax.runs.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
     if kind not in COMPARISONS:
         raise SamplingError(f"compare is {kind!r}; expected one of {', '.join(COMPARISONS)}")

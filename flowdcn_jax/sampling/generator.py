@@ -17,16 +17,16 @@ from flowdcn_jax.autoencoders import Autoencoder, check_fits, decode_images, loa
 from flowdcn_jax.flow.guidance import guided_velocity
 from flowdcn_jax.models import abstract_model, apply_model, takes_max_scale_factor
 from flowdcn_jax.models.resolution import max_scale_factor
+from flowdcn_jax.runs import checkpoint
+from flowdcn_jax.runs.sharding import batch_sharding, make_mesh, replicated
 from flowdcn_jax.sampling.settings import SamplingError, Settings
-from flowdcn_jax.training import checkpoint
-from flowdcn_jax.training.sharding import batch_sharding, make_mesh, replicated
 
 
 def load_weights(workdir: str, step: int | None, mesh: Mesh) -> checkpoint.Weights:
     """The EMA weights of a training run, copied to every device of `mesh`.
 
     Raises:
-        flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
+        flowdcn_jax.runs.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
 
     def abstract_params(config: ConfigDict):
@@ -50,7 +50,7 @@ def load_model(workdir: str | Path, step: int | None = None) -> tuple[nnx.Module
         (model, config): model(x [B,H,W,C], t [B], y [B]) -> velocity [B,H,W,C].
 
     Raises:
-        flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
+        flowdcn_jax.runs.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
     mesh = make_mesh(devices=jax.local_devices()[:1])
     weights = load_weights(str(workdir), step, mesh)

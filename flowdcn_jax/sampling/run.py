@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from flowdcn_jax import __version__
 from flowdcn_jax.precision import compute_dtype
+from flowdcn_jax.runs import checkpoint
 from flowdcn_jax.sampling.classes import class_texts
 from flowdcn_jax.sampling.folder import SampleFolder
 from flowdcn_jax.sampling.generator import device_batch_size, draw_batches, generate_images
@@ -23,7 +24,6 @@ from flowdcn_jax.sampling.pictures import write_pictures
 from flowdcn_jax.sampling.request import Request
 from flowdcn_jax.sampling.settings import SamplingError, Settings
 from flowdcn_jax.sampling.trained_model import TrainedModel, load_trained
-from flowdcn_jax.training import checkpoint
 
 
 def sample_to_folder(
@@ -51,7 +51,7 @@ def sample_to_folder(
     Raises:
         SamplingError: a value that cannot be used, or a folder with another run's images.
         flowdcn_jax.errors.UserError: the autoencoder's weights are not there, or do not fit.
-        flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
+        flowdcn_jax.runs.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
     settings = model.fill_settings(settings)
     labels = model.labels(request, seed=settings.seed)
@@ -108,7 +108,7 @@ def generate(
 
     Raises:
         SamplingError: a value that cannot be used.
-        flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
+        flowdcn_jax.runs.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
     request = Request(classes=classes, labels=labels, num_images=num_images, batch_size=batch_size)
     settings = Settings(

@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 
 from flowdcn_jax.autoencoders import Autoencoder, check_fits, load_autoencoder
 from flowdcn_jax.data.manifest import Encoder, find_encoder
+from flowdcn_jax.runs import checkpoint
+from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.sampling.classes import class_words, make_labels, parse_classes
 from flowdcn_jax.sampling.generator import (
     check_guide,
@@ -21,8 +23,6 @@ from flowdcn_jax.sampling.generator import (
 )
 from flowdcn_jax.sampling.request import Request
 from flowdcn_jax.sampling.settings import Settings
-from flowdcn_jax.training import checkpoint
-from flowdcn_jax.training.sharding import make_mesh
 
 
 class Source(NamedTuple):
@@ -127,7 +127,7 @@ def load_trained(
         mesh: all devices of all processes by default.
 
     Raises:
-        flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
+        flowdcn_jax.runs.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
     source, guide_source = _read_source(workdir, step), None
     if guide_workdir is not None or guide_step is not None:

@@ -63,7 +63,7 @@ def _print_command(title: str, *arguments: str) -> None:
 
 def _fit_config(config) -> dict:
     """Sets what follows from the weights and was not asked for; returns it by key."""
-    from flowdcn_jax.validation import check_keys
+    from flowdcn_jax.config import check_keys
 
     check_keys(config)
     changed = {}

@@ -7,7 +7,7 @@ import pytest
 from flowdcn_jax import sampling
 from flowdcn_jax.autoencoders import decode_images, decode_pixels, interface
 from flowdcn_jax.models import abstract_model
-from flowdcn_jax.training.sharding import batch_sharding, make_mesh
+from flowdcn_jax.runs.sharding import batch_sharding, make_mesh
 from tests import tiny
 from tests.autoencoders.conftest import decode
 

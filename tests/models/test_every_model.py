@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from flowdcn_jax import models, sampling
-from flowdcn_jax.training.sharding import make_mesh
-from flowdcn_jax.training.state import abstract_state
+from flowdcn_jax.runs.sharding import make_mesh
+from flowdcn_jax.runs.state import abstract_state
 from flowdcn_jax.training.step import make_train_step
 from tests import compilation, tiny
 from tests.models.aggregates import use_aggregate

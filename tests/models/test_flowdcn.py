@@ -136,11 +136,7 @@ def test_velocity_loss_of_the_official_model(golden, params):
     noise = x_t - t * target
     draws = Draws(t=golden["t"], noise=noise, drop_label=np.zeros(len(t), bool))
     loss = velocity_loss(
-        lambda *args: network(params, *args),
-        noise + target,
-        golden["y"],
-        draws,
-        null_class=10,
+        params, noise + target, golden["y"], draws, velocity_fn=network, null_class=10
     )
     assert relative_error(loss, golden["loss"]) < 1e-5
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from flowdcn_jax.models import layers
-from flowdcn_jax.training.sharding import batch_sharding, make_mesh, state_sharding
+from flowdcn_jax.runs.sharding import batch_sharding, make_mesh, state_sharding
 from tests import tiny
 from tests.comparison import relative_error
 

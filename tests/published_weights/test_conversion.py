@@ -17,9 +17,9 @@ import flowdcn_jax
 from flowdcn_jax import models, sampling
 from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.published_weights import convert, export
+from flowdcn_jax.runs.sharding import make_mesh
+from flowdcn_jax.runs.state import abstract_state, initial_state, make_optimizer
 from flowdcn_jax.training import checkpoint, loop
-from flowdcn_jax.training.sharding import make_mesh
-from flowdcn_jax.training.state import abstract_state, initial_state, make_optimizer
 from tests import official, tiny
 from tests.comparison import relative_error
 

@@ -15,7 +15,7 @@ from flowdcn_jax.published_weights import PublishedWeightsError, conversion, con
 from flowdcn_jax.published_weights.checks import check_tensors
 from flowdcn_jax.published_weights.names import official_tensors
 from flowdcn_jax.published_weights.source import StoredTensor
-from flowdcn_jax.training import checkpoint
+from flowdcn_jax.runs import checkpoint
 from tests import official, tiny
 
 

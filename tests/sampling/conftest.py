@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from flowdcn_jax.models import abstract_model
-from flowdcn_jax.training.checkpoint import Checkpointer
-from flowdcn_jax.training.state import TrainState
+from flowdcn_jax.runs.checkpoint import Checkpointer
+from flowdcn_jax.runs.state import TrainState
 from tests import tiny
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

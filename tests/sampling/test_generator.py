@@ -10,9 +10,9 @@ import pytest
 from flowdcn_jax import sampling
 from flowdcn_jax.autoencoders import decode_pixels, preview_latents
 from flowdcn_jax.models import abstract_model
+from flowdcn_jax.runs.checkpoint import Weights
+from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.sampling.generator import stream_keys
-from flowdcn_jax.training.checkpoint import Weights
-from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
 from tests.comparison import relative_error
 

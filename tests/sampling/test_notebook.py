@@ -6,8 +6,8 @@ import jax
 import pytest
 
 import flowdcn_jax
+from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.sampling import trained_model
-from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

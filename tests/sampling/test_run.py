@@ -17,9 +17,9 @@ from PIL import Image
 import flowdcn_jax
 from flowdcn_jax import samplers, sampling
 from flowdcn_jax.images import make_grid, read_metadata
+from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.sampling import run, trained_model
 from flowdcn_jax.sampling.folder import SampleFolder
-from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
 
 SETTINGS = sampling.Settings(sampler="euler_sde", num_steps=3, guidance=2.0, seed=5)

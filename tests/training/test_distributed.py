@@ -20,8 +20,8 @@ import sys
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from flowdcn_jax.training.checkpoint import checksum
-from flowdcn_jax.training.sharding import make_mesh
+from flowdcn_jax.runs.checkpoint import checksum
+from flowdcn_jax.runs.sharding import make_mesh
 
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 sharding = NamedSharding(make_mesh(2, 4), PartitionSpec("fsdp"))

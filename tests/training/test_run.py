@@ -13,9 +13,9 @@ import pytest
 
 import flowdcn_jax
 from flowdcn_jax import sampling
+from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.training import loop
 from flowdcn_jax.training.preemption import Preemption
-from flowdcn_jax.training.sharding import make_mesh
 from flowdcn_jax.training.workdir_lock import WorkdirError, workdir_lock
 from tests import tiny
 

@@ -13,8 +13,8 @@ from PIL import Image
 from flowdcn_jax import data
 from flowdcn_jax.data.aspect_buckets import AspectBuckets
 from flowdcn_jax.errors import UserError
+from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.training import loop
-from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh
 
 from flowdcn_jax.models import abstract_model, init_params
-from flowdcn_jax.training.sharding import state_sharding, with_sharding
+from flowdcn_jax.runs.sharding import state_sharding, with_sharding
 
 
 class TrainState(NamedTuple):

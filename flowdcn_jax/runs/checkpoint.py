@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from flowdcn_jax.errors import UserError
-from flowdcn_jax.training.state import TrainState
+from flowdcn_jax.runs.state import TrainState
 
 FOLDER = "checkpoints"
 WEIGHTS_STEP = 0  # of converted weights; training saves later ones
