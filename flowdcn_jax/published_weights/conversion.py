@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-import flowdcn_jax
 from flowdcn_jax.config import validate
 from flowdcn_jax.files import atomic_folder, atomic_path
 from flowdcn_jax.models import abstract_model
@@ -36,6 +35,7 @@ from flowdcn_jax.published_weights.selection import select_weights, warn_of_unus
 from flowdcn_jax.published_weights.source import StoredTensor, open_source
 from flowdcn_jax.runs import checkpoint
 from flowdcn_jax.runs.sharding import make_mesh, with_sharding
+from flowdcn_jax.version import __version__
 
 ORIGIN_FILE = "origin.json"
 AUTHORS_MODEL = {"boundary": "truncate", "max_scale": 6.0}  # of FlowDCN: no tensor tells them
@@ -114,7 +114,7 @@ def convert(
         "format": f"{chosen.format} ({opened.kind})",
         "weights": chosen.which,
         "image_size": config.data.image_size,
-        "flowdcn_jax": flowdcn_jax.__version__,
+        "flowdcn_jax": __version__,
     }
     with _as_one_line("workdir", workdir), atomic_folder(Path(workdir)) as folder:
         checkpoint.save_weights(folder, params, config)

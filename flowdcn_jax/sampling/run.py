@@ -14,7 +14,6 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowdcn_jax import __version__
 from flowdcn_jax.precision import compute_dtype
 from flowdcn_jax.runs import checkpoint
 from flowdcn_jax.sampling.classes import class_texts
@@ -24,6 +23,7 @@ from flowdcn_jax.sampling.pictures import write_pictures
 from flowdcn_jax.sampling.request import Request
 from flowdcn_jax.sampling.settings import SamplingError, Settings
 from flowdcn_jax.sampling.trained_model import TrainedModel, load_trained
+from flowdcn_jax.version import __version__
 
 
 def sample_to_folder(
