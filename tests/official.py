@@ -1,6 +1,5 @@
 """The authors' tiny models of the golden fixtures, as configs and parameters of this project."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from flowdcn_jax.config import load_config
 from flowdcn_jax.models.flowdcn import FlowDCN
 from flowdcn_jax.published_weights.names import official_tensors, put
 
@@ -25,7 +25,7 @@ def run_config(fixture: dict) -> ml_collections.ConfigDict:
     """A whole config for the tiny official model of a fixture, FlowDCN or SiT."""
     sizes = json.loads(str(fixture["config"]))
     is_sit = "num_heads" in sizes
-    config = importlib.import_module("configs.sit_s2" if is_sit else "configs.s2").get_config()
+    config = load_config("sit_s2" if is_sit else "s2")
     config.model.update(
         width=sizes["hidden_size"],
         depth=sizes["depth" if is_sit else "num_blocks"],

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+
 from flowdcn_jax.config import load_config, model_config
 from flowdcn_jax.runs import checkpoint
+from flowdcn_jax.sampling import grid_drawer
+from flowdcn_jax.training import loop
 
 REPOSITORY = Path(__file__).parent.parent
-
-CONFIGS = sorted(path.stem for path in REPOSITORY.glob("configs/*.py") if path.stem[0] != "_")
 
 OVERRIDES = {
     "model.width": 16,
@@ -48,6 +50,12 @@ def config(**overrides):
             node = node[section]
         node[name] = value
     return result
+
+
+def train(config, workdir, *, one_device: bool = True, **options) -> bool:
+    """Trains in this process, on one of its virtual devices or on all of them."""
+    devices = jax.devices()[:1] if one_device else None
+    return loop.train(config, str(workdir), grid_drawer, devices=devices, **options)
 
 
 def manifest(name="sd_vae", *, scale=0.18215, shift=0.0, weights_sha256=None, **settings):

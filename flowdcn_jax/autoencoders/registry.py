@@ -274,7 +274,7 @@ def _check_sides(images: Array, downsampling: int) -> None:
 
 AUTOENCODERS = {
     "identity": _load_identity,
-    "none": _load_none,
+    "preview": _load_none,
     "sd_vae": _load_published,
     "taesd": _load_published,
     "taef1": _load_published,

@@ -76,8 +76,8 @@ def make_source(
     size = data_config.image_size
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise DataError(f"image_size must be a positive integer, got {size!r}")
-    if data_config.aspect_buckets.count and name != "imagenet_latents":
-        raise DataError(f"aspect_buckets are for imagenet_latents, not {name}: count=0")
+    if data_config.aspect_buckets.count and name != "latents":
+        raise DataError(f"aspect_buckets are for latents, not {name}: count=0")
     return SOURCES[name](data_config, channels)
 
 
@@ -269,5 +269,5 @@ def _prepared_folders(
 SOURCES = {
     "digits": _make_digits,
     "cifar10": _make_cifar10,
-    "imagenet_latents": _make_imagenet_latents,
+    "latents": _make_imagenet_latents,
 }

@@ -11,11 +11,10 @@ from PIL import Image
 from flowdcn_jax import data, sampling
 from flowdcn_jax.autoencoders import WeightsNotFoundError
 from flowdcn_jax.errors import ConfigError
-from flowdcn_jax.training import loop
 from tests import tiny
 from tests.autoencoders.conftest import SD_VAE
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device_runs")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def latents_config(data_dir, **overrides):
@@ -48,7 +47,7 @@ def trained(tmp_path_factory, taesd_folder):
     write(folder)
     config = latents_config(folder, log__sample_every_steps=2)
     config.autoencoder.update(name="taesd", weights=str(taesd_folder))
-    loop.train(config, str(folder / "run"))
+    tiny.train(config, folder / "run")
     assert all(np.isfinite(row["loss"]) for row in tiny.metrics(folder / "run"))
     return folder / "run"
 
@@ -93,14 +92,14 @@ def test_training_without_weights_stops_before_anything_is_written(tmp_path):
     config = latents_config(tmp_path)
     config.autoencoder.update(name="sd_vae", weights=str(tmp_path / "none"))
     with pytest.raises(WeightsNotFoundError, match="Fetch"):
-        loop.train(config, str(tmp_path / "run"))
+        tiny.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def resume(run, data_dir):
     """The same command once more: the checks are made, and there is nothing left to do."""
     config = latents_config(data_dir, log__sample_every_steps=2)
-    loop.train(config, str(run))
+    tiny.train(config, run)
 
 
 def test_a_run_goes_on_with_its_latents_in_another_place(trained, tmp_path, caplog):
@@ -159,5 +158,5 @@ def test_what_cannot_decode_the_latents_is_refused(trained, tmp_path):
     config = latents_config(trained.parent)
     config.autoencoder.update(name="sd_vae", weights=str(folder))
     with pytest.raises(ConfigError, match=message):
-        loop.train(config, str(tmp_path / "run"))
+        tiny.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

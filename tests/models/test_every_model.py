@@ -1,7 +1,6 @@
 """Every model that has a config trains, samples, and counts its MACs as XLA does."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from flowdcn_jax import models, sampling
+from flowdcn_jax.config import load_config
 from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.runs.state import abstract_state
 from flowdcn_jax.training.step import make_train_step
@@ -21,7 +21,7 @@ SMALL |= dict(num_heads=2)
 
 def shrunk(name, **overrides):
     """The model of a config, small."""
-    model = importlib.import_module(f"configs.{name}").get_config().model
+    model = load_config(name).model
     model.update({key: value for key, value in (SMALL | overrides).items() if key in model})
     return model
 
