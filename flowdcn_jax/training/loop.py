@@ -17,6 +17,7 @@ from flowdcn_jax.autoencoders import Autoencoder, check_fits, load_autoencoder
 from flowdcn_jax.errors import ConfigError, UserError
 from flowdcn_jax.images import grid_columns, make_grid, save_png
 from flowdcn_jax.models import forward_macs
+from flowdcn_jax.runs.workdir import workdir_lock
 from flowdcn_jax.training import checkpoint
 from flowdcn_jax.training.metrics import MetricWriter, Stopwatch, model_flops_utilisation
 from flowdcn_jax.training.preemption import Preemption
@@ -28,7 +29,6 @@ from flowdcn_jax.training.state import (
     state_from_weights,
 )
 from flowdcn_jax.training.step import make_train_step
-from flowdcn_jax.training.workdir_lock import workdir_lock
 from flowdcn_jax.validation import check_resumable, check_same_data, validate
 
 DEVICE_PREFETCH = 2  # batches on the devices ahead of the step
@@ -50,7 +50,7 @@ def train(config, workdir: str) -> bool:
         Whether the last step is done. If not, SIGTERM or Ctrl-C came, and a checkpoint was saved.
 
     Raises:
-        flowdcn_jax.training.workdir_lock.WorkdirError: another run is at work in `workdir`.
+        flowdcn_jax.runs.workdir.WorkdirError: another run is at work in `workdir`.
         flowdcn_jax.errors.ConfigError: a value, or a difference from the run in `workdir`.
         flowdcn_jax.autoencoders.AutoencoderError: weights that are missing or of no use.
         flowdcn_jax.training.checkpoint.CheckpointError: not one checkpoint there can be read.

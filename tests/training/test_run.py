@@ -13,10 +13,10 @@ import pytest
 
 import flowdcn_jax
 from flowdcn_jax import sampling
+from flowdcn_jax.runs.workdir import WorkdirError, workdir_lock
 from flowdcn_jax.training import loop
 from flowdcn_jax.training.preemption import Preemption
 from flowdcn_jax.training.sharding import make_mesh
-from flowdcn_jax.training.workdir_lock import WorkdirError, workdir_lock
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
