@@ -172,40 +172,47 @@ def test_no_flipped_bit_in_a_shard_gives_a_traceback_or_another_image(tmp_path):
             assert (image == row[0]).all() and found == label[0]
 
 
-def test_no_flipped_bit_that_shows_later_gives_a_traceback_or_another_image(tmp_path, opened):
+def test_no_flipped_bit_that_shows_later_gives_a_traceback_or_another_image(tmp_path):
     """In a shard that is joined after it was checked, and of every byte of samples.npz."""
-    folder = opened(tmp_path)
-    write(folder, 0, 5, 10)
-    path, bits, outcomes = tmp_path / SECOND, random.Random(0), collections.Counter()
-    whole = path.read_bytes()
-    for index in range(0, len(whole), 10):
-        path.write_bytes(faults.flipped(whole, index, bits.randrange(8)))
-        try:
-            folder.join()
-        except SamplingError:
-            assert not path.exists() and not folder.samples.exists()
-            outcomes["deleted"] += 1
-        else:
-            check_samples(folder)
-            folder.samples.unlink()
-            write(folder, 0, 5)
-            outcomes["joined"] += 1
-    assert outcomes["deleted"] > outcomes["joined"] > 0
+    images, labels, bits = IMAGES[:4, :2, :2], LABELS[:4], random.Random(0)
+    rows = ROWS | {"arr_0": jax.ShapeDtypeStruct((2, 2, 3), np.uint8)}
+    folder = SampleFolder(tmp_path, 4, rows)
+    with contextlib.closing(folder):
+        folder.open(RECORD)
+        folder.write(0, images[:2], labels[:2])
+        folder.write(2, images[2:], labels[2:])
+        path, outcomes = tmp_path / "shards" / "00000002-00000004.npz", collections.Counter()
+        whole = path.read_bytes()
+        for index in range(0, len(whole), 10):
+            path.write_bytes(faults.flipped(whole, index, bits.randrange(8)))
+            try:
+                folder.join()
+            except SamplingError:
+                assert not path.exists() and not folder.samples.exists()
+                outcomes["deleted"] += 1
+            else:
+                found = np.stack([image for image, _ in folder.images()])
+                np.testing.assert_array_equal(found, images)
+                folder.samples.unlink()
+                folder.write(0, images[:2], labels[:2])
+                outcomes["joined"] += 1
+        assert outcomes["deleted"] > outcomes["joined"] > 0
+        path.write_bytes(whole)
+        folder.join()
 
-    path.write_bytes(whole)
-    folder.join()
     whole = folder.samples.read_bytes()
     for index in range(len(whole)):
         folder.samples.unlink()
         folder.samples.write_bytes(faults.flipped(whole, index, bits.randrange(8)))
-        try:
-            if index % 10 == 0:
-                folder = opened(tmp_path)
-            images = np.stack([image for image, _ in folder.images()])
-        except SamplingError as error:
-            assert "samples.npz is damaged" in str(error)
-        else:
-            np.testing.assert_array_equal(images, IMAGES)
+        with contextlib.closing(SampleFolder(tmp_path, 4, rows)) as folder:
+            try:
+                if index % 10 == 0:
+                    folder.open(RECORD)
+                found = np.stack([image for image, _ in folder.images()])
+            except SamplingError as error:
+                assert "samples.npz is damaged" in str(error)
+            else:
+                np.testing.assert_array_equal(found, images)
 
 
 def test_shards_that_overlap_or_are_not_what_they_are_named_are_drawn_again(
