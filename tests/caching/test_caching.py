@@ -97,6 +97,13 @@ def test_a_stopped_job_goes_on_where_it_was(make_job, expected):
     assert_same(read_back(job.data_dir), expected)
 
 
+def test_latents_do_not_depend_on_the_parts(make_job, expected):
+    """One part of several batches, more than are on their way at a time."""
+    job = make_job()
+    cache(job, images_per_part=20)
+    assert_same(read_back(job.data_dir), expected)
+
+
 def test_what_is_cached_is_left_alone(default_job, finished):
     job, manifest, _ = finished
     again = default_job(data_dir=job.data_dir)

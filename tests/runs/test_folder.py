@@ -25,8 +25,8 @@ RECORD = {"seed": 0, "size": (4, 6), "settings": {"guidance": 1.375, "sampler": 
 SUMS = {"count": np.array(3), "sums": np.random.default_rng(0).standard_normal((2, 3))}
 
 
-class FolderError(UserError):
-    """The kind that these folders raise."""
+class FolderError(UserError, ValueError):
+    """The kind that these folders raise; a ValueError, such as damage leads to."""
 
 
 @pytest.fixture
@@ -244,6 +244,14 @@ def test_parts_of_another_form_are_deleted_and_those_of_a_failing_disk_are_not(
     for use in (lambda: read(folder, "sums.npz"), lambda: folder.check_parts(["sums.npz"], None)):
         with pytest.raises(FolderError, match="cannot be read or written: .*Is a directory"):
             use()
+    assert (tmp_path / "sums.npz").exists()
+
+
+def test_an_error_of_the_reader_is_no_damage(tmp_path, opened):
+    folder = opened(tmp_path)
+    folder.write_part("sums.npz", SUMS)
+    with pytest.raises(FolderError, match="^too many$"), folder.open_part("sums.npz"):
+        raise FolderError("too many")
     assert (tmp_path / "sums.npz").exists()
 
 
