@@ -14,7 +14,7 @@ from flowdcn_jax.images import make_grid
 from flowdcn_jax.models.resolution import RESOLUTION_ADJUSTMENTS
 from flowdcn_jax.samplers.neural_coefficients import NEURAL_COEFFICIENTS
 from flowdcn_jax.sampling.classes import class_labels
-from flowdcn_jax.sampling.output_folder import OutputFolder
+from flowdcn_jax.sampling.folder import OutputFolder
 from flowdcn_jax.sampling.request import Request
 from flowdcn_jax.sampling.run import (
     default_path,

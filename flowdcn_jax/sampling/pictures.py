@@ -9,8 +9,7 @@ from tqdm import tqdm
 from flowdcn_jax.autoencoders import decode_pixels, preview_latents
 from flowdcn_jax.images import grid_columns, make_grid
 from flowdcn_jax.sampling.classes import class_labels
-from flowdcn_jax.sampling.folder import SampleFolder
-from flowdcn_jax.sampling.output_folder import IMAGES_FOLDER
+from flowdcn_jax.sampling.folder import IMAGES_FOLDER, SampleFolder
 
 MAX_GRID_IMAGES = 100  # the grid shows the first ones
 

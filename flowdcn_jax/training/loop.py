@@ -20,6 +20,7 @@ from flowdcn_jax.images import save_png
 from flowdcn_jax.runs import checkpoint, description, record
 from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.runs.state import TrainState, abstract_state, initial_state, state_from_weights
+from flowdcn_jax.runs.workdir import workdir_lock
 from flowdcn_jax.training import inputs
 from flowdcn_jax.training.metrics import (
     MetricWriter,
@@ -32,7 +33,6 @@ from flowdcn_jax.training.metrics import (
 )
 from flowdcn_jax.training.preemption import Preemption
 from flowdcn_jax.training.step import make_train_step
-from flowdcn_jax.training.workdir_lock import workdir_lock
 
 SAMPLES_FOLDER = "samples"
 
