@@ -60,15 +60,21 @@ def _report(error: UserError) -> int:
     return BAD_INPUT
 
 
-def option_flags(*classes: type) -> Callable[[], dict[str, Any]]:
+def option_flags(
+    *classes: type, flag_values: flags.FlagValues = flags.FLAGS
+) -> Callable[[], dict[str, Any]]:
     """Defines a flag for each option of dataclasses; see `flowdcn_jax.options`.
+
+    Args:
+        classes: the dataclasses.
+        flag_values: where the flags are defined; of the command unless given.
 
     Returns:
         A function that gives the flags' values by name, once they are parsed: keywords for what
         takes the options, which checks their ranges.
     """
     options = [option for cls in classes for option in options_of(cls).values()]
-    holders = [flags.DEFINE_flag(_OptionFlag(option)) for option in options]
+    holders = [flags.DEFINE_flag(_OptionFlag(option), flag_values) for option in options]
     return lambda: {holder.name: holder.value for holder in holders}
 
 

@@ -151,9 +151,9 @@ def _write_strip(model: TrainedModel, request: Request, settings: Settings, outp
     path = output.out or find_folder(model.checkpoint.workdir, record)
     folder, picture = OutputFolder(path), f"compare_{kind}.png"
     show = print if jax.process_index() == 0 else lambda line: None
+    for line in left_out:
+        show(f"{kind}: {line}")
     with _opened(folder, record):  # found out now, not after the work
-        for line in left_out:
-            show(f"{kind}: {line}")
         drawn = []
         for name, column in columns.items():
             show(f"{kind}: {name}, {evaluations_text(column)}")
