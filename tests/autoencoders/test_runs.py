@@ -58,10 +58,12 @@ def test_runs_draw_pictures_with_the_decoder(trained, taesd_folder, tmp_path):
         assert grid.size == (2 * (64 + 2) + 2,) * 2
     (tmp_path / "moved").symlink_to(taesd_folder)
     grid = sampling.sample_to_folder(
-        sampling.load_trained(trained, autoencoder_weights=str(tmp_path / "moved")),
-        sampling.Settings(num_steps=1, image_size=(16, 32)),
-        sampling.Request(num_images=3),
-        out=str(tmp_path / "out"),
+        trained,
+        autoencoder_weights=tmp_path / "moved",
+        num_steps=1,
+        image_size=(16, 32),
+        num_images=3,
+        out=tmp_path / "out",
     )
     with np.load(grid.parent / "samples.npz", allow_pickle=False) as file:
         assert file["arr_0"].shape == (3, 16, 32, 3) and file["arr_0"].dtype == np.uint8
@@ -70,9 +72,11 @@ def test_runs_draw_pictures_with_the_decoder(trained, taesd_folder, tmp_path):
 
 def test_latents_are_written_without_a_decoder(trained, tmp_path):
     grid = sampling.sample_to_folder(
-        sampling.load_trained(trained, autoencoder="none"),
-        sampling.Settings(num_steps=1, image_size=(64, 128)),
-        sampling.Request(num_images=3),
+        trained,
+        autoencoder="none",
+        num_steps=1,
+        image_size=(64, 128),
+        num_images=3,
         out=str(tmp_path),
     )
     with np.load(grid.parent / "samples.npz", allow_pickle=False) as file:

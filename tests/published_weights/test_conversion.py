@@ -220,9 +220,8 @@ def test_the_converted_weights_outlive_the_checkpoints_of_fine_tuning(exported, 
 
 
 def test_converted_weights_are_sampled(exported, tmp_path):
-    settings = sampling.Settings(num_steps=1, image_size=(6, 10))
-    model = sampling.load_trained(exported / "converted")
-    sampling.sample_to_folder(model, settings, sampling.Request(num_images=2), out=tmp_path)
+    options = dict(num_steps=1, image_size=(6, 10), num_images=2)
+    sampling.sample_to_folder(exported / "converted", out=tmp_path, **options)
     with np.load(tmp_path / "samples.npz") as file:
         assert file["arr_0"].shape == (2, 6, 10, 1) and file["arr_0"].std() > 0
 
