@@ -230,8 +230,8 @@ def test_a_loaded_model_is_read_and_compiled_once(workdir, one_device, tmp_path,
         flowdcn_jax.generate(model, step=2)
 
 
-def test_a_guide_is_compared_with_the_model_as_it_was_trained(workdir):
-    model = sampling.load_trained(workdir, guide_step=2, autoencoder="none")
+def test_a_guide_is_compared_with_the_model_as_it_was_trained(workdir, one_device):
+    model = sampling.load_trained(workdir, mesh=one_device, guide_step=2, autoencoder="none")
     settings = model.fill_settings(sampling.Settings(**SETTINGS))
     assert model.generator(settings) is model.generator(settings)
 
@@ -347,11 +347,11 @@ def test_pngs_say_what_they_are(model, tmp_path):
 
 def test_a_strip_shows_each_value_in_a_column(model, tmp_path, capsys):
     """And its folder is for no other strip, and for no run's images."""
-    options = dict(compare="resolution_adjustment", image_size="8x12", num_images=8)
+    options = dict(compare="resolution_adjustment", image_size="6x14", num_images=8)
     path = sampling.sample_to_folder(model, classes="one", out=tmp_path / "strip", **options)
     assert path == tmp_path / "strip" / "compare_resolution_adjustment.png"
     width, height = Image.open(path).size
-    assert width > 3 * 12 * 8 and height > 8 * 8 * 8
+    assert width > 3 * 14 * 11 and height > 8 * 6 * 11  # enlarged to be seen
     metadata = read_metadata(path)
     assert metadata["compare"] == "resolution_adjustment"
     assert metadata["request"] == {"classes": ["one"], "labels": "balanced"}

@@ -58,10 +58,10 @@ def test_no_two_images_and_no_two_kinds_of_noise_share_a_key():
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys) == 100
 
 
-@pytest.mark.parametrize("size, adjustment", [((12, 12), "paper"), ((6, 14), "released")])
-def test_any_size_and_aspect_with_any_adjustment(model, size, adjustment):
-    x, images = draw(model, [0, 1], image_size=size, resolution_adjustment=adjustment)
-    assert images.shape == (2, *size, 1) and np.isfinite(x).all() and x.std() > 0.1
+@pytest.mark.parametrize("adjustment", ["paper", "released"])
+def test_any_size_and_aspect_with_any_adjustment(model, adjustment):
+    x, images = draw(model, [0, 1], image_size=(6, 14), resolution_adjustment=adjustment)
+    assert images.shape == (2, 6, 14, 1) and np.isfinite(x).all() and x.std() > 0.1
 
 
 def test_a_model_that_guides_itself_is_not_guided(model, one_device):
@@ -77,8 +77,7 @@ def test_a_model_that_guides_itself_is_not_guided(model, one_device):
 @pytest.mark.parametrize(
     "options, guided_by_another",
     [
-        (dict(guidance_channels="three"), False),
-        (dict(guidance_interval=(0.2, 0.8)), False),
+        (dict(guidance_channels="three", guidance_interval=(0.2, 0.8)), False),
         ({}, True),
     ],
 )
