@@ -22,6 +22,7 @@ from typing import BinaryIO
 import jax
 import numpy as np
 
+from flowdcn_jax.config import modernise
 from flowdcn_jax.files import atomic_write
 from flowdcn_jax.images import save_png
 from flowdcn_jax.runs.folder import DamagedError, ResumableFolder, read_npz
@@ -48,7 +49,14 @@ class OutputFolder(ResumableFolder):
 
     def __init__(self, path: Path):
         """See ResumableFolder, whose errors are SamplingErrors here."""
-        super().__init__(path, files=FILES, content="images", flag="--out", error=SamplingError)
+        super().__init__(
+            path,
+            files=FILES,
+            content="images",
+            flag="--out",
+            error=SamplingError,
+            read_old=modernise,
+        )
         self.grid = path / GRID_FILE
 
     def save_png(self, name: str, image: np.ndarray, metadata: dict) -> None:

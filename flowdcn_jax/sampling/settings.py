@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from flowdcn_jax.config import RENAMED
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.options import (
     POSITIVE,
@@ -24,25 +25,10 @@ from flowdcn_jax.options import (
 )
 
 COMPARED_IMAGES = 4  # rows of a strip, by default
-PREVIEW = "none"  # config.autoencoder.name of latents without a decoder
-_PREVIEW_NAMES = ("none", "preview")  # of today's and of other versions' configs and records
 
 
 class SamplingError(UserError, ValueError):
     """A request that the model cannot serve; the message names the value and the choices."""
-
-
-def current_autoencoder(name: str) -> str:
-    """The autoencoder that a config, a record or a flag of any version names."""
-    return PREVIEW if name in _PREVIEW_NAMES else name
-
-
-def current_record(record: dict[str, Any]) -> dict[str, Any]:
-    """The record that today's version would have written in place of an older one's."""
-    autoencoder = dict(record.get("autoencoder") or {})
-    if "name" in autoencoder:
-        autoencoder["name"] = current_autoencoder(autoencoder["name"])
-    return record | {"autoencoder": autoencoder}
 
 
 def _parse_size(given: Any) -> tuple[int, int]:
@@ -198,7 +184,7 @@ class ModelChoice(_Options):
         None,
         "what decodes",
         name_in("flowdcn_jax.autoencoders:AUTOENCODERS"),
-        parse=current_autoencoder,
+        parse=lambda name: RENAMED["autoencoder.name"].get(name, name),
         unset="config.autoencoder.name",
     )
     autoencoder_weights: Path | None = option(

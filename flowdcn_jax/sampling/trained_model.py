@@ -29,7 +29,7 @@ from flowdcn_jax.sampling.generator import (
     generate_images,
     make_generator,
 )
-from flowdcn_jax.sampling.settings import ModelChoice, Request, Settings, current_autoencoder
+from flowdcn_jax.sampling.settings import ModelChoice, Request, Settings
 
 
 class ChosenCheckpoint(NamedTuple):
@@ -241,7 +241,6 @@ def _read_weights(workdir: str, step: int | None, mesh: Mesh) -> checkpoint.Weig
 def _choose_checkpoint(workdir: str | Path, step: int | None) -> ChosenCheckpoint:
     run = checkpoint.read_run(str(workdir), step)
     config = ConfigDict(run.config)
-    config.autoencoder.name = current_autoencoder(config.autoencoder.name)
     identity = run.data_identity
     encoder = find_encoder(identity) if identity and "settings" in identity else None
     return ChosenCheckpoint(str(workdir), step, config, run.class_names, encoder)
