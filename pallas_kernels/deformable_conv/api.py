@@ -24,9 +24,9 @@ def deformable_aggregate(
     """out[b, q, g] = sum over k of weights[b, q, g, k] * sample(values[b, :, :, g], q + offset k).
 
     The operator of FlowDCN (arXiv 2410.22655) between its projections. `sample` is bilinear;
-    `reference.py` says what it does at the border, and with coordinates that are not finite (they
-    add nothing). Differentiable once, in reverse mode; works under jit, vmap and remat; a batch
-    axis sharded over a mesh stays so.
+    `reference.py` says what it does at the border, and with numbers that are not finite: points
+    with such a coordinate add nothing and have gradients of zero. Differentiable once, in reverse
+    mode; works under jit, vmap and remat; a batch axis sharded over a mesh stays so.
 
     Args:
       values: [B, h, w, G, C], float32, bfloat16 or float16.
@@ -74,6 +74,11 @@ def multiscale_deformable_aggregate(
 
     offsets = (directions + direction_prior) * sigmoid(scales + scale_prior) * max_scale, in float32
     (paper section 3.2). Differentiable in all positional arguments.
+
+    A point whose offset is not finite, whichever of these numbers is the cause, adds nothing to the
+    output; the gradients of its direction, scale and weight are zero, and it adds nothing to that
+    of the scale prior. Scales of plus or minus infinity mean fractions of 1 and 0. The gradient of
+    the scale prior is the float32 sum of those of the scales, each possibly rounded to their dtype.
 
     Args:
       values: [B, h, w, G, C], float32, bfloat16 or float16.
@@ -130,9 +135,7 @@ def _aggregate(values, points: Points, boundary: str, implementation: str | None
         from pallas_kernels.deformable_conv.pallas import deformable_aggregate_pallas
 
         return deformable_aggregate_pallas(values, points, boundary)
-    if isinstance(points, Multiscale):
-        points = points.to_offsets()
-    return deformable_aggregate_xla(values, *points, boundary)
+    return deformable_aggregate_xla(values, points, boundary)
 
 
 def why_not_pallas() -> str | None:

@@ -161,7 +161,7 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
             sparse_transpose.values_gradient, extents=extents, h=h, w=w, window=tiling.window
         )
     else:
-        if tiling.skip and isinstance(points, Multiscale):
+        if tiling.skip:
             points = points.to_offsets()  # each is wanted by several tiles of tokens
         values_gradient = functools.partial(
             tent.values_gradient,

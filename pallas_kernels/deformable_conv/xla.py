@@ -29,8 +29,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.deformable_conv.derivatives import differentiable_no_more
-from pallas_kernels.deformable_conv.interpolation import BASES
-from pallas_kernels.deformable_conv.points import flatten_tokens
+from pallas_kernels.deformable_conv.interpolation import BASES, are_finite
+from pallas_kernels.deformable_conv.points import Points, flatten_tokens
 
 
 class _Corner(NamedTuple):
@@ -44,11 +44,13 @@ class _Corner(NamedTuple):
     slope_y: int
 
 
+def deformable_aggregate_xla(values: jax.Array, points: Points, boundary: str) -> jax.Array:
+    """`api.deformable_aggregate` without its checks."""
+    return _by_offsets(values, *points.to_offsets(), boundary)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def deformable_aggregate_xla(
-    values: jax.Array, offsets: jax.Array, weights: jax.Array, boundary: str
-) -> jax.Array:
-    """`deformable_aggregate` without its checks; the arguments are as there."""
+def _by_offsets(values, offsets, weights, boundary):
     return _aggregate(values, offsets, weights, boundary)
 
 
@@ -61,7 +63,7 @@ def _backward(boundary, residuals, d_out):
     return _gradients(*residuals, d_out, boundary)
 
 
-deformable_aggregate_xla.defvjp(_forward, _backward)
+_by_offsets.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.jit, static_argnames="boundary")
@@ -76,8 +78,8 @@ def _aggregate(values, offsets, weights, boundary: str) -> jax.Array:
         image = _slice_group(values, group)
 
         def chunk_step(i, out):
-            x, y = _coordinates(_chunk(offsets, group, i * size, size), i * size, w)
-            share = _chunk(weights, group, i * size, size).astype(jnp.float32)
+            offset, share = (_chunk(array, group, i * size, size) for array in (offsets, weights))
+            x, y, share = _located(offset, share, i * size, w)
             total = jnp.zeros((), jnp.float32)
             for corner in _corners(x, y, h, w, boundary):
                 factor = share * corner.weight_x * corner.weight_y
@@ -113,8 +115,7 @@ def _values_gradient(offsets, weights, d_out, w: int, boundary: str) -> jax.Arra
                 _chunk(array, group, j * query_size, query_size)
                 for array in (offsets, weights, d_out)
             )
-            x, y = _coordinates(offset, j * query_size, w)
-            share = share.astype(jnp.float32)
+            x, y, share = _located(offset, share, j * query_size, w)
             matrix = _interpolation_matrix(x, y, share, i * token_size, token_size, w, boundary)
             return total + _matmul("bqn,bqc->bnc", matrix.astype(d_rows.dtype), d_rows)
 
@@ -141,9 +142,8 @@ def _point_gradients(values, offsets, weights, d_out, h: int, w: int, boundary: 
             offset, share, d_rows = (
                 _chunk(array, group, i * size, size) for array in (offsets, weights, d_out)
             )
-            x, y = _coordinates(offset, i * size, w)
+            x, y, share = _located(offset, share, i * size, w)
             d_matrix = _matmul("bqc,bnc->bqn", d_rows, image)
-            share = share.astype(jnp.float32)
             d_offset, d_share = _gradients_from_matrix(d_matrix, x, y, share, h, w, boundary)
             d_offsets, d_weights = gradients
             d_offsets = _update(d_offsets, d_offset, group, i * size)
@@ -176,12 +176,15 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _coordinates(offsets: jax.Array, start: jax.Array, w: int) -> tuple[jax.Array, jax.Array]:
-    """x and y [B, queries, K] in float32, of the queries from `start` on, row by row."""
+def _located(offsets: jax.Array, weights: jax.Array, start: jax.Array, w: int) -> tuple:
+    """x, y and weights [B, queries, K] in float32, of the queries from `start` on, row by row.
+
+    A point whose coordinates are not finite has no weight.
+    """
     query = start + jnp.arange(offsets.shape[1])[:, None]
     x = offsets[..., 0].astype(jnp.float32) + (query % w).astype(jnp.float32)
     y = offsets[..., 1].astype(jnp.float32) + (query // w).astype(jnp.float32)
-    return x, y
+    return x, y, jnp.where(are_finite(x, y), weights.astype(jnp.float32), 0)
 
 
 def _corners(x: jax.Array, y: jax.Array, h: int, w: int, boundary: str) -> Iterator[_Corner]:
