@@ -29,7 +29,7 @@ from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD
 from pallas_kernels.deformable_conv.points import Points
 from pallas_kernels.deformable_conv.warp import LANES, Warp
 
-NOWHERE = 1 << 24  # a token that no window has
+NOWHERE = 1 << 28  # a token that no image has: of eight channels there are 2^31 - 1 at most
 WINDOWS = 2  # of a block: a visit's points are evaluated once for them
 
 

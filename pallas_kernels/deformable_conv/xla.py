@@ -30,6 +30,7 @@ from jax import lax
 
 from pallas_kernels.deformable_conv.derivatives import differentiable_no_more
 from pallas_kernels.deformable_conv.interpolation import BASES, are_finite
+from pallas_kernels.deformable_conv.limits import product_dtype
 from pallas_kernels.deformable_conv.points import Points, flatten_tokens
 
 
@@ -106,6 +107,7 @@ def _gradients(values, offsets, weights, d_out, boundary: str) -> tuple[jax.Arra
 def _values_gradient(offsets, weights, d_out, w: int, boundary: str) -> jax.Array:
     """d values[j] = sum over q of A[q, j] d out[q], for a chunk of tokens j at a time."""
     b, tokens, groups, channels = d_out.shape
+    dtype = product_dtype(d_out.dtype, weights.dtype)
     query_size = _tokens_per_step(d_out, w, _point_floats(weights) + channels)
     token_size = _tokens_per_step(d_out, w, query_size + 2 * channels)
 
@@ -117,7 +119,7 @@ def _values_gradient(offsets, weights, d_out, w: int, boundary: str) -> jax.Arra
             )
             x, y, share = _located(offset, share, j * query_size, w)
             matrix = _interpolation_matrix(x, y, share, i * token_size, token_size, w, boundary)
-            return total + _matmul("bqn,bqc->bnc", matrix.astype(d_rows.dtype), d_rows)
+            return total + _matmul("bqn,bqc->bnc", matrix.astype(dtype), d_rows.astype(dtype))
 
         init = jnp.zeros_like(d_out, jnp.float32, shape=(b, token_size, channels))
         total = lax.fori_loop(0, tokens // query_size, query_step, init)
@@ -193,8 +195,10 @@ def _corners(x: jax.Array, y: jax.Array, h: int, w: int, boundary: str) -> Itera
         for column, weight_x, slope_x in ((x0, 1 - (x - x0), -1), (x0 + 1, x - x0, 1)):
             # False for NaN and infinity too, which hence sample nothing.
             inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
+            # In integers: float32 counts tokens up to 2^24.
+            j, i = (jnp.where(inside, z, 0).astype(jnp.int32) for z in (row, column))
             yield _Corner(
-                token=jnp.where(inside, row * w + column, 0).astype(jnp.int32),
+                token=j * w + i,
                 inside=inside,
                 weight_x=jnp.where(inside, weight_x, 0),
                 weight_y=jnp.where(inside, weight_y, 0),
