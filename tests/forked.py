@@ -1,0 +1,65 @@
+"""Runs commands without waiting for imports: each forks off a process that has made them."""
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+
+from tests.conftest import REPOSITORY
+
+# What others have written. Each command imports what is ours itself.
+LIBRARIES = (
+    "absl.app",
+    "flax.nnx",
+    "grain",
+    "jax",
+    "matplotlib.pyplot",
+    "ml_collections.config_flags",
+    "optax",
+    "orbax.checkpoint",
+    "PIL.Image",
+    "safetensors.numpy",
+    "sklearn.datasets",
+    "tensorboardX",
+    "tensorflow_datasets",
+)
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(list(LIBRARIES))
+
+
+def run(command: list[str], *, timeout_s: float = 120) -> tuple[int, str]:
+    """(exit status, everything printed) of `python COMMAND` in the project's folder.
+
+    On one CPU device, with most of XLA's optimizations off. COMMAND is a file or -m and a module,
+    with its flags, or -c and a program.
+    """
+    with tempfile.NamedTemporaryFile("r") as output:
+        process = _CONTEXT.Process(target=_become, args=(command, output.name))
+        process.start()
+        process.join(timeout_s)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        return process.exitcode, output.read()
+
+
+def _become(command: list[str], output: str) -> None:
+    """SystemExit ends the process with its status, and other exceptions with a traceback and 1."""
+    import jax
+
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(descriptor, stream.fileno())
+        stream.reconfigure(line_buffering=True)
+    os.chdir(REPOSITORY)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_disable_most_optimizations", True)
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    elif command[0] == "-c":
+        exec(command[1], {"__name__": "__main__"})
+    else:
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
