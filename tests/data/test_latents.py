@@ -102,6 +102,18 @@ def test_a_shift_of_zero_changes_no_bit(data_dir, open_source):
     np.testing.assert_array_equal(x, drawn * np.float32(0.18215))
 
 
+def test_what_is_drawn_does_not_change_so_that_old_runs_resume(data_dir, open_source):
+    """Order, flips and noise: the first and third of these visits show the mirror image."""
+    source = open_source("imagenet_latents", data_dir=data_dir, random_flip=True)
+    batches = make_batches(
+        source, batch_size=6, seed=3, start_step=9, num_threads=0, prefetch_batches=0
+    )
+    batch = next(batches)
+    assert batch["label"].tolist() == [5, 2, 3, 6, 6, 1]
+    drawn = [20.400801, 2.9597938, 21.31155, 3.660965, 1.2072361, 1.4142977]
+    np.testing.assert_array_equal(batch["image"][:, 1, 2, 0], np.array(drawn, np.float32))
+
+
 NO_SHIFT = tiny.manifest()
 del NO_SHIFT["settings"]["autoencoder"]["shift"]
 
