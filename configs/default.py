@@ -14,7 +14,7 @@ def get_config() -> config_dict.ConfigDict:
 
     config.model = flowdcn()  # below; other models have other keys
     config.data = dict(
-        name="imagenet_latents",  # or cifar10, digits
+        name="latents",  # or cifar10, digits
         data_dir=config_dict.placeholder(str),  # TFDS folder; None: TFDS's default
         split="train",
         image_size=256,  # side of the training images, or root of the buckets' area, pixels

@@ -5,7 +5,7 @@ import json
 from ml_collections import ConfigDict
 
 from flowdcn_jax.autoencoders import AUTOENCODERS
-from flowdcn_jax.data import SOURCES, BucketedSource, DataError, Source, aspect_buckets
+from flowdcn_jax.data import SOURCES, BucketedSource, DataError, DataSource, aspect_buckets
 from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.flow.path import TIME_DISTRIBUTIONS
 from flowdcn_jax.models import MODELS, layers, model_options
@@ -166,7 +166,7 @@ def check_resumable(saved: dict, config, *, weights_only: bool = False) -> None:
         )
 
 
-def check_same_data(saved: SavedRun, source: Source | BucketedSource) -> None:
+def check_same_data(saved: SavedRun, source: DataSource | BucketedSource) -> None:
     """Refuses to go on with a run on other data, whatever the names of folders.
 
     A run that was saved before data sets had identities may go on with any data; but its latents

@@ -92,7 +92,7 @@ def test_bad_configs_are_refused_before_anything_is_written(tmp_path, overrides,
     assert not workdir.exists()
 
 
-@pytest.mark.parametrize("name", ["cifar10", "imagenet_latents"])
+@pytest.mark.parametrize("name", ["cifar10", "latents"])
 def test_a_missing_data_set_names_what_prepares_it(tmp_path, name):
     config = tiny.config(data__name=name, data__data_dir=str(tmp_path / "none"))
     config.data.image_size = 32

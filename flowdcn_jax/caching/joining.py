@@ -12,9 +12,8 @@ from flowdcn_jax.caching.job import Job, Size
 from flowdcn_jax.caching.parts import Parts, check_bad, difference, remove_parts
 from flowdcn_jax.caching.statistics import LatentStatistics
 from flowdcn_jax.data import DataError, DataExistsError, write_latents
-from flowdcn_jax.data.builders import ImagenetLatents
+from flowdcn_jax.data.latents import ImagenetLatents, moment_names
 from flowdcn_jax.data.prepared import newest_version, read_manifest
-from flowdcn_jax.data.sources import moment_names
 
 # Without a change for so long, a join has ended; while it runs it begins a file every few seconds.
 _JOIN_ENDED_S = 3600

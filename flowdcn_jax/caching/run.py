@@ -18,8 +18,7 @@ from flowdcn_jax.caching.parts import Parts, Skipped, check_bad, remove_parts
 from flowdcn_jax.caching.space import check_space
 from flowdcn_jax.caching.statistics import LatentStatistics
 from flowdcn_jax.data import DataError, randomness
-from flowdcn_jax.data.cropping import centre_crop, random_crop
-from flowdcn_jax.data.image_decoding import BadImageError
+from flowdcn_jax.data.image_files import BadImageError, centre_crop, random_crop
 
 _BATCHES_IN_FLIGHT = 2  # so that the devices never wait for the host
 _CROP_SEED = 0

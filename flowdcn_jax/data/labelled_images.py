@@ -12,18 +12,17 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
 
-from flowdcn_jax.data.errors import DataError, DataNotFoundError
-from flowdcn_jax.data.image_decoding import BadImageError, decode_rgb, open_formats
-from flowdcn_jax.data.prepared import (
-    find_prepared,
-    known_class_names,
-    open_prepared,
-    parse_record,
-    resolve_data_dir,
-    split_name,
-)
+from flowdcn_jax.data import prepared
+from flowdcn_jax.data.image_files import BadImageError, decode_rgb, open_formats
+from flowdcn_jax.data.prepared import DataError, DataNotFoundError
 
 FOLDER_PREFIX = "folder:"
+
+_HOW_TO_OPEN_OTHERS = (
+    "use --dataset=folder:PATH (for ImageNet folder:ILSVRC/Data/CLS-LOC/train), name another "
+    "folder, or prepare it with TFDS and file_format='array_record', which takes TensorFlow above "
+    "1 GB (docs/data.md has the command)"
+)
 
 # An image file as large as 8-bit RGB of the most pixels that Pillow takes.
 _MAX_FILE_BYTES = 2**29
@@ -103,7 +102,7 @@ def open_labelled_images(
         DataNotFoundError: no such folder or data set.
         DataError: it does not hold images with labels, or the split or `output_dir` will not do.
     """
-    name = split_name(split)
+    name = prepared.split_name(split)
     if not dataset.startswith(FOLDER_PREFIX):
         return PreparedImages(dataset, split=split, data_dir=data_dir)
     path = dataset.removeprefix(FOLDER_PREFIX)
@@ -238,21 +237,13 @@ class PreparedImages:
 
     def __init__(self, dataset: str, *, split: str, data_dir: str | os.PathLike | None):
         """Opens it; see `open_labelled_images`."""
-        data_dir = resolve_data_dir(data_dir)
-        folders = find_prepared(data_dir, [dataset])
-        if not folders:
-            raise DataNotFoundError(
-                f"the TFDS data set {dataset!r} is not prepared in {data_dir}: use "
-                "--dataset=folder:PATH (for ImageNet folder:ILSVRC/Data/CLS-LOC/train), name "
-                "another folder, or prepare it with TFDS and file_format='array_record', which "
-                "takes TensorFlow above 1 GB (docs/data.md has the command)"
-            )
+        folders = prepared.find_prepared(
+            prepared.resolve_data_dir(data_dir), [dataset], remedy=_HOW_TO_OPEN_OTHERS
+        )
         if len(folders) > 1:
             choices = [f"{dataset}/{folder.parent.name}" for folder in folders]
             raise DataError(f"{dataset!r} is prepared in several configurations: {choices}")
-        self._records, info = open_prepared(
-            folders[0], names=[dataset.partition("/")[0]], split=split
-        )
+        self._records, info = prepared.open_prepared(folders[0], names=[dataset], split=split)
         features = dict(info.features.items())
         label = features.get("label")
         if not isinstance(label, tfds.features.ClassLabel):
@@ -261,7 +252,7 @@ class PreparedImages:
             raise DataError(f"{dataset!r} has no `image` of encoded files: {features}")
         self.source = info.full_name
         self.num_classes = int(label.num_classes)
-        self.class_names = known_class_names(label)
+        self.class_names = prepared.known_class_names(label)
         self.fingerprint = f"{info.full_name} {split} {len(self._records)}"
         self.notes = ()
 
@@ -274,7 +265,7 @@ class PreparedImages:
 
     def read(self, index: int) -> LabelledImage:
         """See `LabelledImages.read`."""
-        feature = parse_record(self._records[index])
+        feature = prepared.parse_record(self._records[index])
         image = decode_rgb(feature["image"].bytes_list.value[0])
         return LabelledImage(image, feature["label"].int64_list.value[0])
 

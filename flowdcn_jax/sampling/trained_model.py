@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flowdcn_jax.autoencoders import Autoencoder, check_fits, load_autoencoder
-from flowdcn_jax.data.manifest import Encoder, find_encoder
+from flowdcn_jax.data.prepared import Encoder, find_encoder
 from flowdcn_jax.sampling.classes import class_words, make_labels, parse_classes
 from flowdcn_jax.sampling.generator import (
     check_guide,

@@ -15,7 +15,7 @@ from flowdcn_jax.autoencoders import (
     check_fits,
     load_autoencoder,
 )
-from flowdcn_jax.data.manifest import Encoder
+from flowdcn_jax.data.prepared import Encoder
 from flowdcn_jax.errors import ConfigError
 from tests.autoencoders.conftest import SD_VAE, decode, encode, random_tensors, write_pair
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device_runs")
 
 def latents_config(data_dir, **overrides):
     config = tiny.config(train__num_steps=2, model__in_channels=4, **overrides)
-    config.data.update(name="imagenet_latents", data_dir=str(data_dir), image_size=64)
+    config.data.update(name="latents", data_dir=str(data_dir), image_size=64)
     config.autoencoder.update(name="none", downsampling=8)
     return config
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flowdcn_jax.data import BucketedSource, DataError, make_batches, randomness
-from flowdcn_jax.data.bucket_schedule import BucketSchedule
+from flowdcn_jax.data.batches import BucketSchedule
 
 
 class Bucket:

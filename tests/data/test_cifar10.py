@@ -16,7 +16,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from flowdcn_jax.data import DataError, DataNotFoundError, cifar10_files, prepare_cifar10
+from flowdcn_jax.data import DataError, DataNotFoundError, prepare_cifar10
+from flowdcn_jax.data.cifar10 import find_splits
 from tests.data.conftest import CLASS_NAMES, COUNTS
 
 FORMS = ("npz", "folders", "binary")
@@ -61,7 +62,7 @@ def test_each_form_gives_the_same_images(form, write_cifar10, tiny_cifar10, tmp_
 
 def test_npz_files_may_be_named_one_by_one(write_cifar10):
     folder = write_cifar10("npz")
-    splits = cifar10_files.find_splits([folder / "tiny_test.npz", folder / "tiny_train.npz"])
+    splits = find_splits([folder / "tiny_test.npz", folder / "tiny_train.npz"])
     assert {split: files.count for split, files in splits.items()} == COUNTS
 
 
@@ -158,7 +159,7 @@ def test_missing_files_other_formats_and_splits_are_named(prepared_dir, open_sou
     with pytest.raises(DataError, match="image_size of cifar10 is 32"):
         open_source("cifar10", data_dir=str(prepared_dir), image_size=64)
     with pytest.raises(DataError, match="'cifar10_local', not imagenet_latents"):
-        open_source("imagenet_latents", data_dir=str(folder))
+        open_source("latents", data_dir=str(folder))
     next(folder.glob("*train.array_record*")).unlink()
     with pytest.raises(DataNotFoundError, match="cifar10_local-train.array_record"):
         open_source("cifar10", data_dir=str(prepared_dir))
@@ -176,14 +177,14 @@ def test_pickles_are_refused_unread(name, tmp_path):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     for source in (tmp_path, tmp_path / name):
         with pytest.raises(DataError, match="fetch the binary version"):
-            cifar10_files.find_splits([source])
+            find_splits([source])
 
 
 def test_npz_with_pickled_objects_is_refused(tmp_path):
     arrays = {key: np.array([{}], dtype=object) for key in ("jpeg_bytes", "offsets", "labels")}
     np.savez(tmp_path / "train.npz", class_names=np.array(CLASS_NAMES), **arrays)
     with pytest.raises(DataError, match="Object arrays cannot be loaded"):
-        cifar10_files.find_splits([tmp_path / "train.npz"])
+        find_splits([tmp_path / "train.npz"])
 
 
 def damage_npz(folder, **arrays):
@@ -214,7 +215,7 @@ def test_damaged_sources_are_named(form, damage, message, write_cifar10):
     folder = write_cifar10(form)
     damage(folder)
     with pytest.raises((DataError, DataNotFoundError), match=message):
-        cifar10_files.find_splits([folder])
+        find_splits([folder])
 
 
 def test_a_bad_image_is_named_and_leaves_nothing_prepared(write_cifar10, tmp_path, open_source):
@@ -270,7 +271,7 @@ def test_command_reports_bad_sources_without_a_traceback(run_command, tmp_path):
 SLOW_PREPARATION = """
 import sys, time
 import numpy as np
-from flowdcn_jax.data.builders import write_latents
+from flowdcn_jax.data import write_latents
 from tests import tiny
 def examples():
     moment = np.zeros((2, 2, 1))
@@ -300,7 +301,7 @@ def test_killed_half_way_leaves_nothing_that_looks_prepared(tmp_path, open_sourc
         process.wait()
     assert list(tmp_path.rglob("*.array_record*")), "it was killed before it wrote anything"
     with pytest.raises(DataNotFoundError, match="not prepared"):
-        open_source("imagenet_latents", data_dir=str(tmp_path))
+        open_source("latents", data_dir=str(tmp_path))
 
 
 # --- the real files ----------------------------------------------------------------------------
@@ -311,7 +312,7 @@ def test_real_cifar10_files():
     if not folder or not Path(folder, "cifar10_jpeg_train.npz").is_file():
         pytest.skip("set FLOWDCN_TEST_DATA to the folder of cifar10_jpeg_{train,test}.npz")
     started = time.monotonic()
-    splits = cifar10_files.find_splits([folder])
+    splits = find_splits([folder])
     assert {split: files.count for split, files in splits.items()} == {
         "train": 50_000,
         "test": 10_000,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, PngImagePlugin
 
-from flowdcn_jax.data.image_decoding import BadImageError, decode_rgb, open_formats
+from flowdcn_jax.data.image_files import BadImageError, decode_rgb, open_formats
 from tests.data.image_files import JPEG, bomb, colours, encoded
 
 

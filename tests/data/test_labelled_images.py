@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from flowdcn_jax.data import DataError, DataNotFoundError, labelled_images
-from flowdcn_jax.data.image_decoding import BadImageError
+from flowdcn_jax.data.image_files import BadImageError
 from flowdcn_jax.data.labelled_images import FolderImages, open_labelled_images
 
 

@@ -12,11 +12,11 @@ from flowdcn_jax.data import (
     DataError,
     DataExistsError,
     DataNotFoundError,
-    builders,
     make_batches,
     randomness,
     write_latents,
 )
+from flowdcn_jax.data.latents import ImagenetLatents
 from tests import tiny
 
 SHAPE = (4, 6, 3)
@@ -56,7 +56,7 @@ def test_no_download_is_announced(tmp_path, capsys):
 
 
 def test_source_describes_the_latents(data_dir, open_source):
-    source = open_source("imagenet_latents", data_dir=data_dir, random_flip=True)
+    source = open_source("latents", data_dir=data_dir, random_flip=True)
     assert len(source) == COUNT
     assert source.image_shape == SHAPE
     assert source.num_classes == 7
@@ -68,7 +68,7 @@ def test_source_describes_the_latents(data_dir, open_source):
 
 
 def test_a_visit_draws_mean_plus_std_times_noise_times_scale(data_dir, open_source):
-    source = open_source("imagenet_latents", data_dir=data_dir)
+    source = open_source("latents", data_dir=data_dir)
     positions = np.arange(2000)
     indices = positions % COUNT
     batch = source.read(indices, positions, 1)
@@ -85,7 +85,7 @@ def test_scale_and_shift_are_those_of_the_encoder(tmp_path, open_source):
     """As `decode` undoes them: x / scale + shift is the latent."""
     manifest = tiny.manifest(scale=0.13025, shift=0.06)
     write(tmp_path, [example(3) | {"std": np.zeros(SHAPE)}], metadata=manifest)
-    source = open_source("imagenet_latents", data_dir=str(tmp_path))
+    source = open_source("latents", data_dir=str(tmp_path))
     assert source.encoder == ("sd_vae", None, 0.13025, 0.06)
     x = source.read(np.array([0]), np.array([0]), 0)["image"]
     np.testing.assert_allclose(x, (3 - 0.06) * 0.13025, rtol=1e-6)
@@ -93,7 +93,7 @@ def test_scale_and_shift_are_those_of_the_encoder(tmp_path, open_source):
 
 def test_a_shift_of_zero_changes_no_bit(data_dir, open_source):
     """The published models' latents: (mean + std * noise) * 0.18215 in float32."""
-    source = open_source("imagenet_latents", data_dir=data_dir)
+    source = open_source("latents", data_dir=data_dir)
     noise = np.empty((COUNT, *SHAPE), np.float32)
     randomness.fill_standard_normal(noise, np.arange(COUNT), seed=2)
     drawn = np.float16(0.5) * noise + np.arange(COUNT, dtype=np.float16)[:, None, None, None]
@@ -104,7 +104,7 @@ def test_a_shift_of_zero_changes_no_bit(data_dir, open_source):
 
 def test_what_is_drawn_does_not_change_so_that_old_runs_resume(data_dir, open_source):
     """Order, flips and noise: the first and third of these visits show the mirror image."""
-    source = open_source("imagenet_latents", data_dir=data_dir, random_flip=True)
+    source = open_source("latents", data_dir=data_dir, random_flip=True)
     batches = make_batches(
         source, batch_size=6, seed=3, start_step=9, num_threads=0, prefetch_batches=0
     )
@@ -127,11 +127,11 @@ def test_latents_without_scale_and_shift_are_refused(manifest, tmp_path, open_so
     path = write(tmp_path) / "metadata.json"
     path.write_text(json.dumps(manifest)) if manifest else path.unlink()
     with pytest.raises(DataError, match=f"{path} {message}"):
-        open_source("imagenet_latents", data_dir=str(tmp_path))
+        open_source("latents", data_dir=str(tmp_path))
 
 
 def test_half_of_the_visits_use_the_moments_of_the_mirror_image(data_dir, open_source):
-    source = open_source("imagenet_latents", data_dir=data_dir, random_flip=True)
+    source = open_source("latents", data_dir=data_dir, random_flip=True)
     positions = np.arange(2000)
     indices = positions % COUNT
     latents = source.read(indices, positions, 1)["image"] / np.float32(SCALE)
@@ -144,7 +144,7 @@ def test_half_of_the_visits_use_the_moments_of_the_mirror_image(data_dir, open_s
 
 
 def test_draws_repeat_exactly_and_depend_on_seed_and_position_alone(data_dir, open_source):
-    source = open_source("imagenet_latents", data_dir=data_dir, random_flip=True)
+    source = open_source("latents", data_dir=data_dir, random_flip=True)
     indices, positions = np.arange(COUNT), np.arange(COUNT) + 10**9
     first = source.read(indices, positions, 4)["image"]
     np.testing.assert_array_equal(source.read(indices, positions, 4)["image"], first)
@@ -155,7 +155,7 @@ def test_draws_repeat_exactly_and_depend_on_seed_and_position_alone(data_dir, op
 
 
 def test_batches_are_the_same_for_any_threads_and_processes(data_dir, open_source):
-    source = open_source("imagenet_latents", data_dir=data_dir, random_flip=True)
+    source = open_source("latents", data_dir=data_dir, random_flip=True)
 
     def batches(count, **options):
         iterator = make_batches(
@@ -175,17 +175,22 @@ def test_moments_are_stored_in_half_precision(tmp_path, open_source):
     mean = rng.normal(size=SHAPE)
     examples = [example(0) | {"mean": mean, "std": np.full(SHAPE, 1e-6)}]
     write(tmp_path, examples, metadata=tiny.manifest(scale=1.0))
-    source = open_source("imagenet_latents", data_dir=str(tmp_path))
+    source = open_source("latents", data_dir=str(tmp_path))
     latents = source.read(np.array([0]), np.array([0]), 0)["image"][0]
     np.testing.assert_allclose(latents, mean.astype(np.float16), atol=1e-5)
 
 
-def test_many_shards_hold_each_example_once(tmp_path, open_source, monkeypatch):
-    monkeypatch.setattr(builders, "_SHARD_BYTES", 6 * 4 * 2 * int(np.prod(SHAPE)))
+def test_many_shards_hold_each_example_once(tmp_path, open_source):
     examples = (example(index) for index in range(COUNT))
-    folder = write(tmp_path, examples, num_examples=COUNT, metadata=tiny.manifest(scale=1.0))
+    folder = write(
+        tmp_path,
+        examples,
+        num_examples=COUNT,
+        metadata=tiny.manifest(scale=1.0),
+        shard_bytes=6 * 4 * 2 * int(np.prod(SHAPE)),  # of four moments in float16
+    )
     assert len(list(folder.glob("*.array_record*"))) == 7
-    source = open_source("imagenet_latents", data_dir=str(tmp_path))
+    source = open_source("latents", data_dir=str(tmp_path))
     latents = source.read(np.arange(COUNT), np.arange(COUNT), 0)["image"]
     np.testing.assert_allclose(latents.mean(axis=(1, 2, 3)), np.arange(COUNT), atol=0.5)
 
@@ -195,56 +200,39 @@ def test_image_size_chooses_among_prepared_shapes(tmp_path, open_source):
         shape = (side, side, 2)
         write(tmp_path, [example(0, shape)], latent_shape=shape)
     for side in (4, 8):
-        source = open_source("imagenet_latents", data_dir=str(tmp_path), image_size=8 * side)
+        source = open_source("latents", data_dir=str(tmp_path), image_size=8 * side)
         assert source.image_shape == (side, side, 2)
     for size in (4, 40):
         with pytest.raises(DataError, match=f"of image_size={size} .*4x4x2.*8x8x2"):
-            open_source("imagenet_latents", data_dir=str(tmp_path), image_size=size)
+            open_source("latents", data_dir=str(tmp_path), image_size=size)
     for channels in (2, 5):
         write(tmp_path, [example(0, (9, 9, channels))], latent_shape=(9, 9, channels))
     for channels in (2, 5):
-        source = open_source(
-            "imagenet_latents", data_dir=str(tmp_path), image_size=72, channels=channels
-        )
+        source = open_source("latents", data_dir=str(tmp_path), image_size=72, channels=channels)
         assert source.image_shape == (9, 9, channels)
     with pytest.raises(DataError, match=r"0 of .*image_size=72 .* with 4 channels .*9x9x2.*9x9x5"):
-        open_source("imagenet_latents", data_dir=str(tmp_path), image_size=72, channels=4)
+        open_source("latents", data_dir=str(tmp_path), image_size=72, channels=4)
     folder = tmp_path / "imagenet_latents" / "4x4x2" / "1.0.0"
-    assert open_source("imagenet_latents", data_dir=str(folder)).image_shape == (4, 4, 2)
+    assert open_source("latents", data_dir=str(folder)).image_shape == (4, 4, 2)
 
 
 def test_not_prepared_says_where_it_looked(tmp_path, open_source):
     with pytest.raises(DataNotFoundError, match=f"not prepared in {tmp_path}.*cache_latents"):
-        open_source("imagenet_latents", data_dir=str(tmp_path))
+        open_source("latents", data_dir=str(tmp_path))
 
 
 def test_other_features_are_refused(tmp_path, open_source):
-
-    class ImagenetLatents(builders.ImagenetLatents, skip_registration=True):
-        def _info(self):
-            moment = tfds.features.Tensor(shape=SHAPE, dtype=np.float32, encoding="bytes")
-            names = ("mean", "std", "mean_flipped", "std_flipped")
-            features = dict.fromkeys(names, moment)
-            features["label"] = tfds.features.ClassLabel(num_classes=7)
-            return tfds.core.DatasetInfo(
-                builder=self,
-                features=tfds.features.FeaturesDict(features),
-                metadata=tfds.core.MetadataDict(self._manifest),
-            )
-
-        def _checked_examples(self):
-            yield 0, example(0)
-
-    builder = ImagenetLatents(
-        examples=[example(0)],
-        num_examples=1,
-        latent_shape=SHAPE,
-        data_dir=tmp_path,
+    moment = tfds.features.Tensor(shape=SHAPE, dtype=np.float32, encoding="bytes")
+    features = dict.fromkeys(("mean", "std", "mean_flipped", "std_flipped"), moment)
+    ImagenetLatents(
+        {"train": [lambda: iter([(0, example(0))])]},
+        features | {"label": tfds.features.ClassLabel(num_classes=7)},
         metadata=tiny.manifest(),
-    )
-    builder.download_and_prepare()
+        data_dir=tmp_path,
+        config_name="4x6x3",
+    ).download_and_prepare()
     with pytest.raises(DataError, match="must be float16"):
-        open_source("imagenet_latents", data_dir=str(tmp_path))
+        open_source("latents", data_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -262,7 +250,7 @@ def test_bad_examples_are_named_and_nothing_is_prepared(change, message, tmp_pat
         write(tmp_path, [example(0), example(1) | change, example(2)])
     assert not list(tmp_path.rglob("*array_record*"))
     with pytest.raises(DataNotFoundError):
-        open_source("imagenet_latents", data_dir=str(tmp_path))
+        open_source("latents", data_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize("count, message", [(COUNT + 1, "ended after 40 of 41"), (39, "more")])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from flowdcn_jax.data import DataError, make_batches, randomness
+from flowdcn_jax.data.batches import ShuffledOrder
 
 SIZE = 50
 
@@ -133,7 +134,7 @@ def test_an_error_in_a_reader_thread_reaches_the_caller():
 
 def test_shuffle_puts_every_example_everywhere():
     epochs = 4000
-    order = randomness.ShuffledOrder(5, seed=11)(np.arange(5 * epochs)).reshape(epochs, 5)
+    order = ShuffledOrder(5, seed=11)(np.arange(5 * epochs)).reshape(epochs, 5)
     counts = np.stack([np.bincount(column, minlength=5) for column in order.T])
     expected, deviation = epochs / 5, np.sqrt(epochs * 0.2 * 0.8)
     assert np.abs(counts - expected).max() < 5 * deviation

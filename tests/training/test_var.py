@@ -52,7 +52,7 @@ def latents(tmp_path_factory):
 
 def config(latents, **overrides):
     result = tiny.config(model__in_channels=4, **overrides)
-    result.data.update(name="imagenet_latents", data_dir=str(latents), image_size=32)
+    result.data.update(name="latents", data_dir=str(latents), image_size=32)
     result.data.aspect_buckets.update(count=3, min_aspect=0.5, max_aspect=2.0, side_multiple=16)
     result.autoencoder.update(name="none", downsampling=8)
     return result
@@ -137,7 +137,7 @@ def test_buckets_that_cannot_be_or_are_not_cached_are_refused(latents, tmp_path,
     "overrides, message",
     [
         (dict(data__random_flip=True), "cached without mirror images: random_flip=False"),
-        (dict(data__name="digits"), "aspect_buckets are for imagenet_latents, not digits"),
+        (dict(data__name="digits"), "aspect_buckets are for latents, not digits"),
         (
             dict(model__in_channels=3),
             r"no latents with 3 channels \(model.in_channels\) are cached",
