@@ -65,7 +65,7 @@ def trained(tmp_path_factory):
         ),
         (
             dict(data__name="mnist"),
-            "data.name is 'mnist'; expected one of cifar10, digits, imagenet",
+            "data.name is 'mnist'; expected one of cifar10, digits, latents",
         ),
         (dict(data__random_flip=True), "digits are never flipped"),
         (

@@ -117,12 +117,14 @@ def read_prepared(
         DataError: the split is not there, or the files are of another data set.
     """
     data_dir = prepared.resolve_data_dir(data_dir)
-    remedy = (
-        "prepare it with: python -m flowdcn_jax.tools.prepare_data --dataset=cifar10 "
-        f"--source=<file or folder> --data_dir={data_dir}"
-    )
-    folder = prepared.find_prepared(data_dir, _PREPARED_NAMES, remedy=remedy)[0]
-    records, info = prepared.open_prepared(folder, names=_PREPARED_NAMES, split=split)
+    folders = prepared.find_prepared(data_dir, _PREPARED_NAMES)
+    if not folders:
+        raise DataNotFoundError(
+            f"cifar10 is not prepared in {data_dir} (no {' or '.join(_PREPARED_NAMES)} there); "
+            "prepare it with: python -m flowdcn_jax.tools.prepare_data --dataset=cifar10 "
+            f"--source=<file or folder> --data_dir={data_dir}"
+        )
+    records, info = prepared.open_prepared(folders[0], names=_PREPARED_NAMES, split=split)
     encoded = isinstance(info.features["image"], tfds.features.Image)  # TFDS's own, as PNG
     images = np.empty((len(records), *IMAGE_SHAPE), np.uint8)
     labels = np.empty(len(records), np.int32)

@@ -18,12 +18,6 @@ from flowdcn_jax.data.prepared import DataError, DataNotFoundError
 
 FOLDER_PREFIX = "folder:"
 
-_HOW_TO_OPEN_OTHERS = (
-    "use --dataset=folder:PATH (for ImageNet folder:ILSVRC/Data/CLS-LOC/train), name another "
-    "folder, or prepare it with TFDS and file_format='array_record', which takes TensorFlow above "
-    "1 GB (docs/data.md has the command)"
-)
-
 # An image file as large as 8-bit RGB of the most pixels that Pillow takes.
 _MAX_FILE_BYTES = 2**29
 
@@ -237,9 +231,15 @@ class PreparedImages:
 
     def __init__(self, dataset: str, *, split: str, data_dir: str | os.PathLike | None):
         """Opens it; see `open_labelled_images`."""
-        folders = prepared.find_prepared(
-            prepared.resolve_data_dir(data_dir), [dataset], remedy=_HOW_TO_OPEN_OTHERS
-        )
+        data_dir = prepared.resolve_data_dir(data_dir)
+        folders = prepared.find_prepared(data_dir, [dataset])
+        if not folders:
+            raise DataNotFoundError(
+                f"the TFDS data set {dataset!r} is not prepared in {data_dir}: use "
+                "--dataset=folder:PATH (for ImageNet folder:ILSVRC/Data/CLS-LOC/train), name "
+                "another folder, or prepare it with TFDS and file_format='array_record', which "
+                "takes TensorFlow above 1 GB (docs/data.md has the command)"
+            )
         if len(folders) > 1:
             choices = [f"{dataset}/{folder.parent.name}" for folder in folders]
             raise DataError(f"{dataset!r} is prepared in several configurations: {choices}")

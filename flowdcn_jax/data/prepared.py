@@ -91,21 +91,19 @@ def newest_version(parent: Path) -> Path | None:
     return max(versions)[1] if versions else None
 
 
-def find_prepared(data_dir: Path, names: Sequence[str], *, remedy: str) -> list[Path]:
+def find_prepared(data_dir: Path, names: Sequence[str]) -> list[Path]:
     """Folders of complete data sets, the newest version of each configuration.
 
     Args:
         data_dir: holds `<name>/<version>` or `<name>/<config>/<version>`; or is such a folder.
         names: TFDS names, with a configuration ("name/config") or without; the preferred first.
-        remedy: ends the message where there are none.
 
     Returns:
-        At least one, in the order of `names`, then by configuration.  Unfinished ones
+        The folders in the order of `names`, then by configuration.  Unfinished ones
         (`incomplete.*`) and those of other names are not among them.
 
     Raises:
         DataError: `data_dir` is such a folder, of another data set.
-        DataNotFoundError: none.
     """
     if (data_dir / _INFO_FILE).is_file():
         _check_name(data_dir, tfds.builder_from_directory(data_dir).name, names)
@@ -114,9 +112,6 @@ def find_prepared(data_dir: Path, names: Sequence[str], *, remedy: str) -> list[
     for name in names:
         parents = [data_dir / name, *sorted((data_dir / name).glob("*"))]
         found += [folder for parent in parents if (folder := newest_version(parent))]
-    if not found:
-        named = " or ".join(map(repr, names))
-        raise DataNotFoundError(f"the data set {named} is not prepared in {data_dir}: {remedy}")
     return found
 
 

@@ -224,11 +224,13 @@ def _open_cifar10(data_config: ConfigDict, channels: int | None) -> PixelSource:
 
 def _open_latents(data_config: ConfigDict, channels: int | None) -> DataSource | BucketedSource:
     data_dir = prepared.resolve_data_dir(data_config.data_dir)
-    remedy = (
-        "fill it with: python -m flowdcn_jax.tools.cache_latents --dataset=<name or folder:path> "
-        f"--autoencoder=<name> --data_dir={data_dir}"
-    )
-    folders = prepared.find_prepared(data_dir, [_LATENTS], remedy=remedy)
+    folders = prepared.find_prepared(data_dir, [_LATENTS])
+    if not folders:
+        raise DataNotFoundError(
+            f"latents are not prepared in {data_dir} (no {_LATENTS} there); fill it with: python "
+            "-m flowdcn_jax.tools.cache_latents --dataset=<name or folder:path> "
+            f"--autoencoder=<name> --data_dir={data_dir}"
+        )
     buckets = aspect_buckets(data_config)
     if buckets is None:
         chosen = [_latents_of_size(folders, data_config.image_size, channels)]

@@ -135,7 +135,7 @@ def stop_after(monkeypatch, count):
 def read_back(data_dir):
     """{configuration: [{feature: array or int}]}, in the order on disk."""
     found = {}
-    for folder in find_prepared(data_dir, ["imagenet_latents"], remedy=""):
+    for folder in find_prepared(data_dir, ["imagenet_latents"]):
         records, info = open_prepared(folder, names=["imagenet_latents"], split="train")
         found[folder.parent.name] = [_parse(records[i], info) for i in range(len(records))]
     return found
