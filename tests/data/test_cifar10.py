@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -236,72 +235,58 @@ def test_a_bad_image_is_named_and_leaves_nothing_prepared(write_cifar10, tmp_pat
 # --- the command -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run_command(repository):
-    """Runs the command in a process of its own, for absl's flags are one table a process."""
-
-    def run(*arguments):
-        command = [sys.executable, "-m", "flowdcn_jax.tools.prepare_data", "--dataset=cifar10"]
-        return subprocess.run(
-            [*command, *arguments], capture_output=True, text=True, timeout=120, cwd=repository
-        )
-
-    return run
-
-
-def test_command_prepares_once(run_command, write_cifar10, tmp_path, open_source):
-    folder, data_dir = write_cifar10("npz"), tmp_path / "data"
-    files = f"{folder}/tiny_train.npz,{folder}/tiny_test.npz"
-    result = run_command(f"--source={files}", f"--data_dir={data_dir}")
-    assert result.returncode == 0 and "cifar10 prepared in" in result.stdout, result
-    assert sorted(path.name for path in data_dir.iterdir()) == ["cifar10_local"]
-    written = {path: path.stat().st_mtime_ns for path in data_dir.rglob("*.array_record*")}
-    result = run_command("--source=gone", f"--data_dir={data_dir}")
-    assert result.returncode == 0 and "already prepared" in result.stdout, result
-    assert written == {path: path.stat().st_mtime_ns for path in data_dir.rglob("*.array_record*")}
-    assert len(open_source("cifar10", data_dir=str(data_dir))) == COUNTS["train"]
-
-
-def test_command_reports_bad_sources_without_a_traceback(run_command, tmp_path):
-    result = run_command(f"--source={tmp_path}/gone", f"--data_dir={tmp_path}")
-    assert result.returncode == 2
-    assert result.stderr.strip() == f"error: no such file or folder: {tmp_path}/gone"
-
-
-SLOW_PREPARATION = """
-import sys, time
-import numpy as np
-from flowdcn_jax.data import write_latents
-from tests import tiny
-def examples():
-    moment = np.zeros((2, 2, 1))
-    for index in range(1000):
-        yield {"mean": moment, "std": moment, "mean_flipped": moment, "std_flipped": moment,
-               "label": 0}
-        if index == 500:
-            print("half way", flush=True)
-            time.sleep(60)
-write_latents(examples(), num_examples=1000, data_dir=sys.argv[1], latent_shape=(2, 2, 1),
-              num_classes=1, metadata=tiny.manifest())
+RUN_COMMANDS = """
+import json, runpy, sys
+from absl import flags
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["prepare_data", "--dataset=cifar10", *arguments]
+    try:
+        runpy.run_module("flowdcn_jax.tools.prepare_data", run_name="__main__")
+    except SystemExit as exit:
+        print("status", exit.code or 0, flush=True)
+    for name in ("dataset", "source", "data_dir"):  # the next command defines them anew
+        delattr(flags.FLAGS, name)
 """
 
 
-def test_killed_half_way_leaves_nothing_that_looks_prepared(tmp_path, open_source, repository):
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_PREPARATION, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+def test_the_command_prepares_once_and_reports_bad_sources(
+    write_cifar10, tmp_path, open_source, repository
+):
+    """Three commands in one process: to start one takes two seconds."""
+    folder, data_dir = write_cifar10("npz"), tmp_path / "data"
+    files = f"{folder}/tiny_train.npz,{folder}/tiny_test.npz"
+    bad_dir = tmp_path / "bad"
+    arguments = [
+        [f"--source={files}", f"--data_dir={data_dir}"],
+        ["--source=gone", f"--data_dir={data_dir}"],
+        [f"--source={tmp_path}/gone", f"--data_dir={bad_dir}"],
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", RUN_COMMANDS, json.dumps(arguments)],
+        capture_output=True,
         text=True,
+        timeout=120,
         cwd=repository,
     )
-    try:
-        assert any("half way" in line for line in process.stdout)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert list(tmp_path.rglob("*.array_record*")), "it was killed before it wrote anything"
-    with pytest.raises(DataNotFoundError, match="not prepared"):
-        open_source("latents", data_dir=str(tmp_path))
+    prepared = data_dir / "cifar10_local" / "1.0.0"
+    assert result.stdout.splitlines() == [
+        f"cifar10 prepared in {prepared}",
+        "status 0",
+        f"cifar10 was already prepared in {prepared}",
+        "status 0",
+        "status 2",
+    ], result
+    assert result.stderr.splitlines()[-1] == f"error: no such file or folder: {tmp_path}/gone"
+    assert "Traceback" not in result.stderr and not bad_dir.exists()
+    assert sorted(path.name for path in data_dir.iterdir()) == ["cifar10_local"]
+    assert len(open_source("cifar10", data_dir=str(data_dir))) == COUNTS["train"]
+
+
+def test_what_is_prepared_is_left_alone(prepared_dir, write_cifar10):
+    written = {path: path.stat().st_mtime_ns for path in prepared_dir.rglob("*")}
+    folder, anew = prepare_cifar10([write_cifar10("npz")], data_dir=prepared_dir)
+    assert not anew and folder == prepared_dir / "cifar10_local" / "1.0.0"
+    assert written == {path: path.stat().st_mtime_ns for path in prepared_dir.rglob("*")}
 
 
 # --- the real files ----------------------------------------------------------------------------

@@ -298,22 +298,66 @@ def test_a_split_that_is_no_name_is_refused(tmp_path, split):
     assert not list(tmp_path.iterdir())
 
 
-PROGRAM = """
-import sys
+READ_AND_WRITE = """
+import sys, time
 sys.path.insert(0, sys.argv[1])  # a TensorFlow that fails when it is imported
+import numpy as np
 from configs import default
-from flowdcn_jax.data import make_batches, make_source
+from flowdcn_jax.data import make_batches, make_source, write_latents
+from tests import tiny
+
 section = default.get_config().data
 section.update(data_dir=sys.argv[2], image_size=32)
 batches = make_batches(
     make_source(section), batch_size=4, seed=0, num_threads=1, prefetch_batches=1
 )
-print(next(batches)["image"].shape)
+print(next(batches)["image"].shape, flush=True)
+
+def examples():
+    moment = np.zeros((2, 2, 1))
+    for index in range(1000):
+        yield {"mean": moment, "std": moment, "mean_flipped": moment, "std_flipped": moment,
+               "label": 0}
+        if index == 500:
+            print("half way", flush=True)
+            time.sleep(60)
+
+write_latents(examples(), num_examples=1000, data_dir=sys.argv[3], latent_shape=(2, 2, 1),
+              num_classes=1, metadata=tiny.manifest())
 """
 
 
-def test_latents_are_read_without_tensorflow(data_dir, tmp_path):
-    (tmp_path / "tensorflow").mkdir()
-    (tmp_path / "tensorflow" / "__init__.py").write_text("raise RuntimeError('imported')\n")
-    code, output = tiny.run([sys.executable, "-c", PROGRAM, str(tmp_path), str(data_dir)])
-    assert code == 0 and output.splitlines()[-1] == "(4, 4, 6, 3)", output
+@pytest.fixture(scope="module")
+def killed(data_dir, tmp_path_factory):
+    """A process without TensorFlow that reads latents and is killed half way through writing some.
+
+    Returns:
+        (what it printed before, the data_dir it wrote to).
+    """
+    broken, written = tmp_path_factory.mktemp("broken"), tmp_path_factory.mktemp("written")
+    (broken / "tensorflow").mkdir()
+    (broken / "tensorflow" / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    folders = map(str, (broken, data_dir, written))
+    process = tiny.start([sys.executable, "-c", READ_AND_WRITE, *folders])
+    lines = []
+    try:
+        for line in process.stdout:
+            lines.append(line.strip())
+            if lines[-1].endswith("half way"):
+                break
+    finally:
+        process.kill()
+        process.wait()
+    return lines, written
+
+
+def test_latents_are_read_and_written_without_tensorflow(killed):
+    lines, written = killed
+    assert "(4, 4, 6, 3)" in lines and lines[-1].endswith("half way"), lines
+    assert list(written.rglob("*.array_record*")), "it was killed before it wrote anything"
+
+
+def test_killed_half_way_leaves_nothing_that_looks_prepared(killed, open_source):
+    _, written = killed
+    with pytest.raises(DataNotFoundError, match="not prepared"):
+        open_source("latents", data_dir=str(written))
