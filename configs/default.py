@@ -29,7 +29,7 @@ def get_config() -> config_dict.ConfigDict:
         prefetch_batches=8,  # batches read ahead a process, in host memory
     )
     config.autoencoder = dict(
-        name="none",  # identity: pixels in [-1,1]; none: latents, shown without a decoder;
+        name="preview",  # latents, three channels of which are shown; identity: pixels in [-1,1];
         # or a decoder: sd_vae, taesd, taef1, taef2
         weights=config_dict.placeholder(str),  # its safetensors file, or the folder that holds it
         downsampling=8,  # image pixels a latent pixel, each side

@@ -267,7 +267,7 @@ def _stored_rows(model: TrainedModel, settings: Settings) -> dict[str, jax.Shape
     sides = (side // config.autoencoder.downsampling for side in settings.image_size)
     x = jax.ShapeDtypeStruct((1, *sides, config.model.in_channels), np.float32)
     label = jax.ShapeDtypeStruct((), np.int32)
-    if config.autoencoder.name == "none":
+    if config.autoencoder.name == "preview":
         return {"latents": jax.ShapeDtypeStruct(x.shape[1:], x.dtype), "labels": label}
     image = jax.eval_shape(model.autoencoder.decode, model.autoencoder.params, x)
     return {"arr_0": jax.ShapeDtypeStruct(image.shape[1:], np.uint8), "arr_1": label}

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device_runs")
 def latents_config(data_dir, **overrides):
     config = tiny.config(train__num_steps=2, model__in_channels=4, **overrides)
     config.data.update(name="latents", data_dir=str(data_dir), image_size=64)
-    config.autoencoder.update(name="none", downsampling=8)
+    config.autoencoder.update(name="preview", downsampling=8)
     return config
 
 
@@ -71,7 +71,7 @@ def test_runs_draw_pictures_with_the_decoder(trained, taesd_folder, tmp_path):
 
 def test_latents_are_written_without_a_decoder(trained, tmp_path):
     grid = sampling.sample_to_folder(
-        sampling.load_trained(trained, autoencoder="none"),
+        sampling.load_trained(trained, autoencoder="preview"),
         sampling.Settings(num_steps=1, image_size=(64, 128)),
         sampling.Request(num_images=3),
         out=str(tmp_path),
@@ -138,7 +138,7 @@ def test_an_old_run_goes_on_if_its_latents_were_scaled_alike(
     if latent_scale == 1.0:
         resume(old, trained.parent)
         assert "step 2 of 2 is done" in caplog.text
-        assert sampling.load_trained(old, autoencoder="none").weights.step == 2
+        assert sampling.load_trained(old, autoencoder="preview").weights.step == 2
     else:
         with pytest.raises(ConfigError, match="other data .*latents.scale: 0.18215 -> 1.0. Use"):
             resume(old, trained.parent)

@@ -1,11 +1,13 @@
 """Decoding in slices and over devices."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from flowdcn_jax import sampling
-from flowdcn_jax.autoencoders import decode_images, decode_pixels, interface
+from flowdcn_jax.autoencoders import autoencoder, decode_images, decode_pixels
 from flowdcn_jax.models import abstract_model
 from flowdcn_jax.training.sharding import batch_sharding, make_mesh
 from tests import tiny
@@ -28,7 +30,7 @@ def test_slices_and_devices_give_what_one_batch_gives(
     x = latents(count)
     expected = decode_pixels(decode(taesd, x))
     pixels = 16 * 24
-    monkeypatch.setattr(interface, "PIXELS_PER_SLICE", images_per_slice * pixels + pixels // 2)
+    monkeypatch.setattr(autoencoder, "PIXELS_PER_SLICE", images_per_slice * pixels + pixels // 2)
     compiled = (
         jax.jit(
             lambda params, x: decode_images(taesd, params, x, mesh=mesh),
@@ -48,13 +50,13 @@ def test_slices_and_devices_give_what_one_batch_gives(
 def test_large_images_are_decoded_one_by_one(load, monkeypatch):
     """The decoder never sees more rows than fit: 4 of 512x512."""
     seen = []
-    none = load("none")
+    preview = load("preview")
 
     def decode(params, x):
         seen.append(x.shape)
-        return none.decode(params, x)
+        return preview.decode(params, x)
 
-    watched = interface.dataclasses.replace(none, decode=decode)
+    watched = dataclasses.replace(preview, decode=decode)
     mesh = make_mesh(-1, 1, jax.devices()[:1])
     for size, expected in (((64, 64), 4), ((128, 128), 1), ((256, 256), 1)):
         jax.eval_shape(lambda x: decode_images(watched, {}, x, mesh=mesh), latents(8, size))

@@ -63,7 +63,7 @@ def test_the_same_bytes_for_any_number_of_devices(workdir, reference, tmp_path, 
 
 def test_the_same_bits_where_one_device_could_draw_all(workdir, tmp_path):
     """Latents, since pixels hide differences in rounding."""
-    options = dict(batch_size=64, autoencoder="none")
+    options = dict(batch_size=64, autoencoder="preview")
     one, eight = (sample(workdir, tmp_path / str(n), n, **options) for n in (1, 8))
     assert one == eight
 
@@ -242,7 +242,7 @@ def test_a_loaded_model_is_read_and_compiled_once(workdir, monkeypatch, capsys):
 
 
 def test_a_guide_is_compared_with_the_model_as_it_was_trained(workdir):
-    model = sampling.load_trained(workdir, guide_step=2, autoencoder="none")
+    model = sampling.load_trained(workdir, guide_step=2, autoencoder="preview")
     settings = model.fill_settings(SETTINGS)
     assert model.generator(settings) is model.generator(settings)
 

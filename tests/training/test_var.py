@@ -54,7 +54,7 @@ def config(latents, **overrides):
     result = tiny.config(model__in_channels=4, **overrides)
     result.data.update(name="latents", data_dir=str(latents), image_size=32)
     result.data.aspect_buckets.update(count=3, min_aspect=0.5, max_aspect=2.0, side_multiple=16)
-    result.autoencoder.update(name="none", downsampling=8)
+    result.autoencoder.update(name="preview", downsampling=8)
     return result
 
 
