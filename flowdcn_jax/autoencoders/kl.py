@@ -4,6 +4,7 @@ Modules and attributes have the publisher's names, so that a parameter's path he
 name there.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from flax import nnx
 from jax import Array
 
 from flowdcn_jax.autoencoders.layers import Layers, upsample
-from flowdcn_jax.autoencoders.weights import AutoencoderError, check_config
+from flowdcn_jax.autoencoders.weights import AutoencoderError, check_config, tensor_name
 from flowdcn_jax.precision import matmul_precision
 
 NORM_EPSILON = 1e-6
@@ -232,14 +233,8 @@ class AutoencoderKL(nnx.Module):
         return self.decoder(self.post_quant_conv(latents))
 
 
-def tensor_name(path: tuple) -> str:
-    """The publisher's name of the parameter at `path`."""
-    leaf = {"kernel": "weight", "scale": "weight"}.get(path[-1], path[-1])
-    return ".".join(map(str, (*path[:-1], leaf)))
-
-
 def old_tensor_name(path: tuple) -> str:
-    """The same in the files of older versions of diffusers, such as sd-vae-ft-ema's."""
+    """The name in files of older versions of diffusers, such as sd-vae-ft-ema's."""
     name = tensor_name(path)
     for new, old in _OLD_ATTENTION_NAMES.items():
         name = name.replace(new, old)
@@ -269,10 +264,7 @@ def find_sizes(tensors: Mapping[str, np.ndarray], config: Mapping, source: str) 
         return tensors[name].shape[axis]
 
     def count(name: str) -> int:
-        found = 0
-        while name.format(found) in tensors:
-            found += 1
-        return found
+        return next(number for number in itertools.count() if name.format(number) not in tensors)
 
     stages = count("encoder.down_blocks.{}.resnets.0.conv1.weight")
     sizes = KLSizes(

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 from flowdcn_jax.autoencoders.layers import Layers, upsample
-from flowdcn_jax.autoencoders.weights import AutoencoderError, check_config
+from flowdcn_jax.autoencoders.weights import AutoencoderError, check_config, tensor_name
 
 LATENT_LIMIT = 3.0  # the decoder squashes latents to +-3
 MIDBLOCK_NORM_GROUPS = 4
@@ -140,8 +140,7 @@ class AutoencoderTiny(nnx.Module):
 
 def taesd_name(path: tuple) -> str:
     """The name in taesd.py of the parameter at `path`, after "encoder." or "decoder."."""
-    leaf = {"kernel": "weight", "scale": "weight"}.get(path[-1], path[-1])
-    return ".".join(str(part) for part in (*path[:-1], leaf) if part != "layers")
+    return tensor_name(tuple(part for part in path if part != "layers"))
 
 
 def diffusers_name(path: tuple) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from PIL import Image
 
 from flowdcn_jax import data, sampling
 from flowdcn_jax.autoencoders import WeightsNotFoundError
-from flowdcn_jax.errors import ConfigError
+from flowdcn_jax.errors import ConfigError, UserError
 from flowdcn_jax.training import loop
 from tests import tiny
 from tests.autoencoders.conftest import SD_VAE
@@ -81,11 +80,13 @@ def test_latents_are_written_without_a_decoder(trained, tmp_path):
         assert "arr_0" not in file.files
 
 
-def test_sample_command_without_weights_prints_one_error_and_writes_nothing(trained, tmp_path):
-    command = [sys.executable, "sample.py", f"--workdir={trained}", f"--out={tmp_path / 'out'}"]
-    code, output = tiny.run([*command, "--autoencoder=sd_vae"])
-    assert code != 0 and "Traceback" not in output
-    assert "config.autoencoder.weights is None" in output and "sd-vae-ft-ema" in output
+def test_sampling_without_weights_is_one_error_and_writes_nothing(trained, tmp_path):
+    """A UserError, which the commands print as a line."""
+    model = sampling.load_trained(trained, autoencoder="sd_vae")
+    with pytest.raises(UserError, match="config.autoencoder.weights is None.*sd-vae-ft-ema"):
+        sampling.sample_to_folder(
+            model, sampling.Settings(), sampling.Request(), out=tmp_path / "out"
+        )
     assert not (tmp_path / "out").exists()
 
 
