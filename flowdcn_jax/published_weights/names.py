@@ -7,13 +7,13 @@ PyTorch Linear's weight is [out,in] and a convolution's [out,in,p,p]; a Linear's
 
 import dataclasses
 
-import jax
 import numpy as np
+from flax import traverse_util
 
 from flowdcn_jax.models import abstract_model, model_options
 from flowdcn_jax.models.flowdcn import SCALE_PRIORS, direction_prior
 from flowdcn_jax.models.sit import position_embedding
-from flowdcn_jax.published_weights.errors import PublishedWeightsError
+from flowdcn_jax.published_weights.weights_file import PublishedWeightsError
 
 # The models that the authors published, as options of config.model.
 PUBLISHED = {
@@ -109,7 +109,7 @@ def official_tensors(config, *, tokens_per_side: int) -> dict[str, OfficialTenso
     """
     options = _published_options(config)
     _, params = abstract_model(config)
-    flat = {_keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    flat = traverse_util.flatten_dict(params)
     tensors: list[OfficialTensor] = []
     if config.name == "sit":
         positions = position_embedding(tokens_per_side, tokens_per_side, config.width)
@@ -124,20 +124,6 @@ def official_tensors(config, *, tokens_per_side: int) -> dict[str, OfficialTenso
             tensors += _module_tensors(name, path, flat, config)
     assert not flat, f"parameters without the authors' names: {list(flat)}"
     return {tensor.name: tensor for tensor in tensors}
-
-
-def put(tree: dict, path: tuple[str | int, ...], leaf) -> None:
-    """tree[path[0]][path[1]]... = leaf, with the dicts that it takes."""
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = leaf
-
-
-def pop(tree: dict, path: tuple[str | int, ...]):
-    """Takes tree[path[0]][path[1]]... out."""
-    for key in path[:-1]:
-        tree = tree[key]
-    return tree.pop(path[-1])
 
 
 def _published_options(config) -> dict:
@@ -192,7 +178,3 @@ def _module_tensors(
             shape = (1, 1, 1, *shape, 1, 1)
         tensors.append(OfficialTensor(f"{module}.{theirs}", shape, (*path, ours), leaf.shape))
     return tensors
-
-
-def _keys(path) -> tuple[str | int, ...]:
-    return tuple(entry.key for entry in path)
