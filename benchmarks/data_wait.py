@@ -85,7 +85,7 @@ def _check_flags() -> ConfigDict:
         UserError: a value that cannot be used, or no GPU to run the step on.
     """
     config = _CONFIG.value.copy_and_resolve_references()
-    config.autoencoder.name = "none"
+    config.autoencoder.name = "preview"
     config.train.batch_size = _BATCH_SIZE.value
     validate(config, 1, 1)
     if _STEP_MS.value is None and jax.devices()[0].platform == "cpu":

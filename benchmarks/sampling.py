@@ -85,7 +85,7 @@ def _check_flags() -> tuple[ConfigDict, list[list[Settings]], list[Mesh]]:
         UserError: a value that cannot be used.
     """
     config = _CONFIG.value.copy_and_resolve_references()
-    config.autoencoder.name = "none"
+    config.autoencoder.name = "preview"
     validate(config, 1, 1)
     settings = [
         [

@@ -64,7 +64,7 @@ def trained(tmp_path_factory):
         ),
         (
             dict(data__name="mnist"),
-            "data.name is 'mnist'; expected one of cifar10, digits, imagenet",
+            "data.name is 'mnist'; expected one of cifar10, digits, latents",
         ),
         (dict(data__random_flip=True), "digits are never flipped"),
         (
@@ -91,7 +91,7 @@ def test_bad_configs_are_refused_before_anything_is_written(tmp_path, overrides,
     assert not workdir.exists()
 
 
-@pytest.mark.parametrize("name", ["cifar10", "imagenet_latents"])
+@pytest.mark.parametrize("name", ["cifar10", "latents"])
 def test_a_missing_data_set_names_what_prepares_it(tmp_path, name):
     config = tiny.config(data__name=name, data__data_dir=str(tmp_path / "none"))
     config.data.image_size = 32

@@ -17,8 +17,7 @@ from flowdcn_jax.autoencoders import Autoencoder, to_unit_range
 from flowdcn_jax.caching.job import Job
 from flowdcn_jax.caching.parts import Part, Skipped, check_bad
 from flowdcn_jax.data import DataError, randomness
-from flowdcn_jax.data.cropping import centre_crop, random_crop
-from flowdcn_jax.data.image_decoding import BadImageError
+from flowdcn_jax.data.image_files import BadImageError, centre_crop, random_crop
 from flowdcn_jax.runs.sharding import batch_sharding, make_mesh, replicated
 
 # Encoded at a time on each device: 16 images of 256x256, 4 of 512x512.  More are hardly faster

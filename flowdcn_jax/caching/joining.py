@@ -9,9 +9,8 @@ from typing import Any
 from flowdcn_jax.caching.job import Job, Size
 from flowdcn_jax.caching.parts import LatentStatistics, Parts, check_bad
 from flowdcn_jax.data import DataError, DataExistsError, write_latents
-from flowdcn_jax.data.builders import ImagenetLatents
+from flowdcn_jax.data.latents import ImagenetLatents, moment_names
 from flowdcn_jax.data.prepared import newest_version, read_manifest
-from flowdcn_jax.data.sources import moment_names
 from flowdcn_jax.runs.folder import differences, lock
 
 # Without a change for so long, a join has ended; while it runs it begins a file every few seconds.

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flowdcn_jax.autoencoders import Autoencoder, check_fits, load_autoencoder
-from flowdcn_jax.data.manifest import Encoder, find_encoder
+from flowdcn_jax.data.prepared import Encoder, find_encoder
 from flowdcn_jax.models import abstract_model
 from flowdcn_jax.options import takes_options
 from flowdcn_jax.precision import compute_dtype

@@ -15,7 +15,7 @@ from flowdcn_jax.caching.encoding import LatentEncoder
 from flowdcn_jax.caching.parts import LatentStatistics
 from flowdcn_jax.data import DataError, DataExistsError, make_batches, make_source
 from flowdcn_jax.data.aspect_buckets import AspectBuckets
-from flowdcn_jax.data.cropping import centre_crop
+from flowdcn_jax.data.image_files import centre_crop
 from tests.caching.conftest import (
     BUCKETS,
     STRIDE,
@@ -35,7 +35,7 @@ def config(data_dir, **overrides):
     from configs import default
 
     section = default.get_config().data.to_dict()
-    section |= dict(name="imagenet_latents", data_dir=str(data_dir), image_size=16)
+    section |= dict(name="latents", data_dir=str(data_dir), image_size=16)
     return ml_collections.ConfigDict(section | overrides)
 
 

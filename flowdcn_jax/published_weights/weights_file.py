@@ -16,12 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from flowdcn_jax.published_weights.errors import PublishedWeightsError
+from flowdcn_jax.errors import UserError
 
 MIN_TORCH = (2, 5)  # the first with safe_globals
 REMAP_BYTES = 2**27
 READ_BYTES = 2**20
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class PublishedWeightsError(UserError, ValueError):
+    """Weights that cannot be used; the message names the file, tensor or folder and the remedy."""
 
 
 class StoredTensor(NamedTuple):
@@ -32,14 +36,14 @@ class StoredTensor(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
-class Source(NamedTuple):
-    """A weight file."""
+class WeightsFile(NamedTuple):
+    """A file of weights, of which nothing large is read yet."""
 
     kind: str  # torch or safetensors
     tensors: dict[str, StoredTensor]  # torch: in the order in which they were saved
 
 
-def open_source(path: Path) -> Source:
+def open_weights_file(path: Path) -> WeightsFile:
     """The tensors of a file, by what it begins with, whatever its name.
 
     Raises:
@@ -64,7 +68,7 @@ def open_source(path: Path) -> Source:
     )
 
 
-def _open_safetensors(path: Path) -> Source:
+def _open_safetensors(path: Path) -> WeightsFile:
     def read(name: str) -> np.ndarray:
         # Opened anew each time: the pages that were read would otherwise stay in memory.
         with safe_open(path, framework="numpy") as file:
@@ -83,10 +87,10 @@ def _open_safetensors(path: Path) -> Source:
         raise PublishedWeightsError(
             f"--source={path} is not a whole safetensors file: {error}"
         ) from error
-    return Source("safetensors", tensors)
+    return WeightsFile("safetensors", tensors)
 
 
-def _open_torch(path: Path, *, is_zip: bool) -> Source:
+def _open_torch(path: Path, *, is_zip: bool) -> WeightsFile:
     torch = _import_torch(path)
     if is_zip:
         _check_zip(path)
@@ -99,7 +103,7 @@ def _open_torch(path: Path, *, is_zip: bool) -> Source:
         )
         for name, tensor in file.tensors.items()
     }
-    return Source("torch", tensors)
+    return WeightsFile("torch", tensors)
 
 
 def _read(read: Callable[[str], np.ndarray], name: str) -> np.ndarray:

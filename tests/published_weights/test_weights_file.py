@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from flowdcn_jax.published_weights import PublishedWeightsError, source
+from flowdcn_jax.published_weights import PublishedWeightsError, weights_file
 from flowdcn_jax.published_weights.names import official_tensors
 from flowdcn_jax.published_weights.selection import select_weights, warn_of_unused
-from flowdcn_jax.published_weights.source import open_source
+from flowdcn_jax.published_weights.weights_file import open_weights_file
 from tests import official
 from tests.official import half, lightning, under
 
@@ -30,7 +30,7 @@ def expected(golden):
 
 def read(path, which, expected):
     """(format, which, arrays by name)."""
-    weights = select_weights(open_source(path), which, expected)
+    weights = select_weights(open_weights_file(path), which, expected)
     warn_of_unused(weights)
     arrays = {name: tensor.read() for name, tensor in weights.tensors.items()}
     for name, tensor in weights.tensors.items():
@@ -132,23 +132,23 @@ def test_truncated_safetensors(tensors, write, share):
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(PublishedWeightsError, match="not a whole safetensors|neither a PyTorch"):
-        open_source(path)
+        open_weights_file(path)
 
 
 def test_files_of_other_kinds_are_named(tmp_path):
     with pytest.raises(PublishedWeightsError, match="no.pth cannot be read: No such file"):
-        open_source(tmp_path / "no.pth")
+        open_weights_file(tmp_path / "no.pth")
     with pytest.raises(PublishedWeightsError, match="cannot be read: Is a directory"):
-        open_source(tmp_path)
+        open_weights_file(tmp_path)
     (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(PublishedWeightsError, match="neither a PyTorch file .* b'version '"):
-        open_source(tmp_path / "pointer.pth")
+        open_weights_file(tmp_path / "pointer.pth")
 
 
 def test_without_pytorch_its_files_name_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(PublishedWeightsError, match="not installed. Install its CPU build"):
-        open_source(FIXTURES / "official_tiny.pth")
+        open_weights_file(FIXTURES / "official_tiny.pth")
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_an_old_pytorch_is_named(monkeypatch):
     """And the file is not called damaged."""
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__version__="2.4.1+cpu"))
     with pytest.raises(PublishedWeightsError, match=r"2.4.1\+cpu is installed; expected 2.5 or"):
-        open_source(FIXTURES / "official_tiny.pth")
+        open_weights_file(FIXTURES / "official_tiny.pth")
 
 
 def test_a_pytorch_that_does_not_load_is_named(monkeypatch):
@@ -172,7 +172,7 @@ def test_a_pytorch_that_does_not_load_is_named(monkeypatch):
     original = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", import_)
     with pytest.raises(PublishedWeightsError, match="installed cannot be loaded: libgomp.so.1"):
-        open_source(FIXTURES / "official_tiny.pth")
+        open_weights_file(FIXTURES / "official_tiny.pth")
 
 
 def test_the_authors_files(torch, tensors, expected):
@@ -187,7 +187,7 @@ def test_the_authors_files(torch, tensors, expected):
 
 def test_files_are_mapped_anew_as_they_are_read(torch, tensors, expected, monkeypatch):
     loads = []
-    monkeypatch.setattr(source, "REMAP_BYTES", 100_000)
+    monkeypatch.setattr(weights_file, "REMAP_BYTES", 100_000)
     load = torch.load
     monkeypatch.setattr(torch, "load", lambda *a, **k: (loads.append(k["mmap"]), load(*a, **k))[1])
     assert_same(read(FIXTURES / "official_tiny.pth", "ema", expected)[2], tensors)
@@ -220,7 +220,7 @@ def test_truncated_pytorch_files(torch, tmp_path, share):
     content = (FIXTURES / "official_tiny.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(content[: int(share * len(content))])
     with pytest.raises(PublishedWeightsError, match="cut.pth cannot be read: it is truncated"):
-        open_source(tmp_path / "cut.pth")
+        open_weights_file(tmp_path / "cut.pth")
 
 
 @pytest.mark.parametrize("file", ["official_tiny.pth", "official_tiny.ckpt"])
@@ -231,14 +231,14 @@ def test_a_changed_bit_in_a_pytorch_file_is_found(torch, tensors, tmp_path, file
     (tmp_path / file).write_bytes(content)
     torch.load(tmp_path / file, weights_only=True, mmap=True)
     with pytest.raises(PublishedWeightsError, match=r"truncated or damaged \(Bad CRC-32.*/data/"):
-        open_source(tmp_path / file)
+        open_weights_file(tmp_path / file)
 
 
 def test_pytorch_files_that_were_saved_without_checksums_are_read(torch, tmp_path):
     torch.serialization.set_crc32_options(False)
     torch.save({"weight": torch.ones(3)}, tmp_path / "x.pth")
     torch.serialization.set_crc32_options(True)
-    np.testing.assert_array_equal(open_source(tmp_path / "x.pth").tensors["weight"].read(), 1)
+    np.testing.assert_array_equal(open_weights_file(tmp_path / "x.pth").tensors["weight"].read(), 1)
 
 
 @pytest.mark.parametrize("kind", ["sparse", "without data"])
@@ -247,13 +247,13 @@ def test_tensors_that_are_no_arrays_are_named(torch, tmp_path, kind):
     tensor = tensor.to_sparse() if kind == "sparse" else tensor.to("meta")
     torch.save({BIAS: tensor}, tmp_path / "x.pth")
     with pytest.raises(PublishedWeightsError, match=f"{BIAS} of the source cannot be read as an"):
-        open_source(tmp_path / "x.pth").tensors[BIAS].read()
+        open_weights_file(tmp_path / "x.pth").tensors[BIAS].read()
 
 
 def test_names_that_nesting_makes_equal_are_refused(torch, tmp_path):
     torch.save({"a": {"b": torch.zeros(2)}, "a.b": torch.ones(2)}, tmp_path / "x.pth")
     with pytest.raises(PublishedWeightsError, match="x.pth holds two tensors named a.b"):
-        open_source(tmp_path / "x.pth")
+        open_weights_file(tmp_path / "x.pth")
 
 
 def test_running_out_of_memory_is_not_called_damage(torch, monkeypatch):
@@ -262,7 +262,7 @@ def test_running_out_of_memory_is_not_called_damage(torch, monkeypatch):
 
     monkeypatch.setattr(torch, "load", exhausted)
     with pytest.raises(MemoryError):
-        open_source(FIXTURES / "official_tiny.pth")
+        open_weights_file(FIXTURES / "official_tiny.pth")
 
 
 class Bomb:
@@ -281,7 +281,7 @@ def test_code_in_a_file_is_refused_and_not_run(torch, tmp_path):
     (tmp_path / "plain.pth").write_bytes(pickle.dumps({"more": bomb}, protocol=2))
     for name in ("zip.pth", "plain.pth"):
         with pytest.raises(PublishedWeightsError) as caught:
-            open_source(tmp_path / name)
+            open_weights_file(tmp_path / name)
         assert f"{name} is refused" in str(caught.value)
         assert "mkdir" in str(caught.value) and "\n" not in str(caught.value)
         assert "save the weights alone: tree = torch.load(FILE" in str(caught.value)
