@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from flowdcn_jax.config import fixed_keys, flatten, model_config, modernise
-from flowdcn_jax.data import BucketedSource, Source
+from flowdcn_jax.data import BucketedSource, DataSource
 from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.runs.checkpoint import SavedRun
 from flowdcn_jax.runs.folder import differences
@@ -40,7 +40,7 @@ def check_resumable(saved: dict, config, *, weights_only: bool = False) -> None:
         )
 
 
-def check_same_data(saved: SavedRun, source: Source | BucketedSource) -> None:
+def check_same_data(saved: SavedRun, source: DataSource | BucketedSource) -> None:
     """Refuses to go on with a run on other data, whatever the names of folders.
 
     A run that was saved before data sets had identities may go on with any data; but its latents
