@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flowdcn_jax import models, sampling
-from flowdcn_jax.config import load_config
+from flowdcn_jax.config import config_names, load_config
 from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.runs.state import abstract_state
 from flowdcn_jax.training.step import make_train_step
