@@ -247,15 +247,11 @@ def naming(tensors: Mapping[str, np.ndarray]) -> Callable[[tuple], str]:
 
 
 def find_sizes(tensors: Mapping[str, np.ndarray], config: Mapping, source: str) -> KLSizes:
-    """The sizes that the tensors show and config.json, where there is one, confirms.
-
-    Args:
-        tensors: by name.
-        config: the contents of config.json; empty: its defaults.
-        source: where they are from, for messages.
+    """The sizes that the tensors show and config.json (empty: its defaults) confirms.
 
     Raises:
-        AutoencoderError: another architecture, or config.json says something else.
+        AutoencoderError: another architecture, or config.json says something else; the message
+            names `source`, where they are from.
     """
 
     def size(name: str, axis: int) -> int:

@@ -12,16 +12,10 @@ from flowdcn_jax.precision import matmul_precision
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """Makes the layers of a network.
+    """Makes the layers of a network, which compute in `dtype`.
 
     Their parameters are float32. They are loaded, never trained here: they start at zero, which is
     the fastest to trace.
-
-    Attributes:
-        dtype: compute dtype.
-        rngs: Flax's, unused by zeros.
-        norm_groups: of GroupNorms.
-        norm_epsilon: of GroupNorms.
     """
 
     dtype: Any

@@ -28,7 +28,6 @@ class DataSource(Protocol):
         image_dtype: of `image` in a batch.
         num_classes: number of classes; labels are 0 .. num_classes - 1.
         class_names: their names in that order, or None where the data set holds none.
-        flips: whether half of the visits show the mirror image.
         encoder: what made the latents; None for pixels.
         identity: what tells the data set from others, in the types of JSON.
     """
@@ -37,7 +36,6 @@ class DataSource(Protocol):
     image_dtype: np.dtype
     num_classes: int
     class_names: tuple[str, ...] | None
-    flips: bool
     encoder: Encoder | None
     identity: dict[str, Any]
 
@@ -55,8 +53,7 @@ class DataSource(Protocol):
             seed: integer in 0 .. 2**63 - 1.
 
         Returns:
-            {"image": uint8 pixels 0 .. 255 or float32 latents, shifted and
-             scaled, [n, H, W, C];
+            {"image": uint8 pixels 0 .. 255 or float32 latents, shifted and scaled, [n, H, W, C];
              "label": int32 [n]}.
         """
         ...
@@ -74,7 +71,6 @@ class BucketedSource:
         self.buckets = tuple(buckets)
         self.num_classes = buckets[0].num_classes
         self.class_names = buckets[0].class_names
-        self.flips = buckets[0].flips
         self.encoder = buckets[0].encoder
         self.identity = buckets[0].identity
 
@@ -114,8 +110,8 @@ def make_batches(
         batch_size: examples a step over all processes.
         seed: integer in 0 .. 2**63 - 1.
         start_step: the step of the first batch, >= 0.
-        process_index: this process, 0 .. process_count - 1 (`jax.process_index()`).
-        process_count: number of processes (`jax.process_count()`).
+        process_index: this process, 0 .. process_count - 1.
+        process_count: number of processes; divides batch_size.
         num_threads: threads that read batches ahead; 0 reads on the caller's thread.
         prefetch_batches: batches held ready, at least `num_threads` to occupy them all; 0 reads
             on the caller's thread.
@@ -126,8 +122,7 @@ def make_batches(
         Its `close()` stops the threads.
 
     Raises:
-        DataError: an argument is out of range, or `process_count` does not divide
-            `batch_size`.
+        DataError: an argument is out of range, or a data set is empty.
     """
     _require_at_least("batch_size", batch_size, 1)
     _require_at_least("process_count", process_count, 1)
@@ -210,13 +205,9 @@ class ShuffledOrder:
     """
 
     def __init__(self, size: int, *, seed: int, first: int = 0):
-        """Orders what one seed shuffles together, or a part of it.
+        """Orders `size` examples, after `first` of other orders of this seed.
 
-        Args:
-            size: examples an epoch, >= 1.
-            seed: integer in 0 .. 2**63 - 1.
-            first: examples of other orders of this seed that come before, so that no two parts
-                are shuffled alike.
+        So no two parts that one seed shuffles are shuffled alike.
         """
         self._size = size
         self._seed = seed
@@ -251,13 +242,7 @@ class BucketSchedule:
     """
 
     def __init__(self, sizes: Sequence[int], *, batch_size: int, seed: int):
-        """Plans the batches.
-
-        Args:
-            sizes: examples in each bucket, >= 1.
-            batch_size: examples a step.
-            seed: integer in 0 .. 2**63 - 1.
-        """
+        """`sizes`: examples in each bucket, >= 1."""
         self._sizes = [int(size) for size in sizes]
         self._batch_size = batch_size
         self._seed = seed

@@ -3,6 +3,7 @@
 `sources.LatentSource` reads it.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -100,14 +101,11 @@ class _UncompressedWriter:
     def write(self, path: os.PathLike, examples: Iterable[tuple[int, bytes]]) -> None:
         """Raises DataError if the disk does not take them."""
         try:
-            writer = array_record_module.ArrayRecordWriter(
-                os.fspath(path), "group_size:1,uncompressed"
-            )
-            try:
+            options = "group_size:1,uncompressed"
+            writer = array_record_module.ArrayRecordWriter(os.fspath(path), options)
+            with contextlib.closing(writer):
                 for _, record in examples:
                     writer.write(record)
-            finally:
-                writer.close()
         except RuntimeError as error:  # of array_record, such as a full disk
             raise DataError(f"{path} cannot be written: {error}") from error
         flush(path)

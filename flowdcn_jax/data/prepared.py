@@ -94,13 +94,11 @@ def newest_version(parent: Path) -> Path | None:
 def find_prepared(data_dir: Path, names: Sequence[str]) -> list[Path]:
     """Folders of complete data sets, the newest version of each configuration.
 
+    In the order of `names`, then by configuration.
+
     Args:
         data_dir: holds `<name>/<version>` or `<name>/<config>/<version>`; or is such a folder.
-        names: TFDS names, with a configuration ("name/config") or without; the preferred first.
-
-    Returns:
-        The folders in the order of `names`, then by configuration.  Unfinished ones
-        (`incomplete.*`) and those of other names are not among them.
+        names: TFDS names, with a configuration ("name/config") or without.
 
     Raises:
         DataError: `data_dir` is such a folder, of another data set.
@@ -116,12 +114,7 @@ def find_prepared(data_dir: Path, names: Sequence[str]) -> list[Path]:
 
 
 def open_prepared(folder: Path, *, names: Sequence[str], split: str) -> tuple[Any, Any]:
-    """Opens a prepared data set for random access.
-
-    Args:
-        folder: from `find_prepared`.
-        names: the TFDS names that will do.
-        split: a split of TFDS, "train" or a slice such as "train[:1000]".
+    """Opens a split, or a slice of it, of a data set in a folder from `find_prepared`.
 
     Returns:
         (records, info): a sequence of serialised examples (bytes), and the
@@ -129,8 +122,7 @@ def open_prepared(folder: Path, *, names: Sequence[str], split: str) -> tuple[An
 
     Raises:
         DataNotFoundError: files of the split are missing.
-        DataError: another data set, not in ArrayRecord format, or without this split; or no split
-            that can be.
+        DataError: the data set has none of `names`, not this split or not the ArrayRecord format.
     """
     builder = tfds.builder_from_directory(folder)
     info = builder.info

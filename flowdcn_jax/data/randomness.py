@@ -22,16 +22,9 @@ SCHEDULE = 5
 
 
 def hash64(indices: np.ndarray, *, seed: int, purpose: int, epoch: int = 0) -> np.ndarray:
-    """Independent-looking 64-bit words, one an index.
+    """Independent-looking 64-bit words, one an index: uint64 of the shape of `indices`.
 
-    Args:
-        indices: integers >= 0, any shape.
-        seed: integer in 0 .. 2**63 - 1.
-        purpose: one of this module's constants.
-        epoch: integer >= 0.
-
-    Returns:
-        uint64 array of the shape of `indices`.
+    Indices and epoch are integers >= 0, `seed` is in 0 .. 2**63 - 1, `purpose` a constant above.
     """
     key = np.zeros(1, np.uint64)
     for word in (seed, purpose, epoch):
@@ -59,7 +52,7 @@ def fill_standard_normal(out: np.ndarray, positions: np.ndarray, *, seed: int) -
     Args:
         out: float32 [n, ...], C-contiguous; overwritten.
         positions: int64 [n].
-        seed: integer in 0 .. 2**63 - 1.
+        seed: see `hash64`.
     """
     keys = hash64(positions, seed=seed, purpose=NOISE)
     philox = np.random.Philox(key=0)

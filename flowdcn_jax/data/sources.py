@@ -100,14 +100,7 @@ class LatentSource:
         encoder: Encoder,
         identity: dict[str, Any],
     ):
-        """Reads from records that TFDS wrote.
-
-        Args:
-            records: serialised examples, random access, thread-safe.
-            features: the `tfds.features.FeaturesDict` they were written with.
-            flips: whether half of the visits use the mirror image.
-            encoder: what made them.
-            identity: see `DataSource`.
+        """Reads from `records`, serialised examples that TFDS wrote with `features`.
 
         Raises:
             DataError: the features are not those of `ImagenetLatents`, or have no mirror images and

@@ -122,29 +122,21 @@ def _import_torch(path: Path) -> ModuleType:
     """PyTorch, once it is found to be there and new enough."""
     try:
         import torch
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise _broken_torch(path, error) from error
-        raise PublishedWeightsError(
-            f"--source={path} is a PyTorch file, and PyTorch, which nothing else here needs, is "
-            "not installed. Install its CPU build (pip install torch --index-url "
-            "https://download.pytorch.org/whl/cpu), or give the weights as safetensors"
-        ) from error
     except (ImportError, OSError) as error:  # OSError: one of its libraries
-        raise _broken_torch(path, error) from error
+        problem = f"the PyTorch that is installed cannot be loaded: {_first_line(error)}"
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            problem = (
+                "PyTorch, which nothing else here needs, is not installed. Install its CPU build "
+                "(pip install torch --index-url https://download.pytorch.org/whl/cpu), or give the "
+                "weights as safetensors"
+            )
+        raise PublishedWeightsError(f"--source={path} is a PyTorch file, and {problem}") from error
     if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < MIN_TORCH:
         raise PublishedWeightsError(
             f"--source={path} is a PyTorch file, and PyTorch {torch.__version__} is installed; "
             f"expected {'.'.join(map(str, MIN_TORCH))} or later, or the weights as safetensors"
         )
     return torch
-
-
-def _broken_torch(path: Path, error: Exception) -> PublishedWeightsError:
-    return PublishedWeightsError(
-        f"--source={path} is a PyTorch file, and the PyTorch that is installed cannot be loaded: "
-        f"{_first_line(error)}"
-    )
 
 
 def _check_zip(path: Path) -> None:

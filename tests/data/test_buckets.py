@@ -15,7 +15,6 @@ class Bucket:
 
     num_classes = 1000
     class_names = None
-    flips = False
     encoder = None
 
     def __init__(self, size, width):

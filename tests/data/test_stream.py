@@ -17,7 +17,6 @@ class IndexSource:
     image_shape = (1, 1, 1)
     num_classes = SIZE
     class_names = None
-    flips = False
 
     def __init__(self, size=SIZE):
         self._size = size

@@ -187,7 +187,7 @@ def test_the_authors_files(torch, tensors, expected):
 
 def test_files_are_mapped_anew_as_they_are_read(torch, tensors, expected, monkeypatch):
     loads = []
-    monkeypatch.setattr(weights_file, "REMAP_BYTES", 100_000)
+    monkeypatch.setattr(weights_file, "REMAP_BYTES", 100_000)  # the file has 1 MB, not 128
     load = torch.load
     monkeypatch.setattr(torch, "load", lambda *a, **k: (loads.append(k["mmap"]), load(*a, **k))[1])
     assert_same(read(FIXTURES / "official_tiny.pth", "ema", expected)[2], tensors)
