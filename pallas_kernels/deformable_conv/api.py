@@ -1,10 +1,12 @@
 """The public deformable aggregation: checks its arguments and picks an implementation."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.deformable_conv.limits import MAX_ELEMENTS, MAX_SIDE
-from pallas_kernels.deformable_conv.points import Multiscale, Offsets, Points
+from pallas_kernels.deformable_conv.points import Multiscale, Offsets
 from pallas_kernels.deformable_conv.xla import deformable_aggregate_xla
 from pallas_kernels.devices import why_no_nvidia_kernels
 
@@ -61,7 +63,8 @@ def deformable_aggregate(
     _check_per_point("weights", weights, values, "K")
     _check_per_point("offsets", offsets, values, "K, 2", weights)
     points = Offsets(jnp.asarray(offsets), jnp.asarray(weights))
-    return _aggregate(jnp.asarray(values), points, boundary, implementation)
+    aggregate, options = _implementation(boundary, implementation)
+    return aggregate(jnp.asarray(values), points, *options)
 
 
 def multiscale_deformable_aggregate(
@@ -127,23 +130,25 @@ def multiscale_deformable_aggregate(
         jax.lax.stop_gradient(direction_prior),
         jax.lax.stop_gradient(jnp.broadcast_to(max_scale, (2,))),
     )
-    return _aggregate(jnp.asarray(values), points, boundary, implementation)
+    aggregate, options = _implementation(boundary, implementation)
+    return aggregate(jnp.asarray(values), points, *options)
 
 
-def _aggregate(values, points: Points, boundary: str, implementation: str | None) -> jax.Array:
+def _implementation(boundary: str, implementation: str | None) -> tuple[Callable, tuple]:
+    """What gives the result from (values, points, *options), and the options."""
     _check_choice("boundary", boundary, BOUNDARIES)
     left_to_us = implementation is None
     if left_to_us:
         implementation = "xla" if why_not_pallas() else "pallas"
     _check_choice("implementation", implementation, IMPLEMENTATIONS)
-    if implementation == "pallas":
-        if reason := why_not_pallas():
-            raise ValueError(f"implementation is 'pallas', which can't run here: {reason}")
-        # Imported here: it needs private modules of JAX, on which plain JAX shall not depend.
-        from pallas_kernels.deformable_conv.pallas import deformable_aggregate_pallas
+    if implementation == "xla":
+        return deformable_aggregate_xla, (boundary,)
+    if reason := why_not_pallas():
+        raise ValueError(f"implementation is 'pallas', which can't run here: {reason}")
+    # Imported here: it needs private modules of JAX, on which plain JAX shall not depend.
+    from pallas_kernels.deformable_conv.pallas import deformable_aggregate_pallas
 
-        return deformable_aggregate_pallas(values, points, boundary, False, left_to_us)
-    return deformable_aggregate_xla(values, points, boundary)
+    return deformable_aggregate_pallas, (boundary, False, left_to_us)
 
 
 def why_not_pallas() -> str | None:

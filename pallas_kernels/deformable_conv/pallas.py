@@ -11,6 +11,7 @@ changes from run to run.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -75,7 +76,8 @@ def deformable_aggregate_pallas(
 
 
 def _vjp_forward(values, points, *options):
-    return deformable_aggregate_pallas(values, points, *options), (values, points)
+    (out,) = _sharded(_forward, type(points), *options)(values, *points)
+    return out, (values, points)
 
 
 def _vjp_backward(boundary, interpret, or_xla, residuals, d_out):
@@ -96,7 +98,7 @@ deformable_aggregate_pallas.defvjp(_vjp_forward, _vjp_backward)
 # --- one device --------------------------------------------------------------------------------
 
 
-def _forward(values, *fields, form: type, boundary: str, interpret: bool, or_xla: bool):
+def _forward(form: type, boundary: str, interpret: bool, or_xla: bool, values, *fields):
     """(out,)."""
     if _too_large(why_not_forward(values, form(*fields)), or_xla):
         return (deformable_aggregate_xla(values, form(*fields), boundary),)
@@ -121,11 +123,11 @@ def _forward(values, *fields, form: type, boundary: str, interpret: bool, or_xla
             tokens=Grid(h, w, *tiling.token_tile),
             **options,
         )
-    parts = [forward(part, points) for part in _channel_parts(values_flat)]
+    parts = list(map(forward, _channel_parts(values_flat), itertools.repeat(points)))
     return (jnp.concatenate(parts, axis=-1).reshape(values.shape),)
 
 
-def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: bool, or_xla: bool):
+def _backward(form: type, boundary: str, interpret: bool, or_xla: bool, values, *fields_and_d_out):
     """(d values, gradients of the per-query fields of the points)."""
     *fields, d_out = fields_and_d_out
     points = form(*fields)
@@ -246,9 +248,8 @@ def _sharded(
     backward = function is _backward
     arguments = (_VALUES, *_FIELDS[form], *((_VALUES,) if backward else ()))
     results = (_VALUES, *(_FIELDS[form][: _PER_QUERY[form]] if backward else ()))
-    options = dict(boundary=boundary, interpret=interpret, or_xla=or_xla)
-    local = functools.partial(function, form=form, **options)
-    split = custom_partitioning(lambda *args: local(*args))
+    local = functools.partial(function, form, boundary, interpret, or_xla)
+    split = custom_partitioning(local)
 
     def shardings(mesh, arg_infos, axes):
         spec = tuple(arg_infos[0].sharding.spec) + (None,) * 5
