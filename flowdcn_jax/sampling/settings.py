@@ -114,7 +114,8 @@ class Settings(_Options):
     """What image i depends on, besides the weights, its class and i.
 
     `generator.fill_settings` puts values in the place of None, and checks what depends on several
-    options or on the model."""
+    options or on the model.
+    """
 
     image_size: tuple[int, int] | None = option(
         None,
