@@ -39,10 +39,12 @@ def current_autoencoder(name: str) -> str:
 
 def current_record(record: dict[str, Any]) -> dict[str, Any]:
     """The record that today's version would have written in place of an older one's."""
-    autoencoder = dict(record.get("autoencoder") or {})
-    if "name" in autoencoder:
-        autoencoder["name"] = current_autoencoder(autoencoder["name"])
-    return record | {"autoencoder": autoencoder}
+    autoencoder = record.get("autoencoder")
+    if not isinstance(autoencoder, dict) or "name" not in autoencoder:
+        return record
+    return record | {
+        "autoencoder": autoencoder | {"name": current_autoencoder(autoencoder["name"])}
+    }
 
 
 def _parse_size(given: Any) -> tuple[int, int]:
