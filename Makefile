@@ -5,7 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-$(basename $(notdir $(REQUIREMENTS)))
 
-.PHONY: demo test lint clean
+WHEEL := build/wheel
+
+.PHONY: demo test lint wheel clean
 
 demo: $(INSTALLED)  ## Train on handwritten digits, then draw the classes 3, 7, 0, 8 and 5
 	$(BIN)/python train.py --config=configs/digits.py --workdir=runs/digits
@@ -19,10 +21,21 @@ lint: $(INSTALLED)  ## Check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-clean:  ## Remove the virtual environment and the demo's run
-	rm -rf $(VENV) runs/digits
+wheel: $(INSTALLED)  ## Build the wheel, install it afresh and train two steps from another folder
+	rm -rf $(WHEEL)
+	$(BIN)/python -m build --wheel --outdir=$(WHEEL) .
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/python -m pip install --quiet --no-compile $(WHEEL)/*.whl
+	mkdir $(WHEEL)/elsewhere
+	cd $(WHEEL)/elsewhere && ../venv/bin/flowdcn train --config=digits --workdir=run \
+		--config.train.num_steps=2 --config.model.width=32 --config.model.depth=1 \
+		--config.log.sample_every_steps=2 --config.sampling.num_images=4
+	cd $(WHEEL)/elsewhere && ../venv/bin/flowdcn sample --workdir=run --num_images=4 --num_steps=2
 
-$(INSTALLED): $(REQUIREMENTS)
+clean:  ## Remove the virtual environment, what was built and the demo's run
+	rm -rf $(VENV) build runs/digits
+
+$(INSTALLED): $(REQUIREMENTS) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $$($(PYTHON) --version) is too old; set PYTHON to Python 3.11 or later"; exit 1; }
 	$(PYTHON) -m venv $(VENV)

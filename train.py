@@ -1,30 +1,7 @@
-"""Trains a model: python train.py --config=configs/xl2.py --workdir=DIR [--config.KEY=VALUE ...]
-
-The same command goes on with a run that was stopped. Several hosts: the same command on each, with
---distributed (SLURM, Kubernetes and cloud TPUs are recognised; elsewhere name the three others).
-
-Exit status: 0 done; 2 bad input; 75 stopped as asked (SIGTERM, Ctrl-C), a checkpoint is saved.
-"""
-
-from absl import flags
+"""Trains a model: see flowdcn_jax/tools/train.py, which `flowdcn train` runs from any folder."""
 
 from flowdcn_jax import command
-from flowdcn_jax.config_flag import define_config_flag
-
-_CONFIG = define_config_flag(required=True)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run: checkpoints, metrics, grids.", required=True
-)
-command.define_distributed_flags()
-
-
-def main() -> int:
-    command.join_processes()
-    # Imported here so that --help and usage errors come at once.
-    from flowdcn_jax.training.loop import train
-
-    return 0 if train(_CONFIG.value, _WORKDIR.value) else command.STOPPED
-
+from flowdcn_jax.tools import train
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(train.main)

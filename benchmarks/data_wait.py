@@ -31,12 +31,12 @@ from benchmarks.random_latents import reader_rate, write_random_latents
 from benchmarks.steps import Step, stand_in, training_step
 from flowdcn_jax import command, config_flag, data
 from flowdcn_jax.command import file_to_write, write_json
+from flowdcn_jax.config import validate
 from flowdcn_jax.environment import describe_machine
 from flowdcn_jax.errors import UserError
+from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.training.loop import DEVICE_PREFETCH, on_devices
 from flowdcn_jax.training.metrics import Stopwatch
-from flowdcn_jax.training.sharding import make_mesh
-from flowdcn_jax.validation import validate
 
 _CONFIG = config_flag.define_config_flag(default="configs/xl2.py")
 _GPUS = flags.DEFINE_integer("gpus", 8, "GPUs whose demand the reader meets.", 1)
@@ -85,7 +85,7 @@ def _check_flags() -> ConfigDict:
         UserError: a value that cannot be used, or no GPU to run the step on.
     """
     config = _CONFIG.value.copy_and_resolve_references()
-    config.autoencoder.name = "none"
+    config.autoencoder.name = "preview"
     config.train.batch_size = _BATCH_SIZE.value
     validate(config, 1, 1)
     if _STEP_MS.value is None and jax.devices()[0].platform == "cpu":

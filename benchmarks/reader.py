@@ -17,10 +17,10 @@ from typing import Any
 from absl import flags
 
 from benchmarks.random_latents import reader_rate, write_random_latents
-from configs import default
 from flowdcn_jax import command
 from flowdcn_jax.autoencoders import PUBLISHED_DOWNSAMPLING
 from flowdcn_jax.command import file_to_write, numbers, write_json
+from flowdcn_jax.config import default_config
 from flowdcn_jax.data import make_source
 from flowdcn_jax.environment import describe_machine
 
@@ -58,7 +58,7 @@ def main() -> None:
 
 def _measure(size: int, threads: int, batch_size: int, folder: Path) -> dict[str, Any]:
     """The best of the runs."""
-    section = default.get_config().data
+    section = default_config().data
     section.update(data_dir=str(folder), image_size=size, random_flip=True)
     source = make_source(section)
     runs = [

@@ -26,9 +26,11 @@ from ml_collections import ConfigDict
 from benchmarks.memory import process_peak_bytes, program_bytes
 from flowdcn_jax import command, config_flag
 from flowdcn_jax.command import file_to_write, numbers, write_json
+from flowdcn_jax.config import validate
 from flowdcn_jax.environment import describe_machine
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.models import abstract_model, apply_model, random_params
+from flowdcn_jax.runs.sharding import batch_sharding, make_mesh, replicated
 from flowdcn_jax.sampling import (
     Settings,
     count_evaluations,
@@ -36,8 +38,6 @@ from flowdcn_jax.sampling import (
     labels_in_turn,
     make_generator,
 )
-from flowdcn_jax.training.sharding import batch_sharding, make_mesh, replicated
-from flowdcn_jax.validation import validate
 from pallas_kernels.timing import median_ms
 
 _CONFIG = config_flag.define_config_flag(default="configs/xl2.py")
@@ -85,7 +85,7 @@ def _check_flags() -> tuple[ConfigDict, list[list[Settings]], list[Mesh]]:
         UserError: a value that cannot be used.
     """
     config = _CONFIG.value.copy_and_resolve_references()
-    config.autoencoder.name = "none"
+    config.autoencoder.name = "preview"
     validate(config, 1, 1)
     settings = [
         [

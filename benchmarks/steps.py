@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flowdcn_jax.training.state import initial_state
+from flowdcn_jax.runs.state import initial_state
 from flowdcn_jax.training.step import make_train_step
 
 Step = Callable[[dict[str, jax.Array]], Any]  # of a batch on the devices; returns when it is done

@@ -13,9 +13,7 @@ XLA assigned them. "of the first" is images/s over those of the first row.
 """
 
 import functools
-import importlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,14 +27,14 @@ from tqdm import tqdm
 from benchmarks.memory import process_peak_bytes, program_bytes
 from flowdcn_jax import command
 from flowdcn_jax.command import file_to_write, write_json
+from flowdcn_jax.config import config_names, load_config, validate
 from flowdcn_jax.environment import describe_machine
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.models import parameter_count
 from flowdcn_jax.precision import compute_dtype
-from flowdcn_jax.training.sharding import batch_sharding, make_mesh
-from flowdcn_jax.training.state import abstract_state, initial_state
+from flowdcn_jax.runs.sharding import batch_sharding, make_mesh
+from flowdcn_jax.runs.state import abstract_state, initial_state
 from flowdcn_jax.training.step import make_train_step
-from flowdcn_jax.validation import validate
 from pallas_kernels.timing import median_ms, none_if_out_of_memory
 
 _MODELS = flags.DEFINE_list("models", ["b2", "sit_b2", "xl2", "sit_xl2"], "Configs of configs/.")
@@ -47,7 +45,6 @@ _RUNS = flags.DEFINE_integer("runs", 5, "Runs of each model, of which the median
 _STEPS = flags.DEFINE_integer("steps", 10, "Steps of a run; one run more warms up.", 1)
 _OUT = flags.DEFINE_string("out", None, "JSON file to write.")
 
-_CONFIGS = Path(__file__).parent.parent / "configs"
 _COLUMNS = "model | parameters (M) | batch a device | ms | images/s | GiB | of the first"
 
 
@@ -83,10 +80,9 @@ def _load_config(name: str, mesh: Mesh) -> ConfigDict:
     Raises:
         UserError: there is none, or it does not go with them.
     """
-    names = sorted(path.stem for path in _CONFIGS.glob("*.py") if path.stem[0] != "_")
-    if name not in names:
-        raise UserError(f"--models names {name!r}; expected some of {', '.join(names)}")
-    config = importlib.import_module(f"configs.{name}").get_config()
+    if name not in config_names():
+        raise UserError(f"--models names {name!r}; expected some of {', '.join(config_names())}")
+    config = load_config(name)
     config.data.image_size = _IMAGE_SIZE.value
     config.data.aspect_buckets.count = 0
     config.train.batch_size = _BATCH_SIZE.value * mesh.size

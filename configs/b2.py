@@ -5,10 +5,10 @@
 400k steps of 256 images: 1.2e19 FLOPs. The paper reports FID 28.5 and sFID 6.09 without guidance.
 """
 
-from configs import default
+from flowdcn_jax.config import default_config
 
 
 def get_config():
-    config = default.get_config()
+    config = default_config()
     config.model.update(width=768, depth=12, num_groups=12)
     return config

@@ -11,11 +11,11 @@ Of a thousand images, learnt by heart: 20k steps of 256. For VAR training cache 
 --aspect_buckets and add --config.data.aspect_buckets.count=10 --config.data.random_flip=False.
 """
 
-from configs import b2
+from flowdcn_jax.config import load_config
 
 
 def get_config():
-    config = b2.get_config()
+    config = load_config("b2")
     config.model.in_channels = 32
     config.autoencoder.name = "taef2"
     config.train.num_steps = 20_000

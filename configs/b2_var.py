@@ -9,11 +9,11 @@ VAR-B after 400k steps of 256 images, without guidance. That run also drew its t
 logit-normal distribution, as here; --config.flow.time_distribution=uniform turns that off.
 """
 
-from configs import b2
+from flowdcn_jax.config import load_config
 
 
 def get_config():
-    config = b2.get_config()
+    config = load_config("b2")
     config.data.aspect_buckets.count = 10
     config.data.random_flip = False
     config.flow.time_distribution = "logit_normal"

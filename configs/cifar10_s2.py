@@ -8,11 +8,11 @@ steps the loss is 0.165, and guidance 4 gives cars, horses, ships and trucks tha
 cats and frogs take longer (docs/cifar10_s2.md).
 """
 
-from configs import default
+from flowdcn_jax.config import default_config
 
 
 def get_config():
-    config = default.get_config()
+    config = default_config()
     config.model.update(in_channels=3, num_classes=10)
     config.data.update(name="cifar10", image_size=32)
     config.autoencoder.update(name="identity", downsampling=1)

@@ -6,11 +6,11 @@ Needs no data and no accelerator: 1.2 M parameters, 1500 steps of 64 images, thr
 CPU cores. The loss ends near 0.2, and guidance 2 gives digits that anyone can read.
 """
 
-from configs import default
+from flowdcn_jax.config import default_config
 
 
 def get_config():
-    config = default.get_config()
+    config = default_config()
     config.model.update(
         width=128, depth=4, num_groups=4, patch_size=4, in_channels=1, num_classes=10
     )

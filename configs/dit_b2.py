@@ -5,8 +5,8 @@
 The run of sit_b2.py under DiT's name: dit_s2.py says why.
 """
 
-from configs import sit_b2
+from flowdcn_jax.config import load_config
 
 
 def get_config():
-    return sit_b2.get_config()
+    return load_config("sit_b2")

@@ -8,8 +8,8 @@ own objective, noise prediction on a variance-preserving path. So do its publish
 have SiT's tensors, but converted with this config they would draw noise.
 """
 
-from configs import sit_s2
+from flowdcn_jax.config import load_config
 
 
 def get_config():
-    return sit_s2.get_config()
+    return load_config("sit_s2")

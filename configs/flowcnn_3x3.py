@@ -6,10 +6,10 @@
 of deformable ones; flowdcn_jax/models/flowcnn.py says in which form.
 """
 
-from configs import default
+from flowdcn_jax.config import default_config, model_config
 
 
 def get_config():
-    config = default.get_config()
-    config.model = default.flowcnn()
+    config = default_config()
+    config.model = model_config("flowcnn")
     return config

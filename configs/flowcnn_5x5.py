@@ -6,10 +6,10 @@
 of deformable ones; flowdcn_jax/models/flowcnn.py says in which form.
 """
 
-from configs import flowcnn_3x3
+from flowdcn_jax.config import load_config
 
 
 def get_config():
-    config = flowcnn_3x3.get_config()
+    config = load_config("flowcnn_3x3")
     config.model.kernel_size = 5
     return config

@@ -7,8 +7,8 @@ of cifar10_s2.py, which has as many tokens (docs/cifar10_s2.md). The paper repor
 8.8 without guidance.
 """
 
-from configs import default
+from flowdcn_jax.config import default_config
 
 
 def get_config():
-    return default.get_config()
+    return default_config()

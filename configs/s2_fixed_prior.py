@@ -6,10 +6,10 @@
 where they start, and only what each token predicts moves them.
 """
 
-from configs import s2
+from flowdcn_jax.config import load_config
 
 
 def get_config():
-    config = s2.get_config()
+    config = load_config("s2")
     config.model.update(learn_scale_prior=False)
     return config

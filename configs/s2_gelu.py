@@ -6,10 +6,10 @@
 width 4d with biases.
 """
 
-from configs import s2
+from flowdcn_jax.config import load_config
 
 
 def get_config():
-    config = s2.get_config()
+    config = load_config("s2")
     config.model.update(mlp="gelu")
     return config

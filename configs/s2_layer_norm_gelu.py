@@ -6,10 +6,10 @@
 deformable convolution in the place of attention, under FlowDCN's initial values.
 """
 
-from configs import s2
+from flowdcn_jax.config import load_config
 
 
 def get_config():
-    config = s2.get_config()
+    config = load_config("s2")
     config.model.update(norm="layer_norm", mlp="gelu")
     return config

@@ -7,10 +7,10 @@ a radius of half of max_scale, 3 tokens. With --config.model.learn_scale_prior=F
 prior at all.
 """
 
-from configs import s2
+from flowdcn_jax.config import load_config
 
 
 def get_config():
-    config = s2.get_config()
+    config = load_config("s2")
     config.model.update(scale_prior="single_scale")
     return config

@@ -5,10 +5,10 @@
 400k steps of 256 images: 1.4e19 FLOPs.
 """
 
-from configs import sit_s2
+from flowdcn_jax.config import load_config
 
 
 def get_config():
-    config = sit_s2.get_config()
+    config = load_config("sit_s2")
     config.model.update(width=768, depth=12, num_heads=12)
     return config

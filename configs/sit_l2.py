@@ -5,10 +5,10 @@
 400k steps of 256 images: 5.0e19 FLOPs.
 """
 
-from configs import sit_s2
+from flowdcn_jax.config import load_config
 
 
 def get_config():
-    config = sit_s2.get_config()
+    config = load_config("sit_s2")
     config.model.update(width=1024, depth=24, num_heads=16)
     return config

@@ -6,10 +6,10 @@
 the same sizes and under the same objective.
 """
 
-from configs import default
+from flowdcn_jax.config import default_config, model_config
 
 
 def get_config():
-    config = default.get_config()
-    config.model = default.sit()
+    config = default_config()
+    config.model = model_config("sit")
     return config

@@ -7,10 +7,10 @@ FlowDCN-S/2 are left attention against the deformable convolution, the position 
 initial values.
 """
 
-from configs import sit_s2
+from flowdcn_jax.config import load_config
 
 
 def get_config():
-    config = sit_s2.get_config()
+    config = load_config("sit_s2")
     config.model.update(norm="rms_norm", mlp="swiglu")
     return config

@@ -6,11 +6,11 @@
 1.375.
 """
 
-from configs import default
+from flowdcn_jax.config import default_config
 
 
 def get_config():
-    config = default.get_config()
+    config = default_config()
     config.model.update(width=1152, depth=28, num_groups=16)
     config.train.num_steps = 2_000_000
     return config

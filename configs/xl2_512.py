@@ -10,11 +10,11 @@
 pass to fit larger batches.
 """
 
-from configs import xl2
+from flowdcn_jax.config import load_config
 
 
 def get_config():
-    config = xl2.get_config()
+    config = load_config("xl2")
     config.model.remat = True
     config.data.image_size = 512
     config.train.num_steps = 100_000

@@ -7,7 +7,8 @@ reading and compiling anew, for `model = load_trained(workdir)`. `load_model(wor
 network and the config. All are `flowdcn_jax.sampling`'s.
 """
 
-__version__ = "0.1.0"
+from flowdcn_jax.version import __version__ as __version__
+
 __all__ = ["generate", "load_model", "load_trained"]
 
 

@@ -30,8 +30,12 @@ def run(main: Callable[[], int | None]) -> None:
     """Parses the flags, calls `main` and ends the process with what it returns (None: 0).
 
     What the user can mend, in the flags or raised by `main` as a UserError, becomes one line and
-    the status BAD_INPUT.
+    the status BAD_INPUT. --help shows the docstring and the flags of the module of `main`.
     """
+    module = sys.modules[main.__module__]
+    for flag in flags.FLAGS.get_key_flags_for_module(module):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # where --help looks
+    sys.modules["__main__"].__doc__ = module.__doc__
 
     def guarded(argv: list[str]) -> int | None:
         if not flags.FLAGS["verbosity"].present:

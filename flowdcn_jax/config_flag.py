@@ -1,6 +1,10 @@
 """The --config flag of commands: one line in place of the traceback of what it cannot read."""
 
+import contextlib
+import sys
 import traceback
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -19,8 +23,8 @@ def define_config_flag(*, default: str | None = None, required: bool = False) ->
     holder = config_flags.DEFINE_config_file(
         _NAME,
         default,
-        help_string="A file such as configs/s2.py. configs/default.py lists every key with its "
-        "default and unit; --config.KEY=VALUE sets any of them.",
+        help_string="A file such as configs/s2.py, or the name of one of the project's own, such "
+        "as s2. docs/config.md lists every key; --config.KEY=VALUE sets any of them.",
         lock_config=True,
     )
     if required:
@@ -36,7 +40,9 @@ def parse_flags(argv: list[str]) -> list[str]:
             the config, or if the file does not load.
     """
     try:
-        remaining = flags.FLAGS(argv)
+        argv, folder = _with_path(argv)
+        with _importable(folder):
+            remaining = flags.FLAGS(argv)
     except Exception as error:
         message = _where_in_file(error)
         if message is not None:
@@ -57,7 +63,43 @@ def parse_flags(argv: list[str]) -> list[str]:
             f"--{_NAME}={flag.config_filename} cannot be loaded; expected a file such as "
             "configs/s2.py, with a get_config() that returns a ConfigDict"
         )
+    if flag is not None and flag.present:
+        from flowdcn_jax.config import modernise  # not for commands without a config: it is heavy
+
+        modernise(flag.value)
     return remaining
+
+
+def _with_path(argv: list[str]) -> tuple[list[str], str | None]:
+    """(argv with the file in place of the name of one of the project's own configs, its folder)."""
+    for place, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag != f"--{_NAME}":
+            continue
+        if not equals and place + 1 < len(argv):
+            argv = [*argv[:place], f"{flag}={argv[place + 1]}", *argv[place + 2 :]]
+            return _with_path(argv)
+        if "." not in value and "/" not in value:
+            from flowdcn_jax.config import config_names, configs_folder  # heavy
+
+            if value in config_names():
+                value = f"{configs_folder() / value}.py"
+        folder = str(Path(value).absolute().parent)
+        return [*argv[:place], f"{flag}={value}", *argv[place + 1 :]], folder
+    return argv, None
+
+
+@contextlib.contextmanager
+def _importable(folder: str | None) -> Iterator[None]:
+    """A config file may import the modules that lie beside it, wherever it is."""
+    if folder is None:
+        yield
+        return
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def overrides() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.extend import backend
 
-from flowdcn_jax import __version__
+from flowdcn_jax.version import __version__
 
 PACKAGES = (
     "jax",

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+DTYPES = ("auto", "float32", "bfloat16")  # what a config may name
+
 
 def compute_dtype(name: str):
     """The compute dtype that a config's "auto", "float32" or "bfloat16" stands for.

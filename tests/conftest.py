@@ -66,21 +66,6 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_device_runs():
-    """Training in this process uses one of the eight devices: for tests of something else."""
-    from flowdcn_jax.training import loop
-    from flowdcn_jax.training.sharding import make_mesh
-
-    def one_device(*sizes):
-        make_mesh(*sizes)  # for its errors
-        return make_mesh(devices=jax.devices()[:1])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_mesh", one_device)
-        yield
-
-
-@pytest.fixture(scope="module")
 def quick_compilation():
     """Halves the time to compile, for tests that hardly run what they compile."""
     with compilation.quick():

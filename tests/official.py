@@ -1,16 +1,16 @@
 """The authors' tiny models of the golden fixtures, as configs and parameters of this project."""
 
-import importlib
 import json
 from pathlib import Path
 
 import ml_collections
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 from safetensors.numpy import save_file
 
+from flowdcn_jax.config import load_config
 from flowdcn_jax.models.flowdcn import FlowDCN
-from flowdcn_jax.published_weights.names import official_tensors, put
+from flowdcn_jax.published_weights.names import official_tensors
 
 
 def build(config: ml_collections.ConfigDict, dtype) -> tuple:
@@ -25,7 +25,7 @@ def run_config(fixture: dict) -> ml_collections.ConfigDict:
     """A whole config for the tiny official model of a fixture, FlowDCN or SiT."""
     sizes = json.loads(str(fixture["config"]))
     is_sit = "num_heads" in sizes
-    config = importlib.import_module("configs.sit_s2" if is_sit else "configs.s2").get_config()
+    config = load_config("sit_s2" if is_sit else "s2")
     config.model.update(
         width=sizes["hidden_size"],
         depth=sizes["depth" if is_sit else "num_blocks"],
@@ -55,12 +55,11 @@ def state_dict(fixture: dict, prefix: str = "param/") -> dict[str, np.ndarray]:
 
 def to_tree(fixture: dict, prefix: str = "param/") -> dict:
     """The fixture's arrays under `prefix` as this project's nested dict of parameters."""
-    params: dict = {}
     arrays = state_dict(fixture, prefix)
-    for name, tensor in official_tensors(model_config(fixture), tokens_per_side=8).items():
-        if tensor.path is not None:
-            put(params, tensor.path, tensor.to_ours(arrays[name]))
-    return params
+    tensors = official_tensors(model_config(fixture), tokens_per_side=8)
+    return traverse_util.unflatten_dict(
+        {t.path: t.to_ours(arrays[name]) for name, t in tensors.items() if t.path is not None}
+    )
 
 
 def nhwc(x: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.random_autoencoder import random_kl
 from benchmarks.steps import training_step
 from flowdcn_jax.autoencoders import kl
-from flowdcn_jax.training.sharding import make_mesh
+from flowdcn_jax.runs.sharding import make_mesh
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -11,18 +11,17 @@ from flowdcn_jax import sampling
 from flowdcn_jax.autoencoders import WeightsNotFoundError
 from flowdcn_jax.errors import ConfigError, UserError
 from flowdcn_jax.images import read_metadata
-from flowdcn_jax.training import loop
-from flowdcn_jax.training.checkpoint import CheckpointError
+from flowdcn_jax.runs.checkpoint import CheckpointError
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device_runs")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A workdir with a finished tiny run."""
     workdir = tmp_path_factory.mktemp("trained")
-    loop.train(tiny.config(), str(workdir))
+    tiny.train(tiny.config(), workdir)
     return workdir
 
 
@@ -65,7 +64,7 @@ def trained(tmp_path_factory):
         ),
         (
             dict(data__name="mnist"),
-            "data.name is 'mnist'; expected one of cifar10, digits, imagenet",
+            "data.name is 'mnist'; expected one of cifar10, digits, latents",
         ),
         (dict(data__random_flip=True), "digits are never flipped"),
         (
@@ -88,16 +87,16 @@ def trained(tmp_path_factory):
 def test_bad_configs_are_refused_before_anything_is_written(tmp_path, overrides, message):
     workdir = tmp_path / "run"
     with pytest.raises(UserError, match=message):
-        loop.train(tiny.config(**overrides), str(workdir))
+        tiny.train(tiny.config(**overrides), workdir)
     assert not workdir.exists()
 
 
-@pytest.mark.parametrize("name", ["cifar10", "imagenet_latents"])
+@pytest.mark.parametrize("name", ["cifar10", "latents"])
 def test_a_missing_data_set_names_what_prepares_it(tmp_path, name):
     config = tiny.config(data__name=name, data__data_dir=str(tmp_path / "none"))
     config.data.image_size = 32
     with pytest.raises(FileNotFoundError, match="prepare_data --dataset=cifar10|cache_latents"):
-        loop.train(config, str(tmp_path / "run"))
+        tiny.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -105,7 +104,7 @@ def test_a_workdir_of_another_run_is_refused_and_left_alone(trained):
     before = tiny.files(trained)
     config = tiny.config(model__width=32, train__batch_size=8, seed=3, flow__label_dropout=0.2)
     with pytest.raises(ConfigError) as caught:
-        loop.train(config, str(trained))
+        tiny.train(config, trained)
     for part in (
         "config.model.width: 16 -> 32",
         "train.batch_size: 16 -> 8",
@@ -118,7 +117,7 @@ def test_a_workdir_of_another_run_is_refused_and_left_alone(trained):
 
 def test_what_may_change_may_change(trained):
     config = tiny.config(model__remat=True, data__num_threads=1, optimizer__learning_rate=1e-3)
-    loop.train(config, str(trained))
+    tiny.train(config, trained)
 
 
 TRAIN = ("train.py", "--workdir=x", "--config=configs/digits.py")
@@ -269,7 +268,7 @@ def test_reading_weights_would_be_noticed(without_weights, tmp_path):
 def test_a_workdir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match="file cannot be made a folder"):
-        loop.train(tiny.config(), str(tmp_path / "file"))
+        tiny.train(tiny.config(), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from flowdcn_jax import data, models
-from flowdcn_jax.training.sharding import make_mesh
-from flowdcn_jax.training.state import initial_state
+from flowdcn_jax.runs.sharding import make_mesh
+from flowdcn_jax.runs.state import initial_state
 from flowdcn_jax.training.step import make_train_step
 from pallas_kernels.deformable_conv import deformable_aggregate
 from tests import official, tiny

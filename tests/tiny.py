@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from configs import default, digits
-from flowdcn_jax.training import checkpoint
+import jax
+
+from flowdcn_jax.config import load_config, model_config
+from flowdcn_jax.runs import checkpoint
+from flowdcn_jax.sampling import grid_drawer
+from flowdcn_jax.training import loop
+from tests import forked
 
 REPOSITORY = Path(__file__).parent.parent
-
-CONFIGS = sorted(path.stem for path in REPOSITORY.glob("configs/*.py") if path.stem[0] != "_")
 
 OVERRIDES = {
     "model.width": 16,
@@ -33,13 +36,13 @@ OVERRIDES = {
 
 # config.model of the other models, of the same size.
 _SMALL = dict(width=16, depth=1, in_channels=1, num_classes=10, dtype="float32")
-SIT = default.sit() | _SMALL | dict(num_heads=2)
-FLOWCNN = default.flowcnn() | _SMALL | dict(num_groups=2)
+SIT = model_config("sit") | _SMALL | dict(num_heads=2)
+FLOWCNN = model_config("flowcnn") | _SMALL | dict(num_groups=2)
 
 
 def config(**overrides):
     """The tiny config; keys such as model__width=32 override config.model.width."""
-    result = digits.get_config()
+    result = load_config("digits")
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
     for key, value in (OVERRIDES | dotted).items():
         *sections, name = key.split(".")
@@ -48,6 +51,12 @@ def config(**overrides):
             node = node[section]
         node[name] = value
     return result
+
+
+def train(config, workdir, *, one_device: bool = True, **options) -> bool:
+    """Trains in this process, on one of its virtual devices or on all of them."""
+    devices = jax.devices()[:1] if one_device else None
+    return loop.train(config, str(workdir), grid_drawer, devices=devices, **options)
 
 
 def manifest(name="sd_vae", *, scale=0.18215, shift=0.0, weights_sha256=None, **settings):
@@ -98,7 +107,9 @@ def free_port() -> int:
 
 
 def run(command: list[str], num_devices: int = 1) -> tuple[int, str]:
-    return finish(start(command, num_devices))
+    """(exit code, everything printed) of a command that begins with the interpreter."""
+    assert command[0] == sys.executable
+    return forked.run(command[1:], num_devices=num_devices)
 
 
 def metrics(workdir) -> list[dict]:

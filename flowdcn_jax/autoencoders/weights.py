@@ -72,8 +72,7 @@ def read_tensors(files: Mapping[str, Path]) -> tuple[dict[str, np.ndarray], str]
             ) from error
         tensors |= {prefix + name: tensor for name, tensor in content.items()}
         with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)  # goes on with the files before
     return tensors, digest.hexdigest()
 
 
@@ -109,6 +108,12 @@ def check_config(config: Mapping, expected: Mapping, source: str) -> None:
             raise AutoencoderError(
                 f"config.json of {source} says {key}={config[key]!r}; expected {value!r}"
             )
+
+
+def tensor_name(path: tuple) -> str:
+    """What PyTorch calls the parameter at `path`, with the publisher's names of modules."""
+    leaf = {"kernel": "weight", "scale": "weight"}.get(path[-1], path[-1])
+    return ".".join(map(str, (*path[:-1], leaf)))
 
 
 def place_tensors(

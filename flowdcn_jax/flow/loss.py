@@ -27,17 +27,20 @@ def draw(key: Array, shape: tuple[int, ...], *, time_distribution: str, label_dr
     )
 
 
-def velocity_loss(velocity_fn, data: Array, label: Array, draws: Draws, *, null_class: int):
+def velocity_loss(
+    params, data: Array, label: Array, draws: Draws, *, velocity_fn, null_class: int
+) -> Array:
     """Mean squared error of the velocity over batch, space and channels (a float32 scalar).
 
     Args:
-        velocity_fn: (x_t [B,H,W,C], t [B], y [B]) -> velocity [B,H,W,C].
+        params: what is differentiated; `velocity_fn` takes it.
         data: x at t=1, [B,H,W,C] float32.
         label: [B] integers.
         draws: see `draw`.
+        velocity_fn: (params, x_t [B,H,W,C], t [B], y [B]) -> velocity [B,H,W,C].
         null_class: the label that stands for "no class".
     """
     y = jnp.where(draws.drop_label, null_class, label)
     x_t = path.interpolate(draws.noise, data, draws.t)
-    error = velocity_fn(x_t, draws.t, y) - path.target_velocity(draws.noise, data)
+    error = velocity_fn(params, x_t, draws.t, y) - path.target_velocity(draws.noise, data)
     return jnp.mean(jnp.square(error.astype(jnp.float32)))

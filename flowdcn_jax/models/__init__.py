@@ -1,44 +1,75 @@
 """Velocity networks, built by name from `config.model`."""
 
-import inspect
+import functools
+from typing import NamedTuple
 
 import jax
 from flax import nnx
 
-from flowdcn_jax.models import layers
-from flowdcn_jax.models.flowcnn import FlowCNN
-from flowdcn_jax.models.flowdcn import FlowDCN, MultiscaleDeformableConv
-from flowdcn_jax.models.sit import SiT
-from flowdcn_jax.precision import compute_dtype
+from flowdcn_jax.errors import ConfigError
+from flowdcn_jax.models.flowcnn import FlowCNN, FlowCNNOptions
+from flowdcn_jax.models.flowdcn import FlowDCN, FlowDCNOptions
+from flowdcn_jax.models.sit import SiT, SiTOptions
+from flowdcn_jax.models.velocity_network import NetworkOptions, VelocityNetwork
+from flowdcn_jax.options import options_of
 
-MODELS = {"flowdcn": FlowDCN, "flowcnn": FlowCNN, "sit": SiT}
+
+class Model(NamedTuple):
+    """A network, and the keys of config.model that it has beside `name`."""
+
+    network: type[VelocityNetwork]
+    options: type[NetworkOptions]
 
 
-def model_options(name: str) -> dict:
-    """The keys of config.model for the model `name` -> its default; None where it has none.
+MODELS = {
+    "flowdcn": Model(FlowDCN, FlowDCNOptions),
+    "flowcnn": Model(FlowCNN, FlowCNNOptions),
+    "sit": Model(SiT, SiTOptions),
+}
 
-    A default is the published model, for configs saved before the option was there.
+
+def find_model(name: str) -> Model:
+    """MODELS[name].
 
     Raises:
-        ValueError: `name` is not a known model.
+        flowdcn_jax.errors.ConfigError: there is none; the message lists those there are.
     """
-    constructor = layers.choose("config.model.name", name, MODELS).__init__
-    return {"name": None} | {
-        key: None if parameter.default is parameter.empty else parameter.default
-        for key, parameter in inspect.signature(constructor).parameters.items()
-        if key not in ("self", "rngs")
-    }
+    if name not in MODELS:
+        raise ConfigError(
+            f"config.model.name is {name!r}; expected one of {', '.join(sorted(MODELS))}"
+        )
+    return MODELS[name]
 
 
-def build_model(config, *, rngs: nnx.Rngs) -> nnx.Module:
+def read_options(config) -> NetworkOptions:
+    """`config` (config.model) as the options of the model that it names.
+
+    An option that it lacks is the published model's: it was saved before the option was there.
+
+    Raises:
+        flowdcn_jax.errors.ConfigError: an unknown model, a key that the model does not have, or a
+            value that does not fit.
+    """
+    kind = find_model(config["name"]).options
+    values = {key: value for key, value in config.items() if key != "name"}
+    known = options_of(kind)
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(
+                f"config.model.{key} is {value!r}; expected no such key, for the model "
+                f"{config['name']!r} has {', '.join(sorted(known))}. Start from one of its own "
+                "configs"
+            )
+    return kind(**values)
+
+
+def build_model(config, *, rngs: nnx.Rngs) -> VelocityNetwork:
     """The module that `config` (config.model) describes, called as model(x, t, y) -> velocity.
 
     Raises:
-        ValueError: `config.name` is not a known model.
+        flowdcn_jax.errors.ConfigError: see `read_options`.
     """
-    make_model = layers.choose("config.model.name", config.name, MODELS)
-    options = {key: value for key, value in config.items() if key not in ("name", "dtype")}
-    return make_model(**options, dtype=compute_dtype(config.dtype), rngs=rngs)
+    return find_model(config["name"]).network(read_options(config), rngs=rngs)
 
 
 def abstract_model(config):
@@ -46,7 +77,7 @@ def abstract_model(config):
 
     Parameters travel through the project as plain nested dicts; `apply_model` puts them back.
     """
-    graphdef, state = nnx.split(_shapes_only(config))
+    graphdef, state = nnx.split(_shapes_only(config["name"], read_options(config)))
     return graphdef, nnx.to_pure_dict(state)
 
 
@@ -83,8 +114,7 @@ def apply_model(graphdef, params: dict, x, t, y, max_scale_factor=None) -> jax.A
 
 def takes_max_scale_factor(config) -> bool:
     """Whether the model has deformable blocks, whose reach can be changed when it is called."""
-    modules = (module for _, module in nnx.iter_modules(_shapes_only(config)))
-    return any(isinstance(module, MultiscaleDeformableConv) for module in modules)
+    return find_model(config["name"]).network.takes_max_scale_factor
 
 
 def parameter_count(params) -> int:
@@ -94,8 +124,10 @@ def parameter_count(params) -> int:
 
 def forward_macs(config, height: int, width: int) -> int:
     """Multiply-adds of one forward pass over a height x width input (latent pixels)."""
-    return _shapes_only(config).forward_macs(height, width)
+    return _shapes_only(config["name"], read_options(config)).forward_macs(height, width)
 
 
-def _shapes_only(config) -> nnx.Module:
-    return nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
+@functools.cache  # seconds for XL/2, and a start of training asks several times
+def _shapes_only(name: str, options: NetworkOptions) -> VelocityNetwork:
+    network = find_model(name).network
+    return nnx.eval_shape(lambda: network(options, rngs=nnx.Rngs(0)))

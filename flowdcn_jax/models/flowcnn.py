@@ -7,34 +7,52 @@ the place of the deformable aggregation and of the Linears that steer it. Of the
 groups would take 45 M and 74 M, one of single channels would leave 29 M and next to no mixing.
 """
 
-import functools
+import dataclasses
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.models import layers
 from flowdcn_jax.models.flowdcn import FlowDCNBlock
-from flowdcn_jax.models.velocity_network import VelocityNetwork
+from flowdcn_jax.models.velocity_network import NetworkOptions, VelocityNetwork
+from flowdcn_jax.options import at_least, option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowCNNOptions(NetworkOptions):
+    """config.model of a FlowCNN."""
+
+    num_groups: int = option(6, "groups of the convolution; divides width", at_least(1), fixed=True)
+    kernel_size: int = option(3, "tokens a side of the kernel; odd", at_least(1), fixed=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._require_multiple("width", "num_groups")
+        if self.kernel_size % 2 == 0:
+            raise ConfigError(
+                f"config.model.kernel_size is {self.kernel_size}; expected an odd number"
+            )
 
 
 class GroupedConv(nnx.Module):
     """Linear, a convolution in which each group sees its own channels alone, Linear."""
 
-    def __init__(self, width: int, num_groups: int, *, kernel_size: int, dtype, rngs: nnx.Rngs):
+    def __init__(self, options: FlowCNNOptions, *, rngs: nnx.Rngs):
+        width, side, dtype = options.width, options.kernel_size, options.compute_dtype
         zeros = nnx.initializers.zeros_init()
-        fan_in = kernel_size**2 * (width // num_groups)
         self.values = layers.linear(width, width, bias_init=zeros, dtype=dtype, rngs=rngs)
         self.spatial = nnx.Conv(
             width,
             width,
-            (kernel_size, kernel_size),
-            feature_group_count=num_groups,
+            (side, side),
+            feature_group_count=options.num_groups,
             use_bias=False,  # the Linear after it has one
             dtype=dtype,
             param_dtype=jnp.float32,
             precision=layers.matmul_precision(dtype),
-            kernel_init=layers.uniform_fan_in(fan_in),
+            kernel_init=layers.uniform_fan_in(side**2 * (width // options.num_groups)),
             rngs=rngs,
         )
         self.out = layers.linear(width, width, bias_init=zeros, dtype=dtype, rngs=rngs)
@@ -45,41 +63,7 @@ class GroupedConv(nnx.Module):
 
 
 class FlowCNN(VelocityNetwork):
-    """FlowDCN's network with grouped convolutions.
+    """FlowDCN's network with grouped convolutions."""
 
-    Args:
-        num_groups: groups of the convolution, as many as FlowDCN's; they divide width.
-        kernel_size: side of the convolution's kernel, in tokens.
-        The others are FlowDCN's.
-    """
-
-    def __init__(
-        self,
-        *,
-        width: int,
-        depth: int,
-        num_groups: int,
-        kernel_size: int,
-        patch_size: int,
-        in_channels: int,
-        num_classes: int,
-        learn_sigma: bool,
-        dtype,
-        remat: bool,
-        rngs: nnx.Rngs,
-    ):
-        make_conv = functools.partial(GroupedConv, width, num_groups, kernel_size=kernel_size)
-        super().__init__(
-            lambda: FlowDCNBlock(
-                width, make_conv, norm="rms_norm", mlp="swiglu", dtype=dtype, rngs=rngs
-            ),
-            width=width,
-            depth=depth,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            num_classes=num_classes,
-            learn_sigma=learn_sigma,
-            dtype=dtype,
-            remat=remat,
-            rngs=rngs,
-        )
+    def make_block(self, options: FlowCNNOptions, *, rngs: nnx.Rngs) -> FlowDCNBlock:
+        return FlowDCNBlock(GroupedConv, options, norm="rms_norm", mlp="swiglu", rngs=rngs)

@@ -5,8 +5,7 @@ they lie is predicted by the token (directions and scales), so the receptive fie
 content and no position embedding is needed: any h x w works.
 """
 
-import functools
-from collections.abc import Callable
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +13,8 @@ from flax import nnx
 from jax import Array
 
 from flowdcn_jax.models import layers
-from flowdcn_jax.models.velocity_network import AdaLNBlock, VelocityNetwork
+from flowdcn_jax.models.velocity_network import AdaLNBlock, NetworkOptions, VelocityNetwork
+from flowdcn_jax.options import POSITIVE, at_least, one_of, option
 from pallas_kernels.deformable_conv import multiscale_deformable_aggregate
 
 SAMPLING_POINTS = 9  # K: a 3x3 grid
@@ -44,6 +44,44 @@ def single_scale_prior(num_groups: int) -> np.ndarray:
 SCALE_PRIORS = {"multiscale": initial_scale_prior, "single_scale": single_scale_prior}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowDCNOptions(NetworkOptions):
+    """config.model of a FlowDCN. The paper's ablations differ in the last four."""
+
+    num_groups: int = option(
+        6, "groups of the deformable convolution; divides width", at_least(1), fixed=True
+    )
+    boundary: str = option(
+        "zeros",
+        "how borders are sampled; truncate: as released weights were trained",
+        one_of("zeros", "truncate"),
+        fixed=True,
+    )
+    max_scale: float = option(
+        6.0, "S_max: largest radius of a sampling grid, tokens", POSITIVE, fixed=True
+    )
+    scale_prior: str = option(
+        "multiscale",
+        "multiscale: group g starts with the radius (g+1)/G of max_scale; single_scale: all with "
+        "half of it",
+        one_of(*SCALE_PRIORS),
+        fixed=True,
+    )
+    learn_scale_prior: bool = option(
+        True, "whether training changes the scale priors; if not, they are constants", fixed=True
+    )
+    norm: str = option(
+        "rms_norm", "layer_norm has no affine part", one_of(*layers.NORMS), fixed=True
+    )
+    mlp: str = option(
+        "swiglu", "gelu has a hidden width of 4*width, and biases", one_of(*layers.MLPS), fixed=True
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._require_multiple("width", "num_groups")
+
+
 class MultiscaleDeformableConv(nnx.Module):
     """Group-wise multiscale deformable convolution (paper section 3.2).
 
@@ -51,150 +89,69 @@ class MultiscaleDeformableConv(nnx.Module):
     and in float32 whatever the compute dtype: bfloat16 would move a coordinate of 31 by 0.1.
     """
 
-    def __init__(
-        self,
-        width: int,
-        num_groups: int,
-        *,
-        boundary: str,
-        max_scale: float,
-        scale_prior: str,
-        learn_scale_prior: bool,
-        dtype,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, options: FlowDCNOptions, *, rngs: nnx.Rngs):
+        self.options = options
+        width, points = options.width, options.num_groups * SAMPLING_POINTS
         zeros = nnx.initializers.zeros_init()
-        points = num_groups * SAMPLING_POINTS
-        self.num_groups = num_groups
-        self.boundary = boundary
-        self.max_scale = max_scale
-        options = dict(dtype=dtype, rngs=rngs)
-        self.values = layers.linear(width, width, bias_init=zeros, **options)
+        shared = dict(dtype=options.compute_dtype, rngs=rngs)
+        self.values = layers.linear(width, width, bias_init=zeros, **shared)
         self.directions = layers.linear(
-            width, 2 * points, kernel_init=zeros, bias_init=zeros, **options
+            width, 2 * points, kernel_init=zeros, bias_init=zeros, **shared
         )
-        self.scales = layers.linear(width, points, use_bias=False, kernel_init=zeros, **options)
-        self.weights = layers.linear(width, points, kernel_init=zeros, **options)
-        self.out = layers.linear(width, width, bias_init=zeros, **options)
-        self.initial_prior = layers.choose("scale_prior", scale_prior, SCALE_PRIORS)
-        prior = self.initial_prior(num_groups)
-        self.scale_prior = nnx.Param(jnp.asarray(prior)) if learn_scale_prior else None
+        self.scales = layers.linear(width, points, use_bias=False, kernel_init=zeros, **shared)
+        self.weights = layers.linear(width, points, kernel_init=zeros, **shared)
+        self.out = layers.linear(width, width, bias_init=zeros, **shared)
+        prior = jnp.asarray(SCALE_PRIORS[options.scale_prior](options.num_groups))
+        self.scale_prior = nnx.Param(prior) if options.learn_scale_prior else None
 
     def __call__(self, x: Array, max_scale_factor: Array | None = None) -> Array:
         """x [B,h,w,d] -> [B,h,w,d]; max_scale is multiplied by max_scale_factor [2], (x, y)."""
+        options = self.options
         batch, h, w, width = x.shape
-        points = (batch, h, w, self.num_groups, SAMPLING_POINTS)
-        values = self.values(x).reshape(batch, h, w, self.num_groups, width // self.num_groups)
-        prior = self.initial_prior(self.num_groups)
+        points = (batch, h, w, options.num_groups, SAMPLING_POINTS)
+        values = self.values(x).reshape(*points[:-1], width // options.num_groups)
+        if self.scale_prior is None:
+            scale_prior = jnp.asarray(SCALE_PRIORS[options.scale_prior](options.num_groups))
+        else:
+            scale_prior = self.scale_prior[...]
         aggregated = multiscale_deformable_aggregate(
             values,
             self.directions(x).reshape(*points, 2),
             self.scales(x).reshape(points),
             self.weights(x).reshape(points),
-            jnp.asarray(prior) if self.scale_prior is None else self.scale_prior[...],
+            scale_prior,
             direction_prior=direction_prior(),
-            max_scale=self.max_scale * (1.0 if max_scale_factor is None else max_scale_factor),
-            boundary=self.boundary,
+            max_scale=options.max_scale * (1.0 if max_scale_factor is None else max_scale_factor),
+            boundary=options.boundary,
         )
         return self.out(aggregated.reshape(x.shape))
 
 
 class FlowDCNBlock(AdaLNBlock):
-    """Tokens are mixed by a convolution, which `make_conv(dtype=, rngs=)` makes."""
+    """Tokens are mixed by a convolution, which `make_conv(options, rngs=)` makes."""
+
+    mixer = "conv"
 
     def __init__(
-        self, width: int, make_conv: Callable, *, norm: str, mlp: str, dtype, rngs: nnx.Rngs
+        self, make_conv: type[nnx.Module], options: NetworkOptions, *, norm: str, mlp: str, rngs
     ):
-        options = dict(dtype=dtype, rngs=rngs)
-        make_norm = layers.choose("norm", norm, layers.NORMS)
-        make_mlp = layers.choose("mlp", mlp, layers.MLPS)
-        self.norm1 = make_norm(width, **options)
-        self.conv = make_conv(**options)
-        self.norm2 = make_norm(width, **options)
-        self.mlp = make_mlp(width, **options)
-        self.modulation = layers.linear(width, 6 * width, **options)
-
-    def mix(self, x: Array, *options) -> Array:
-        return self.conv(x, *options)
+        width, shared = options.width, dict(dtype=options.compute_dtype, rngs=rngs)
+        self.norm1 = layers.NORMS[norm](width, **shared)
+        self.conv = make_conv(options, rngs=rngs)
+        self.norm2 = layers.NORMS[norm](width, **shared)
+        self.mlp = layers.MLPS[mlp](width, **shared)
+        self.modulation = layers.linear(width, 6 * width, **shared)
 
 
 class FlowDCN(VelocityNetwork):
-    """The velocity network of the paper; the options that have defaults are its ablations.
+    """The velocity network of the paper.
 
     `forward_macs` leaves out the sampling itself (4 * K * d a token), as the paper's figures do.
-
-    Args:
-        width: d, channels of a token; a multiple of num_groups.
-        depth: number of blocks.
-        num_groups: G, groups of the deformable convolution.
-        patch_size: p, side of a token's patch.
-        in_channels: channels of the input, and of the velocity.
-        num_classes: labels are 0 .. num_classes - 1; the label `num_classes` means "no class".
-        learn_sigma: predict 2 * in_channels and use the first half, as the released weights do.
-        boundary: "zeros" (textbook) or "truncate" (what the released weights were trained with).
-        max_scale: S_max, the largest radius of a sampling grid, in tokens.
-        dtype: compute dtype; parameters are float32.
-        remat: recompute each block in the backward pass instead of keeping its activations.
-        rngs: source of the initial values.
-        norm: "rms_norm", or "layer_norm" (without an affine part).
-        mlp: "swiglu", or "gelu" (hidden width 4d, with biases).
-        scale_prior: "multiscale" (group g starts with the radius (g+1)/G of max_scale), or
-            "single_scale" (every group starts with half of max_scale).
-        learn_scale_prior: whether training changes the scale priors; if not, they are constants.
     """
 
-    def __init__(
-        self,
-        *,
-        width: int,
-        depth: int,
-        num_groups: int,
-        patch_size: int,
-        in_channels: int,
-        num_classes: int,
-        learn_sigma: bool,
-        boundary: str,
-        max_scale: float,
-        dtype,
-        remat: bool,
-        rngs: nnx.Rngs,
-        norm: str = "rms_norm",
-        mlp: str = "swiglu",
-        scale_prior: str = "multiscale",
-        learn_scale_prior: bool = True,
-    ):
-        make_conv = functools.partial(
-            MultiscaleDeformableConv,
-            width,
-            num_groups,
-            boundary=boundary,
-            max_scale=max_scale,
-            scale_prior=scale_prior,
-            learn_scale_prior=learn_scale_prior,
+    takes_max_scale_factor = True
+
+    def make_block(self, options: FlowDCNOptions, *, rngs: nnx.Rngs) -> FlowDCNBlock:
+        return FlowDCNBlock(
+            MultiscaleDeformableConv, options, norm=options.norm, mlp=options.mlp, rngs=rngs
         )
-        super().__init__(
-            lambda: FlowDCNBlock(width, make_conv, norm=norm, mlp=mlp, dtype=dtype, rngs=rngs),
-            width=width,
-            depth=depth,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            num_classes=num_classes,
-            learn_sigma=learn_sigma,
-            dtype=dtype,
-            remat=remat,
-            rngs=rngs,
-        )
-
-    def __call__(
-        self, x: Array, t: Array, y: Array, max_scale_factor: Array | None = None
-    ) -> Array:
-        """Velocity [B,H,W,C] (float32) at x [B,H,W,C], time t [B] in [0,1], class y [B] (integers).
-
-        max_scale_factor [depth,2] multiplies max_scale in each block along x and y: see
-        `flowdcn_jax.models.resolution`.
-
-        Raises:
-            ValueError: a shape that does not fit, or a side that the patch size does not divide.
-        """
-        factors = [None] * len(self.blocks) if max_scale_factor is None else max_scale_factor
-        return self.velocity(x, t, y, [(factor,) for factor in factors])

@@ -18,17 +18,6 @@ TIMESTEP_FREQUENCIES = 128  # pairs of (cos, sin): 256 features
 TIMESTEP_MAX_PERIOD = 10_000.0
 
 
-def choose(option: str, name: str, registry: dict):
-    """registry[name].
-
-    Raises:
-        ValueError: no such name; the message lists the choices.
-    """
-    if name not in registry:
-        raise ValueError(f"{option} is {name!r}; expected one of {', '.join(sorted(registry))}")
-    return registry[name]
-
-
 def uniform_fan_in(fan_in: int):
     """PyTorch's default for a Linear's weight and bias: uniform in +-1/sqrt(fan_in)."""
     bound = 1.0 / math.sqrt(fan_in)

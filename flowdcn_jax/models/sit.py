@@ -4,18 +4,44 @@ Sequences are kept as grids [B,h,w,d], as everywhere here. Positions are told by
 integer coordinates, so any h x w works; sizes beyond those of training are extrapolated.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 
+from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.models import layers
-from flowdcn_jax.models.velocity_network import AdaLNBlock, VelocityNetwork
+from flowdcn_jax.models.velocity_network import AdaLNBlock, NetworkOptions, VelocityNetwork
+from flowdcn_jax.options import at_least, one_of, option
 from pallas_kernels.devices import why_no_nvidia_kernels
 
 POSITION_MAX_PERIOD = 10_000.0
 CUDNN_MAX_HEAD_DIM = 128  # of cuDNN's fused attention on every GPU since Ampere
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiTOptions(NetworkOptions):
+    """config.model of a SiT or DiT; with rms_norm and swiglu it is the paper's SiT+."""
+
+    num_heads: int = option(6, "heads of the attention; divides width", at_least(1), fixed=True)
+    norm: str = option(
+        "layer_norm", "layer_norm has no affine part", one_of(*layers.NORMS), fixed=True
+    )
+    mlp: str = option(
+        "gelu", "gelu has a hidden width of 4*width, and biases", one_of(*layers.MLPS), fixed=True
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._require_multiple("width", "num_heads")
+        if self.width % 4:
+            raise ConfigError(
+                f"config.model.width is {self.width}; expected a multiple of 4, for the position "
+                "embedding"
+            )
 
 
 def position_embedding(h: int, w: int, width: int) -> np.ndarray:
@@ -82,70 +108,28 @@ class Attention(nnx.Module):
 class SiTBlock(AdaLNBlock):
     """Tokens are mixed by attention; the modulation starts at zero: the block changes nothing."""
 
-    def __init__(self, width: int, num_heads: int, *, norm: str, mlp: str, dtype, rngs: nnx.Rngs):
-        zeros = nnx.initializers.zeros_init()
-        options = dict(dtype=dtype, rngs=rngs)
-        make_norm = layers.choose("norm", norm, layers.NORMS)
-        make_mlp = layers.choose("mlp", mlp, layers.MLPS)
-        self.norm1 = make_norm(width, **options)
-        self.attention = Attention(width, num_heads, **options)
-        self.norm2 = make_norm(width, **options)
-        self.mlp = make_mlp(width, linear=layers.xavier_linear, **options)
-        self.modulation = layers.linear(
-            width, 6 * width, kernel_init=zeros, bias_init=zeros, **options
-        )
+    mixer = "attention"
 
-    def mix(self, x: Array) -> Array:
-        return self.attention(x)
+    def __init__(self, options: SiTOptions, *, rngs: nnx.Rngs):
+        zeros = nnx.initializers.zeros_init()
+        width, shared = options.width, dict(dtype=options.compute_dtype, rngs=rngs)
+        self.norm1 = layers.NORMS[options.norm](width, **shared)
+        self.attention = Attention(width, options.num_heads, **shared)
+        self.norm2 = layers.NORMS[options.norm](width, **shared)
+        self.mlp = layers.MLPS[options.mlp](width, linear=layers.xavier_linear, **shared)
+        self.modulation = layers.linear(
+            width, 6 * width, kernel_init=zeros, bias_init=zeros, **shared
+        )
 
 
 class SiT(VelocityNetwork):
-    """SiT with adaLN-zero blocks; with rms_norm and swiglu it is the paper's SiT+.
+    """SiT with adaLN-zero blocks."""
 
-    Args:
-        width: d, channels of a token; a multiple of 4 and of num_heads.
-        depth: number of blocks.
-        num_heads: heads of the attention.
-        patch_size: p, side of a token's patch.
-        in_channels: channels of the input, and of the velocity.
-        num_classes: labels are 0 .. num_classes - 1; the label `num_classes` means "no class".
-        learn_sigma: predict 2 * in_channels and use the first half, as the released weights do.
-        norm: "layer_norm" (without an affine part, as published) or "rms_norm".
-        mlp: "gelu" (as published) or "swiglu".
-        dtype: compute dtype; parameters are float32.
-        remat: recompute each block in the backward pass instead of keeping its activations.
-        rngs: source of the initial values.
-    """
+    def __init__(self, options: SiTOptions, *, rngs: nnx.Rngs):
+        super().__init__(options, rngs=rngs, linear=layers.xavier_linear)
 
-    def __init__(
-        self,
-        *,
-        width: int,
-        depth: int,
-        num_heads: int,
-        patch_size: int,
-        in_channels: int,
-        num_classes: int,
-        learn_sigma: bool,
-        dtype,
-        remat: bool,
-        rngs: nnx.Rngs,
-        norm: str = "layer_norm",
-        mlp: str = "gelu",
-    ):
-        super().__init__(
-            lambda: SiTBlock(width, num_heads, norm=norm, mlp=mlp, dtype=dtype, rngs=rngs),
-            width=width,
-            depth=depth,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            num_classes=num_classes,
-            learn_sigma=learn_sigma,
-            dtype=dtype,
-            remat=remat,
-            rngs=rngs,
-            linear=layers.xavier_linear,
-        )
+    def make_block(self, options: SiTOptions, *, rngs: nnx.Rngs) -> SiTBlock:
+        return SiTBlock(options, rngs=rngs)
 
     def embed(self, x: Array) -> Array:
         tokens = super().embed(x)
@@ -153,6 +137,7 @@ class SiT(VelocityNetwork):
 
     def forward_macs(self, height: int, width: int) -> int:
         """As of the other models, and attention's two products of tokens by tokens."""
-        tokens = (height // self.patch_size) * (width // self.patch_size)
-        attention = len(self.blocks) * 2 * tokens**2 * self.width
+        options = self.options
+        tokens = (height // options.patch_size) * (width // options.patch_size)
+        attention = options.depth * 2 * tokens**2 * options.width
         return super().forward_macs(height, width) + attention

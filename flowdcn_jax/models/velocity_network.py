@@ -3,32 +3,75 @@
 The models differ in their blocks, and in whether tokens are told their positions.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.models import layers
+from flowdcn_jax.options import at_least, checked, one_of, option
+from flowdcn_jax.precision import DTYPES, compute_dtype
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """The keys of config.model that all models have; those of S/2 by default.
+
+    Raises:
+        flowdcn_jax.errors.ConfigError: a value out of range, or two that do not go together.
+    """
+
+    width: int = option(384, "channels of a token", at_least(1), fixed=True)
+    depth: int = option(12, "blocks", at_least(1), fixed=True)
+    patch_size: int = option(2, "latent pixels a side", at_least(1), fixed=True)
+    in_channels: int = option(
+        4, "channels of the input and of the velocity", at_least(1), fixed=True
+    )
+    num_classes: int = option(
+        1000, "classes; the label num_classes means no class", at_least(1), fixed=True
+    )
+    learn_sigma: bool = option(
+        True, "predict 2*in_channels and use the first half, as released", fixed=True
+    )
+    dtype: str = option("auto", "compute dtype; auto: bfloat16 except on CPUs", one_of(*DTYPES))
+    remat: bool = option(
+        False, "recompute blocks in the backward pass: less memory, a third more time"
+    )
+
+    def __post_init__(self):
+        checked(self, prefix="config.model.", error=ConfigError)
+
+    @property
+    def compute_dtype(self):
+        """The dtype that `dtype` stands for on these devices."""
+        return compute_dtype(self.dtype)
+
+    def _require_multiple(self, name: str, divisor: str) -> None:
+        value, of = getattr(self, name), getattr(self, divisor)
+        if value % of:
+            raise ConfigError(
+                f"config.model.{name} is {value}; expected a multiple of "
+                f"config.model.{divisor}={of}"
+            )
 
 
 class AdaLNBlock(nnx.Module):
-    """x += gate1 * mix(adaLN(norm1(x))); x += gate2 * mlp(adaLN(norm2(x))).
+    """x += gate1 * mixer(adaLN(norm1(x))); x += gate2 * mlp(adaLN(norm2(x))).
 
-    A block defines norm1, norm2, mlp and modulation (a Linear to 6 * width), and `mix`, the only
-    part in which tokens see one another.
+    A block defines norm1, norm2, mlp and modulation (a Linear to 6 * width), and names its mixer.
     """
 
-    def mix(self, x: Array, *options) -> Array:
-        """[B,h,w,d] -> [B,h,w,d]; a model may give its blocks options at each call."""
-        raise NotImplementedError
+    mixer: str  # the attribute that maps [B,h,w,d] to [B,h,w,d]: there alone tokens see one another
 
-    def __call__(self, x: Array, condition: Array, *mix_options) -> Array:
+    def __call__(self, x: Array, condition: Array, *mixer_options) -> Array:
         """x [B,h,w,d], condition [B,d] -> [B,h,w,d]."""
         modulation = self.modulation(nnx.silu(condition))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
-        mixed = self.mix(layers.modulate(self.norm1(x), shift1, scale1), *mix_options)
+        mixer = getattr(self, self.mixer)
+        mixed = mixer(layers.modulate(self.norm1(x), shift1, scale1), *mixer_options)
         x = x + gate1[:, None, None, :] * mixed
         return x + gate2[:, None, None, :] * self.mlp(
             layers.modulate(self.norm2(x), shift2, scale2)
@@ -51,66 +94,57 @@ class FinalLayer(nnx.Module):
 
 
 class VelocityNetwork(nnx.Module):
-    """The velocity network around its blocks.
+    """The velocity network around its blocks, which a model makes.
 
     Args:
-        make_block: makes a block, an AdaLNBlock of `width`; called `depth` times.
+        options: config.model.
+        rngs: source of the initial values.
         linear: makes the Linears that have no initial values of their own.
-        The others are the arguments that all models share; FlowDCN describes them.
     """
 
-    def __init__(
-        self,
-        make_block: Callable[[], AdaLNBlock],
-        *,
-        width: int,
-        depth: int,
-        patch_size: int,
-        in_channels: int,
-        num_classes: int,
-        learn_sigma: bool,
-        dtype,
-        remat: bool,
-        rngs: nnx.Rngs,
-        linear=layers.linear,
-    ):
-        self.width = width
-        self.patch_size = patch_size
-        self.in_channels = in_channels
-        self.num_classes = num_classes
-        self.dtype = dtype
-        self.remat = remat
-        patch_features = patch_size**2 * in_channels
-        out_features = patch_features * (2 if learn_sigma else 1)
-        options = dict(dtype=dtype, rngs=rngs)
-        self.stem = layers.xavier_linear(patch_features, width, **options)
-        self.time_embedder = layers.TimestepEmbedder(width, linear=linear, **options)
-        self.class_embedder = layers.ClassEmbedder(num_classes, width, **options)
-        self.blocks = nnx.List(make_block() for _ in range(depth))
-        self.final = FinalLayer(width, out_features, **options)
+    takes_max_scale_factor = False  # whether blocks have a reach that a call can change
 
-    def __call__(self, x: Array, t: Array, y: Array) -> Array:
+    def __init__(self, options: NetworkOptions, *, rngs: nnx.Rngs, linear=layers.linear):
+        self.options = options
+        patch_features = options.patch_size**2 * options.in_channels
+        out_features = patch_features * (2 if options.learn_sigma else 1)
+        width, shared = options.width, dict(dtype=options.compute_dtype, rngs=rngs)
+        self.stem = layers.xavier_linear(patch_features, width, **shared)
+        self.time_embedder = layers.TimestepEmbedder(width, linear=linear, **shared)
+        self.class_embedder = layers.ClassEmbedder(options.num_classes, width, **shared)
+        self.blocks = nnx.List(self.make_block(options, rngs=rngs) for _ in range(options.depth))
+        self.final = FinalLayer(width, out_features, **shared)
+
+    def make_block(self, options: NetworkOptions, *, rngs: nnx.Rngs) -> AdaLNBlock:
+        """One of the `depth` blocks."""
+        raise NotImplementedError
+
+    def __call__(
+        self, x: Array, t: Array, y: Array, max_scale_factor: Array | None = None
+    ) -> Array:
         """Velocity [B,H,W,C] (float32) at x [B,H,W,C], time t [B] in [0,1], class y [B] (integers).
+
+        max_scale_factor [depth,2] multiplies max_scale in each block along x and y (see
+        `flowdcn_jax.models.resolution`); only of models that take it.
 
         Raises:
             ValueError: a shape that does not fit, or a side that the patch size does not divide.
         """
-        return self.velocity(x, t, y, ((),) * len(self.blocks))
-
-    def velocity(self, x: Array, t: Array, y: Array, mix_options) -> Array:
-        """`__call__`, with a tuple of options for each block's `mix`."""
+        options = self.options
         self._check(x, t, y)
         tokens = self.embed(x)
         condition = self.time_embedder(t) + self.class_embedder(y)
-        apply = nnx.remat(_apply_block) if self.remat else _apply_block
-        for block, options in zip(self.blocks, mix_options, strict=True):
-            tokens = apply(block, tokens, condition, *options)
-        out = layers.unpatchify(self.final(tokens, condition), self.patch_size)
-        return out[..., : self.in_channels].astype(jnp.float32)
+        for number, block in enumerate(self.blocks):
+            factor = () if max_scale_factor is None else (max_scale_factor[number],)
+            apply = nnx.remat(type(block).__call__) if options.remat else type(block).__call__
+            tokens = apply(block, tokens, condition, *factor)
+        out = layers.unpatchify(self.final(tokens, condition), options.patch_size)
+        return out[..., : options.in_channels].astype(jnp.float32)
 
     def embed(self, x: Array) -> Array:
         """x [B,H,W,C] -> tokens [B,H/p,W/p,d]."""
-        return self.stem(layers.patchify(x.astype(self.dtype), self.patch_size))
+        x = x.astype(self.options.compute_dtype)
+        return self.stem(layers.patchify(x, self.options.patch_size))
 
     def forward_macs(self, height: int, width: int) -> int:
         """Multiply-adds of one forward pass over one input of height x width (latent pixels).
@@ -118,7 +152,7 @@ class VelocityNetwork(nnx.Module):
         Of the Linears and convolutions, as published figures count: elementwise work, norms and the
         lookup of the class are left out, and convolutions count their padding.
         """
-        tokens = (height // self.patch_size) * (width // self.patch_size)
+        tokens = (height // self.options.patch_size) * (width // self.options.patch_size)
         once = {"time_embedder", "modulation"}  # act on the condition, not on the tokens
         total = 0
         for path, module in nnx.iter_modules(self):
@@ -128,18 +162,15 @@ class VelocityNetwork(nnx.Module):
         return total
 
     def _check(self, x: Array, t: Array, y: Array) -> None:
-        if x.ndim != 4 or x.shape[-1] != self.in_channels:
-            raise ValueError(f"x has shape {x.shape}; expected [B, H, W, {self.in_channels}]")
-        if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size or 0 in x.shape[1:3]:
+        channels, patch_size = self.options.in_channels, self.options.patch_size
+        if x.ndim != 4 or x.shape[-1] != channels:
+            raise ValueError(f"x has shape {x.shape}; expected [B, H, W, {channels}]")
+        if x.shape[1] % patch_size or x.shape[2] % patch_size or 0 in x.shape[1:3]:
             raise ValueError(
                 f"x is {x.shape[1]}x{x.shape[2]}; both sides must be positive multiples of the "
-                f"patch size {self.patch_size}"
+                f"patch size {patch_size}"
             )
         if t.shape != x.shape[:1] or y.shape != x.shape[:1]:
             raise ValueError(f"t {t.shape} and y {y.shape} must both have shape {x.shape[:1]}")
         if not jnp.issubdtype(y.dtype, jnp.integer):
             raise ValueError(f"y has dtype {y.dtype}; expected integers")
-
-
-def _apply_block(block: AdaLNBlock, *args) -> Array:
-    return block(*args)

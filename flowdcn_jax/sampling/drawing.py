@@ -12,13 +12,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flowdcn_jax import __version__
 from flowdcn_jax.images import make_grid
 from flowdcn_jax.options import takes_options
 from flowdcn_jax.sampling.classes import class_labels
-from flowdcn_jax.sampling.folder import SampleFolder
+from flowdcn_jax.sampling.folder import OutputFolder, SampleFolder
 from flowdcn_jax.sampling.generator import count_evaluations, draw_batches
-from flowdcn_jax.sampling.output_folder import SETTINGS_FILE, OutputFolder
 from flowdcn_jax.sampling.pictures import (
     evaluations_text,
     strip_captions,
@@ -27,15 +25,14 @@ from flowdcn_jax.sampling.pictures import (
 )
 from flowdcn_jax.sampling.settings import (
     COMPARED_IMAGES,
-    PREVIEW,
     ModelChoice,
     Output,
     Request,
     SamplingError,
     Settings,
-    current_record,
 )
 from flowdcn_jax.sampling.trained_model import TrainedModel, digest, load_trained
+from flowdcn_jax.version import __version__
 
 
 @takes_options
@@ -183,9 +180,9 @@ def find_folder(workdir: str | Path, record: dict[str, Any]) -> Path:
     """The folder in WORKDIR/samples that has this record; else a new one, step_STEP_DIGEST."""
     samples, step = Path(workdir) / "samples", f"step_{record['model']['step']:08d}"
     for path in sorted(samples.glob(f"{step}_*")):  # digests of older versions' are others
-        found = _read_record(path)
-        if found is not None and current_record(found) == record:
-            return path
+        with contextlib.suppress(SamplingError):  # a damaged one
+            if OutputFolder(path).read_record() == record:
+                return path
     return samples / f"{step}_{digest(record)}"
 
 
@@ -217,15 +214,6 @@ def in_first_process(action: Callable[[], object]) -> None:
         raise error or SamplingError("process 0 had to stop; its own message says why")
 
 
-def _read_record(path: Path) -> dict[str, Any] | None:
-    """The record of a folder, as it is written there; None if none can be read."""
-    try:
-        record = json.loads((path / SETTINGS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
 @contextlib.contextmanager
 def _opened(folder: OutputFolder, record: dict[str, Any]) -> Iterator[None]:
     """Opens the folder in process 0, and closes it at the end.
@@ -234,9 +222,7 @@ def _opened(folder: OutputFolder, record: dict[str, Any]) -> Iterator[None]:
         SamplingError: in every process, if the folder cannot be used.
     """
     with contextlib.closing(folder):
-        found = _read_record(folder.path)
-        same = found is not None and current_record(found) == record
-        in_first_process(lambda: folder.open(found if same else record))
+        in_first_process(lambda: folder.open(record))
         yield
 
 
@@ -259,7 +245,7 @@ def _stored_rows(model: TrainedModel, settings: Settings) -> dict[str, jax.Shape
     sides = (side // config.autoencoder.downsampling for side in settings.image_size)
     x = jax.ShapeDtypeStruct((1, *sides, config.model.in_channels), np.float32)
     label = jax.ShapeDtypeStruct((), np.int32)
-    if config.autoencoder.name == PREVIEW:
+    if config.autoencoder.name == "preview":
         return {"latents": jax.ShapeDtypeStruct(x.shape[1:], x.dtype), "labels": label}
     image = jax.eval_shape(model.autoencoder.decode, model.autoencoder.params, x)
     return {"arr_0": jax.ShapeDtypeStruct(image.shape[1:], np.uint8), "arr_1": label}

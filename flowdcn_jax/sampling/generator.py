@@ -17,9 +17,9 @@ from flowdcn_jax.flow.guidance import guided_at, guided_velocity
 from flowdcn_jax.images import grid_columns, make_grid
 from flowdcn_jax.models import abstract_model, apply_model, takes_max_scale_factor
 from flowdcn_jax.models.resolution import max_scale_factor
+from flowdcn_jax.runs.sharding import batch_sharding, replicated
 from flowdcn_jax.sampling.classes import labels_in_turn
 from flowdcn_jax.sampling.settings import SamplingError, Settings
-from flowdcn_jax.training.sharding import batch_sharding, replicated
 
 
 class Guide(NamedTuple):

@@ -19,9 +19,8 @@ from flowdcn_jax.images import grid_columns, make_grid
 from flowdcn_jax.models.resolution import RESOLUTION_ADJUSTMENTS
 from flowdcn_jax.samplers.neural_coefficients import NEURAL_COEFFICIENTS
 from flowdcn_jax.sampling.classes import class_labels
-from flowdcn_jax.sampling.folder import SampleFolder
+from flowdcn_jax.sampling.folder import IMAGES_FOLDER, SampleFolder
 from flowdcn_jax.sampling.generator import count_evaluations, fill_settings
-from flowdcn_jax.sampling.output_folder import IMAGES_FOLDER
 from flowdcn_jax.sampling.settings import SamplingError, Settings
 
 MAX_GRID_IMAGES = 100  # the grid shows the first ones

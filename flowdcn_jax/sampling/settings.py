@@ -24,27 +24,10 @@ from flowdcn_jax.options import (
 )
 
 COMPARED_IMAGES = 4  # rows of a strip, by default
-PREVIEW = "none"  # config.autoencoder.name of latents without a decoder
-_PREVIEW_NAMES = ("none", "preview")  # of today's and of other versions' configs and records
 
 
 class SamplingError(UserError, ValueError):
     """A request that the model cannot serve; the message names the value and the choices."""
-
-
-def current_autoencoder(name: str) -> str:
-    """The autoencoder that a config, a record or a flag of any version names."""
-    return PREVIEW if name in _PREVIEW_NAMES else name
-
-
-def current_record(record: dict[str, Any]) -> dict[str, Any]:
-    """The record that today's version would have written in place of an older one's."""
-    autoencoder = record.get("autoencoder")
-    if not isinstance(autoencoder, dict) or "name" not in autoencoder:
-        return record
-    return record | {
-        "autoencoder": autoencoder | {"name": current_autoencoder(autoencoder["name"])}
-    }
 
 
 def _parse_size(given: Any) -> tuple[int, int]:
@@ -72,6 +55,13 @@ def _parse_classes(given: Any) -> tuple[str, ...]:
     elif not isinstance(given, Iterable):
         given = [given]
     return tuple(str(each).strip() for each in given)
+
+
+def _parse_autoencoder(given: Any) -> Any:
+    """A name, by which it is known today."""
+    from flowdcn_jax.config import RENAMED  # here, since it imports JAX
+
+    return RENAMED["autoencoder.name"].get(given, given)
 
 
 class _Options:
@@ -201,7 +191,7 @@ class ModelChoice(_Options):
         None,
         "what decodes",
         name_in("flowdcn_jax.autoencoders:AUTOENCODERS"),
-        parse=current_autoencoder,
+        parse=_parse_autoencoder,
         unset="config.autoencoder.name",
     )
     autoencoder_weights: Path | None = option(

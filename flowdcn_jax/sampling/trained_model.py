@@ -15,10 +15,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flowdcn_jax.autoencoders import Autoencoder, check_fits, load_autoencoder
-from flowdcn_jax.data.manifest import Encoder, find_encoder
+from flowdcn_jax.data.prepared import Encoder, find_encoder
 from flowdcn_jax.models import abstract_model
 from flowdcn_jax.options import takes_options
 from flowdcn_jax.precision import compute_dtype
+from flowdcn_jax.runs.checkpoint import Weights, checksum, read_run, restore_ema
+from flowdcn_jax.runs.sharding import make_mesh, replicated
 from flowdcn_jax.sampling.classes import class_words, make_labels, parse_classes
 from flowdcn_jax.sampling.generator import (
     Guide,
@@ -27,9 +29,7 @@ from flowdcn_jax.sampling.generator import (
     generate_images,
     make_generator,
 )
-from flowdcn_jax.sampling.settings import ModelChoice, Request, Settings, current_autoencoder
-from flowdcn_jax.training.checkpoint import Weights, checksum, read_run, restore_ema
-from flowdcn_jax.training.sharding import make_mesh, replicated
+from flowdcn_jax.sampling.settings import ModelChoice, Request, Settings
 
 
 class ChosenCheckpoint(NamedTuple):
@@ -152,7 +152,7 @@ def load_trained(
 
     Raises:
         SamplingError: a value out of range.
-        flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
+        flowdcn_jax.runs.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
     chosen, guide = _choose_checkpoint(workdir, choice.step), None
     if choice.guide_workdir is not None or choice.guide_step is not None:
@@ -177,7 +177,7 @@ def load_model(workdir: str | Path, step: int | None = None) -> tuple[nnx.Module
         (model, config): model(x [B,H,W,C], t [B], y [B]) -> velocity [B,H,W,C].
 
     Raises:
-        flowdcn_jax.training.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
+        flowdcn_jax.runs.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
     weights = _read_weights(str(workdir), step, make_mesh(devices=jax.local_devices()[:1]))
     graphdef, _ = abstract_model(weights.config.model)
@@ -241,7 +241,6 @@ def _read_weights(workdir: str, step: int | None, mesh: Mesh) -> Weights:
 def _choose_checkpoint(workdir: str | Path, step: int | None) -> ChosenCheckpoint:
     run = read_run(str(workdir), step)
     config = ConfigDict(run.config)
-    config.autoencoder.name = current_autoencoder(config.autoencoder.name)
     identity = run.data_identity
     encoder = find_encoder(identity) if identity and "settings" in identity else None
     return ChosenCheckpoint(str(workdir), step, config, run.class_names, encoder)

@@ -50,7 +50,7 @@ def main() -> None:
     which = "its only weights" if origin["weights"] == "only" else f"its {_WEIGHTS.value} weights"
     print(f"{_WORKDIR.value}: {origin['file']}, a {origin['format']}, {which}")
     decoder = ["--autoencoder=sd_vae", "--autoencoder_weights=sd-vae-ft-ema"]
-    latents = config.autoencoder.name == "none" and config.model.in_channels == 4
+    latents = config.autoencoder.name == "preview" and config.model.in_channels == 4
     _print_command("to sample:    ", "sample.py", *(decoder if latents else []))
     keys = [f"--config.{key}={value}" for key, value in (config_flag.overrides() | changed).items()]
     file = flags.FLAGS["config"].config_filename
@@ -63,7 +63,7 @@ def _print_command(title: str, *arguments: str) -> None:
 
 def _fit_config(config) -> dict:
     """Sets what follows from the weights and was not asked for; returns it by key."""
-    from flowdcn_jax.validation import check_keys
+    from flowdcn_jax.config import check_keys
 
     check_keys(config)
     changed = {}

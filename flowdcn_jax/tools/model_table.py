@@ -5,7 +5,6 @@ pass is timed too. --json=FILE writes the same numbers with the device, the vers
 """
 
 import functools
-import importlib
 import itertools
 import shlex
 import sys
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from flowdcn_jax import command
 from flowdcn_jax.command import file_to_write, numbers, write_json
+from flowdcn_jax.config import load_config
 from flowdcn_jax.environment import describe_machine
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.models import abstract_model, apply_model, parameter_count, random_params
@@ -53,11 +53,6 @@ _TIMING = flags.DEFINE_enum(
     "timing", "auto", ["auto", "always", "never"], "auto: time on GPUs, not on CPUs."
 )
 _JSON = flags.DEFINE_string("json", None, "File to write the numbers to, as JSON.")
-
-
-def load_config(name: str):
-    """The config of configs/`name`.py. The library knows no configs; this command is their user."""
-    return importlib.import_module(f"configs.{name}").get_config()
 
 
 def count(config, image_sizes: list[int]) -> dict:

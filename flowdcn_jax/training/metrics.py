@@ -1,19 +1,28 @@
-"""What a run reports: a JSON-lines file, TensorBoard, and a progress bar; and its speed."""
+"""What a run reports: a JSON-lines file, TensorBoard, a progress bar, W&B; and its speed."""
 
 import contextlib
+import importlib.util
 import json
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from flowdcn_jax.data import buckets_of
+from flowdcn_jax.errors import ConfigError, UserError
 from flowdcn_jax.files import atomic_write
+from flowdcn_jax.models import forward_macs
 
 METRICS_FILE = "metrics.jsonl"
+WANDB_FILE = "wandb_run_id"  # in a workdir: a run that goes on is one run there too
+PROFILE_FOLDER = "profile"
+UNPROFILED_STEPS = 3  # of a run, before a trace begins: they are slower than the others
 
 # Dense bfloat16 peak of one chip, FLOP/s, from its maker's data sheet.
 PEAK_FLOPS = {
@@ -27,6 +36,65 @@ PEAK_FLOPS = {
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
 }
+
+
+class NonFiniteError(UserError, RuntimeError):
+    """The loss or the gradient became infinite or NaN; the message says where and what to do."""
+
+
+def check_finite(rows: list[tuple[int, dict]]) -> list[dict]:
+    """The metrics of (step, metrics) rows, in the host's memory.
+
+    Raises:
+        NonFiniteError: at the first step whose loss or gradient is not finite.
+    """
+    for step, metrics in rows:
+        if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
+            raise NonFiniteError(
+                f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, "
+                f"learning rate {metrics['learning_rate']:.3g}. Checkpoints are all from before "
+                "it. Go on from the newest with a lower --config.optimizer.learning_rate or with "
+                "--config.optimizer.clip_norm=1; --config.model.dtype=float32 tells whether "
+                "bfloat16 is the cause"
+            )
+    return [metrics for _, metrics in rows]
+
+
+def check_wandb(config) -> None:
+    """Raises ConfigError if `config` (config.log) asks for Weights & Biases and it is not there."""
+    if config.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"config.log.wandb_project is {config.wandb_project!r}, and the package wandb is not "
+            "installed: pip install wandb, or leave the key out"
+        )
+
+
+def train_flops_per_image(config, source) -> float:
+    """FLOPs of the model's products in a training step, an image, averaged over a data set."""
+    macs = sum(
+        len(bucket) / len(source) * forward_macs(config.model, *bucket.image_shape[:2])
+        for bucket in buckets_of(source)
+    )
+    return 3 * 2 * macs  # backward costs two forwards; 2 FLOPs a MAC
+
+
+def summarise(
+    window: list[dict], config, stopwatch: "Stopwatch", flops_per_image: float
+) -> dict[str, float]:
+    """A line of metrics of the steps since the last: means, and the speed. Restarts the watch."""
+    elapsed_s, data_wait = stopwatch.restart()
+    images_per_s = len(window) * config.train.batch_size / elapsed_s
+    summary = {
+        "loss": float(np.mean([metrics["loss"] for metrics in window])),
+        "grad_norm": float(np.mean([metrics["grad_norm"] for metrics in window])),
+        "learning_rate": float(window[-1]["learning_rate"]),
+        "images_per_s": images_per_s,
+        "data_wait": data_wait,
+    }
+    utilisation = model_flops_utilisation(images_per_s, flops_per_image)
+    if utilisation is not None:
+        summary["model_flops_utilisation"] = utilisation
+    return summary
 
 
 def model_flops_utilisation(images_per_s: float, train_flops_per_image: float) -> float | None:
@@ -44,14 +112,16 @@ class MetricWriter:
     again.
     """
 
-    def __init__(self, workdir: Path, *, start_step: int, num_steps: int):
+    def __init__(self, workdir: Path, config, *, start_step: int):
         self._active = jax.process_index() == 0
         if not self._active:
             return
+        num_steps = config.train.num_steps
         workdir.mkdir(parents=True, exist_ok=True)
         drop_later_lines(workdir / METRICS_FILE, start_step)
         self._file = (workdir / METRICS_FILE).open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self._wandb = _start_wandb(workdir, config)
         self._bar = tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True)
 
     def advance(self) -> None:
@@ -67,6 +137,8 @@ class MetricWriter:
         self._file.flush()
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
         self._bar.set_postfix_str(
             f"loss {metrics['loss']:.4f}, {metrics['images_per_s']:.0f} images/s"
         )
@@ -76,6 +148,10 @@ class MetricWriter:
         if self._active:
             self._tensorboard.add_image(name, image, step, dataformats="HWC")
             self._tensorboard.flush()
+            if self._wandb is not None:
+                import wandb
+
+                self._wandb.log({name: wandb.Image(image)}, step=step)
 
     def message(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -87,6 +163,59 @@ class MetricWriter:
             self._bar.close()
             self._file.close()
             self._tensorboard.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+
+def _start_wandb(workdir: Path, config) -> Any | None:
+    """The run at Weights & Biases, which goes on with the one of this workdir; None: not asked."""
+    if config.log.wandb_project is None:
+        return None
+    import wandb  # an extra: `check_wandb` has found it
+
+    identifier = workdir / WANDB_FILE
+    if not identifier.exists():
+        with atomic_write(identifier) as file:
+            file.write(uuid.uuid4().hex.encode())
+    return wandb.init(
+        project=config.log.wandb_project,
+        name=workdir.name,
+        id=identifier.read_text(),
+        resume="allow",
+        dir=str(workdir),
+        config=json.loads(config.to_json()),
+    )
+
+
+class Profiler:
+    """Writes a trace of `num_steps` steps to WORKDIR/profile, once a run is warm; 0: none.
+
+    TensorBoard's profile plugin and xprof show it.
+    """
+
+    def __init__(self, workdir: Path, *, start_step: int, num_steps: int):
+        self._target = workdir / PROFILE_FOLDER
+        self._first = start_step + UNPROFILED_STEPS
+        self._last = self._first + num_steps
+        self._tracing = False
+
+    def after(self, step: int, state: Any) -> str | None:
+        """Begins and ends the trace where it is due; returns a message once it is written."""
+        if self._first == step < self._last:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(str(self._target))
+            self._tracing = True
+        elif self._tracing and step == self._last:
+            jax.block_until_ready(state)
+            self.close()
+            return f"wrote a trace of {self._last - self._first} steps to {self._target}"
+        return None
+
+    def close(self) -> None:
+        """Ends a trace whose steps did not come to their end."""
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
 
 
 def drop_later_lines(path: Path, last_step: int) -> None:

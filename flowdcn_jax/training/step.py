@@ -1,14 +1,17 @@
 """One optimizer step, compiled over the mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flowdcn_jax.autoencoders import to_unit_range
 from flowdcn_jax.flow.loss import draw, velocity_loss
 from flowdcn_jax.models import abstract_model, apply_model
-from flowdcn_jax.training.sharding import AXES, batch_sharding, replicated, state_sharding
-from flowdcn_jax.training.state import (
+from flowdcn_jax.runs.sharding import AXES, batch_sharding, replicated, state_sharding
+from flowdcn_jax.runs.state import (
     TrainState,
     abstract_state,
     learning_rate_schedule,
@@ -16,13 +19,6 @@ from flowdcn_jax.training.state import (
 )
 
 STEP_KEY_SALT = 1  # keeps the steps' draws apart from the initial values' key
-
-
-def to_unit_range(image: jax.Array) -> jax.Array:
-    """uint8 pixels -> float32 in [-1,1]; latents (floats) pass as they are."""
-    if image.dtype == jnp.uint8:
-        return image.astype(jnp.float32) / 127.5 - 1.0
-    return image.astype(jnp.float32)
 
 
 def make_train_step(config, mesh: Mesh):
@@ -36,13 +32,11 @@ def make_train_step(config, mesh: Mesh):
     schedule = learning_rate_schedule(config.optimizer)
     shardings = state_sharding(abstract_state(config, mesh), mesh)
     batch_keys = jax.random.fold_in(jax.random.key(config.seed), STEP_KEY_SALT)
-
-    def loss_fn(params, data, label, draws):
-        def velocity_fn(x, t, y):
-            return apply_model(graphdef, params, x, t, y)
-
-        null_class = config.model.num_classes
-        return velocity_loss(velocity_fn, data, label, draws, null_class=null_class)
+    loss_fn = functools.partial(
+        velocity_loss,
+        velocity_fn=functools.partial(apply_model, graphdef),
+        null_class=config.model.num_classes,
+    )
 
     def train_step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
         data = to_unit_range(batch["image"])

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -10,18 +9,17 @@ from PIL import Image
 
 from flowdcn_jax import data, sampling
 from flowdcn_jax.autoencoders import WeightsNotFoundError
-from flowdcn_jax.errors import ConfigError
-from flowdcn_jax.training import loop
+from flowdcn_jax.errors import ConfigError, UserError
 from tests import tiny
 from tests.autoencoders.conftest import SD_VAE
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device_runs")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def latents_config(data_dir, **overrides):
     config = tiny.config(train__num_steps=2, model__in_channels=4, **overrides)
-    config.data.update(name="imagenet_latents", data_dir=str(data_dir), image_size=64)
-    config.autoencoder.update(name="none", downsampling=8)
+    config.data.update(name="latents", data_dir=str(data_dir), image_size=64)
+    config.autoencoder.update(name="preview", downsampling=8)
     return config
 
 
@@ -48,7 +46,7 @@ def trained(tmp_path_factory, taesd_folder):
     write(folder)
     config = latents_config(folder, log__sample_every_steps=2)
     config.autoencoder.update(name="taesd", weights=str(taesd_folder))
-    loop.train(config, str(folder / "run"))
+    tiny.train(config, folder / "run")
     assert all(np.isfinite(row["loss"]) for row in tiny.metrics(folder / "run"))
     return folder / "run"
 
@@ -74,7 +72,7 @@ def test_runs_draw_pictures_with_the_decoder(trained, taesd_folder, tmp_path):
 def test_latents_are_written_without_a_decoder(trained, tmp_path):
     grid = sampling.sample_to_folder(
         trained,
-        autoencoder="none",
+        autoencoder="preview",
         num_steps=1,
         image_size=(64, 128),
         num_images=3,
@@ -85,11 +83,13 @@ def test_latents_are_written_without_a_decoder(trained, tmp_path):
         assert "arr_0" not in file.files
 
 
-def test_sample_command_without_weights_prints_one_error_and_writes_nothing(trained, tmp_path):
-    command = [sys.executable, "sample.py", f"--workdir={trained}", f"--out={tmp_path / 'out'}"]
-    code, output = tiny.run([*command, "--autoencoder=sd_vae"])
-    assert code != 0 and "Traceback" not in output
-    assert "config.autoencoder.weights is None" in output and "sd-vae-ft-ema" in output
+def test_sampling_without_weights_is_one_error_and_writes_nothing(trained, tmp_path):
+    """A UserError, which the commands print as a line."""
+    model = sampling.load_trained(trained, autoencoder="sd_vae")
+    with pytest.raises(UserError, match="config.autoencoder.weights is None.*sd-vae-ft-ema"):
+        sampling.sample_to_folder(
+            model, sampling.Settings(), sampling.Request(), out=tmp_path / "out"
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -97,14 +97,14 @@ def test_training_without_weights_stops_before_anything_is_written(tmp_path):
     config = latents_config(tmp_path)
     config.autoencoder.update(name="sd_vae", weights=str(tmp_path / "none"))
     with pytest.raises(WeightsNotFoundError, match="Fetch"):
-        loop.train(config, str(tmp_path / "run"))
+        tiny.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def resume(run, data_dir):
     """The same command once more: the checks are made, and there is nothing left to do."""
     config = latents_config(data_dir, log__sample_every_steps=2)
-    loop.train(config, str(run))
+    tiny.train(config, run)
 
 
 def test_a_run_goes_on_with_its_latents_in_another_place(trained, tmp_path, caplog):
@@ -142,7 +142,7 @@ def test_an_old_run_goes_on_if_its_latents_were_scaled_alike(
     if latent_scale == 1.0:
         resume(old, trained.parent)
         assert "step 2 of 2 is done" in caplog.text
-        assert sampling.load_trained(old, autoencoder="none").weights.step == 2
+        assert sampling.load_trained(old, autoencoder="preview").weights.step == 2
     else:
         with pytest.raises(ConfigError, match="other data .*latents.scale: 0.18215 -> 1.0. Use"):
             resume(old, trained.parent)
@@ -163,5 +163,5 @@ def test_what_cannot_decode_the_latents_is_refused(trained, tmp_path):
     config = latents_config(trained.parent)
     config.autoencoder.update(name="sd_vae", weights=str(folder))
     with pytest.raises(ConfigError, match=message):
-        loop.train(config, str(tmp_path / "run"))
+        tiny.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -45,9 +45,14 @@ def test_loss_of_the_true_velocity_is_zero_and_of_zero_velocity_the_targets_powe
     data = jax.random.uniform(jax.random.key(1), drawn.noise.shape)
     label = jnp.arange(64) % 10
     truth = path.target_velocity(drawn.noise, data)
-    options = dict(null_class=10)
-    assert loss.velocity_loss(lambda x, t, y: truth, data, label, drawn, **options) == 0
-    zero = loss.velocity_loss(lambda x, t, y: jnp.zeros_like(x), data, label, drawn, **options)
+
+    def loss_of(velocity):
+        return loss.velocity_loss(
+            velocity, data, label, drawn, velocity_fn=lambda v, x, t, y: v, null_class=10
+        )
+
+    assert loss_of(truth) == 0
+    zero = loss_of(jnp.zeros_like(truth))
     assert relative_error(zero, jnp.mean(truth**2)) < 1e-6
 
 
@@ -56,10 +61,11 @@ def test_dropped_labels_become_the_null_class():
     label = jnp.arange(256) % 10
     seen = []
 
-    def velocity_fn(x, t, y):
+    def velocity_fn(params, x, t, y):
         seen.append(y)
         return x
 
-    loss.velocity_loss(velocity_fn, jnp.zeros(drawn.noise.shape), label, drawn, null_class=10)
+    data = jnp.zeros(drawn.noise.shape)
+    loss.velocity_loss(None, data, label, drawn, velocity_fn=velocity_fn, null_class=10)
     np.testing.assert_array_equal(seen[0] == 10, drawn.drop_label)
     np.testing.assert_array_equal(seen[0][~drawn.drop_label], label[~drawn.drop_label])

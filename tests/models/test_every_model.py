@@ -1,7 +1,6 @@
 """Every model that has a config trains, samples, and counts its MACs as XLA does."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,9 @@ import numpy as np
 import pytest
 
 from flowdcn_jax import models, sampling
-from flowdcn_jax.training.sharding import make_mesh
-from flowdcn_jax.training.state import abstract_state
+from flowdcn_jax.config import config_names, load_config
+from flowdcn_jax.runs.sharding import make_mesh
+from flowdcn_jax.runs.state import abstract_state
 from flowdcn_jax.training.step import make_train_step
 from tests import compilation, tiny
 from tests.models.aggregates import use_aggregate
@@ -21,7 +21,7 @@ SMALL |= dict(num_heads=2)
 
 def shrunk(name, **overrides):
     """The model of a config, small."""
-    model = importlib.import_module(f"configs.{name}").get_config().model
+    model = load_config(name).model
     model.update({key: value for key, value in (SMALL | overrides).items() if key in model})
     return model
 
@@ -31,7 +31,7 @@ def shrunk(name, **overrides):
 FLOWDCN = shrunk("s2").to_dict()
 DISTINCT = {
     model.to_json(sort_keys=True): name
-    for name, model in ((name, shrunk(name)) for name in reversed(tiny.CONFIGS))
+    for name, model in ((name, shrunk(name)) for name in reversed(config_names()))
     if model.to_dict() | dict(patch_size=2, remat=False) != FLOWDCN
 }.values()
 

@@ -1,7 +1,6 @@
 """FlowDCN against the authors' model, and what its users rely on."""
 
 import functools
-import importlib
 import itertools
 
 import jax
@@ -11,6 +10,7 @@ import pytest
 from flax import nnx
 
 from flowdcn_jax import models
+from flowdcn_jax.config import load_config
 from flowdcn_jax.flow.loss import Draws, velocity_loss
 from flowdcn_jax.models import flowdcn, layers
 from flowdcn_jax.models.flowdcn import direction_prior, initial_scale_prior
@@ -136,18 +136,14 @@ def test_velocity_loss_of_the_official_model(golden, params):
     noise = x_t - t * target
     draws = Draws(t=golden["t"], noise=noise, drop_label=np.zeros(len(t), bool))
     loss = velocity_loss(
-        lambda *args: network(params, *args),
-        noise + target,
-        golden["y"],
-        draws,
-        null_class=10,
+        params, noise + target, golden["y"], draws, velocity_fn=network, null_class=10
     )
     assert relative_error(loss, golden["loss"]) < 1e-5
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_parameter_count_and_macs(name):
-    config = importlib.import_module(f"configs.{name}").get_config().model
+    config = load_config(name).model
     graphdef, params = models.abstract_model(config)
     millions, gmacs = SIZES[name]
     assert round(models.parameter_count(params) / 1e6, 1) == millions
@@ -157,7 +153,7 @@ def test_parameter_count_and_macs(name):
 
 
 def small_config(**overrides):
-    config = importlib.import_module("configs.s2").get_config().model
+    config = load_config("s2").model
     config.update(width=24, depth=2, num_groups=3, num_classes=5, **overrides)
     return config
 

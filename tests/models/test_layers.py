@@ -1,6 +1,5 @@
 """SwiGLU's hidden width, which not every model has as GPUs want it."""
 
-import importlib
 import re
 
 import jax
@@ -9,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from flowdcn_jax.config import load_config
 from flowdcn_jax.models import layers
-from flowdcn_jax.training.sharding import batch_sharding, make_mesh, state_sharding
+from flowdcn_jax.runs.sharding import batch_sharding, make_mesh, state_sharding
 from tests import tiny
 from tests.comparison import relative_error
 
@@ -30,7 +30,7 @@ def swiglu(width, dtype):
 def test_of_the_papers_models_only_l_is_widened():
     widened = set()
     for name in tiny.CONFIGS:
-        model = importlib.import_module(f"configs.{name}").get_config().model
+        model = load_config(name).model
         hidden = layers.SwiGLU.hidden_width(model.width)
         if "sit" not in name and "dit" not in name and layers.hidden_padding(hidden, jnp.bfloat16):
             widened.add(name)

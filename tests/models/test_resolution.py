@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import digits
 from flowdcn_jax import models, samplers
+from flowdcn_jax.config import load_config
 from flowdcn_jax.flow.guidance import guided_velocity
 from flowdcn_jax.models.resolution import max_scale_factor
 from tests import ensemble, official
@@ -81,7 +81,7 @@ def test_official_adjusted_sampler(golden, network, shape):
 
 
 def test_a_factor_is_a_larger_max_scale(quick_compilation):
-    config = digits.get_config().model
+    config = load_config("digits").model
     config.update(width=8, depth=1, num_groups=2, dtype="float32")
     random = np.random.default_rng(0)
     _, params = models.abstract_model(config)

@@ -1,7 +1,6 @@
 """SiT against the authors' model, and what its users rely on."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import pytest
 from flax import nnx
 
 from flowdcn_jax import models
+from flowdcn_jax.config import load_config
 from flowdcn_jax.models import sit
 from tests.comparison import relative_error
 from tests.official import model_config, nhwc, to_tree
@@ -123,7 +123,7 @@ def test_where_cudnn_is_used(monkeypatch, device, dtype, head_dim, expected):
 )
 def test_published_sizes(name, millions, gmacs, gmacs_512):
     """Published GMACs hold some elementwise work, 0.1 % at most."""
-    config = importlib.import_module(f"configs.sit_{name}").get_config().model
+    config = load_config(f"sit_{name}").model
     graphdef, params = models.abstract_model(config)
     model = nnx.merge(graphdef, params)
     assert round(sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6) == millions

@@ -4,7 +4,6 @@ Makes a safetensors file of random weights of a config's shapes (configs/CONFIG.
 convert it, and prints what that took as JSON, beside what a narrow model takes.
 """
 
-import importlib
 import json
 import resource
 import struct
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flowdcn_jax.config import load_config
 from flowdcn_jax.published_weights.names import official_tensors
 from tests import tiny
 
@@ -40,7 +40,7 @@ def convert(name: str, folder: Path, width: int | None = None) -> dict:
 
     Megabytes are 10^6 bytes; peak_mb is the whole process's, Python and its libraries too.
     """
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = load_config(name)
     flags = [f"--config=configs/{name}.py"]
     if width:
         config.model.width = width

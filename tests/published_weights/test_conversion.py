@@ -17,9 +17,10 @@ import flowdcn_jax
 from flowdcn_jax import models, sampling
 from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.published_weights import convert, export
-from flowdcn_jax.training import checkpoint, loop
-from flowdcn_jax.training.sharding import make_mesh
-from flowdcn_jax.training.state import abstract_state, initial_state, make_optimizer
+from flowdcn_jax.runs import checkpoint
+from flowdcn_jax.runs.sharding import make_mesh
+from flowdcn_jax.runs.state import abstract_state, initial_state, make_optimizer
+from flowdcn_jax.training import loop
 from tests import official, tiny
 from tests.comparison import relative_error
 
@@ -171,10 +172,8 @@ def test_the_ema_and_the_trained_weights_are_exported(exported):
         )
 
 
-def test_fine_tuning_starts_from_the_weights_with_a_fresh_optimizer(exported, monkeypatch, caplog):
+def test_fine_tuning_starts_from_the_weights_with_a_fresh_optimizer(exported, caplog):
     """With another resolution, batch size and seed than they were converted with, and remat."""
-    started = []
-    monkeypatch.setattr(loop._Run, "train", lambda run, state: started.append(state))
     config = tiny.config(
         model__boundary="truncate",
         model__remat=True,
@@ -183,9 +182,10 @@ def test_fine_tuning_starts_from_the_weights_with_a_fresh_optimizer(exported, mo
         train__batch_size=8,
         seed=5,
     )
-    loop.train(config, str(exported / "converted"))
+    checkpointer = checkpoint.Checkpointer(exported / "converted", keep=1, keep_every_steps=None)
+    state = loop.starting_state(config, make_mesh(), checkpointer)
+    checkpointer.close()
     assert "starting from the converted weights" in caplog.text
-    (state,) = started
     weights = params_of(exported / "run", 7)
     assert_same(state.params, weights)
     assert_same(state.ema, weights)
@@ -197,8 +197,8 @@ def test_fine_tuning_starts_from_the_weights_with_a_fresh_optimizer(exported, mo
 
 def test_fine_tuning_keeps_the_model(exported, tmp_path):
     convert(exported / "ema.safetensors", tiny.config(), tmp_path / "run")
-    with pytest.raises(ConfigError, match="config.model.boundary: truncate -> zeros"):
-        loop.train(tiny.config(train__batch_size=8), str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="config.model.boundary: .truncate. -> .zeros."):
+        tiny.train(tiny.config(train__batch_size=8), tmp_path / "run")
     assert tiny.steps(tmp_path / "run") == [0]
 
 
@@ -215,7 +215,7 @@ def test_the_converted_weights_outlive_the_checkpoints_of_fine_tuning(exported, 
     assert_same(params_of(workdir, 0), params_of(exported / "run", 7))
     (workdir / "checkpoints" / "6" / "state" / "manifest.ocdbt").unlink()
     with pytest.raises(checkpoint.CheckpointError, match="step 6: .*starts afresh from the conv"):
-        loop.train(config, str(workdir))
+        tiny.train(config, workdir)
     assert tiny.steps(workdir) == [0, 6]
 
 

@@ -1,10 +1,9 @@
 """The authors' names, shapes and order, and the way there and back."""
 
-import importlib
-
 import numpy as np
 import pytest
 
+from flowdcn_jax.config import load_config
 from flowdcn_jax.published_weights import PublishedWeightsError
 from flowdcn_jax.published_weights.names import official_tensors
 from tests import official
@@ -40,7 +39,7 @@ def test_names_shapes_and_values_there_and_back(fixture_file, file):
     ],
 )
 def test_models_that_nobody_published_are_named(config, message):
-    config = importlib.import_module(f"configs.{config}").get_config().model
+    config = load_config(config).model
     with pytest.raises(PublishedWeightsError, match=message):
         official_tensors(config, tokens_per_side=16)
 

@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from configs import s2, xl2
 from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.published_weights import PublishedWeightsError, conversion, convert, export
-from flowdcn_jax.published_weights.checks import check_tensors
 from flowdcn_jax.published_weights.names import official_tensors
-from flowdcn_jax.published_weights.source import StoredTensor
-from flowdcn_jax.training import checkpoint
+from flowdcn_jax.published_weights.selection import check_tensors
+from flowdcn_jax.published_weights.weights_file import StoredTensor
+from flowdcn_jax.runs import checkpoint
 from tests import official, tiny
 
 

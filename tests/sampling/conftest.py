@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from flowdcn_jax.models import abstract_model
+from flowdcn_jax.runs.checkpoint import Checkpointer
+from flowdcn_jax.runs.sharding import make_mesh
+from flowdcn_jax.runs.state import TrainState
 from flowdcn_jax.sampling import load_trained
-from flowdcn_jax.training.checkpoint import Checkpointer
-from flowdcn_jax.training.sharding import make_mesh
-from flowdcn_jax.training.state import TrainState
 from tests import tiny
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -18,11 +18,10 @@ from PIL import Image
 import flowdcn_jax
 from flowdcn_jax import samplers, sampling
 from flowdcn_jax.images import read_metadata
+from flowdcn_jax.runs.checkpoint import CheckpointError
 from flowdcn_jax.sampling.drawing import find_folder, make_record
 from flowdcn_jax.sampling.pictures import COMPARISONS, strip_captions, strip_columns
-from flowdcn_jax.sampling.settings import current_record
 from flowdcn_jax.sampling.trained_model import describe
-from flowdcn_jax.training.checkpoint import CheckpointError
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -298,13 +297,12 @@ def test_folders_of_older_versions_are_gone_on_with(latents_model, workdir, refe
 
 
 def test_latents_without_a_decoder_have_two_names(workdir, one_device):
-    """In flags and configs, as in records, of which others stay as they are."""
+    """In flags and configs, as in records."""
     first, second = (
         sampling.load_trained(workdir, mesh=one_device, autoencoder=word).config.autoencoder.name
         for word in ("none", "preview")
     )
     assert first == second
-    assert current_record({"seed": 0}) == {"seed": 0}
 
 
 def test_the_record_holds_all_that_the_images_depend_on(model):

@@ -10,8 +10,8 @@ from flowdcn_jax import sampling
 from flowdcn_jax.autoencoders import decode_pixels, load_autoencoder, preview_latents
 from flowdcn_jax.images import make_grid
 from flowdcn_jax.models import abstract_model
+from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.sampling.generator import Guide, draw_batches, image_keys
-from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
 from tests.comparison import relative_error
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import flowdcn_jax
-from flowdcn_jax.training import checkpoint
-from flowdcn_jax.training.sharding import make_mesh, state_sharding
-from flowdcn_jax.training.state import abstract_state, initial_state
+from flowdcn_jax.runs import checkpoint
+from flowdcn_jax.runs.sharding import make_mesh, state_sharding
+from flowdcn_jax.runs.state import abstract_state, initial_state
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

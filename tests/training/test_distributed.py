@@ -7,7 +7,6 @@ import time
 import numpy as np
 import pytest
 
-from flowdcn_jax.training import loop
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -20,8 +19,8 @@ import sys
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from flowdcn_jax.training.checkpoint import checksum
-from flowdcn_jax.training.sharding import make_mesh
+from flowdcn_jax.runs.checkpoint import checksum
+from flowdcn_jax.runs.sharding import make_mesh
 
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 sharding = NamedSharding(make_mesh(2, 4), PartitionSpec("fsdp"))
@@ -52,7 +51,7 @@ def finish_all(processes, status=0):
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("one")
-    loop.train(tiny.config(**OPTIONS, checkpoint__every_steps=4), str(workdir))
+    tiny.train(tiny.config(**OPTIONS, checkpoint__every_steps=4), workdir, one_device=False)
     return workdir
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import signal
 import sys
 import time
@@ -10,13 +11,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import flowdcn_jax
-from flowdcn_jax import sampling
+from flowdcn_jax.errors import ConfigError
+from flowdcn_jax.models import parameter_count
+from flowdcn_jax.runs.workdir import WorkdirError, workdir_lock
 from flowdcn_jax.training import loop
+from flowdcn_jax.training.metrics import NonFiniteError, check_finite
 from flowdcn_jax.training.preemption import Preemption
-from flowdcn_jax.training.sharding import make_mesh
-from flowdcn_jax.training.workdir_lock import WorkdirError, workdir_lock
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -149,43 +152,41 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / ".lock").mkdir()
     with pytest.raises(WorkdirError, match="cannot be written: .*Is a directory"):
-        loop.train(tiny.config(), str(tmp_path))
+        tiny.train(tiny.config(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    """Runs in this process use one of the eight devices."""
-    mesh = make_mesh(devices=jax.devices()[:1])
-    monkeypatch.setattr(loop, "make_mesh", lambda *sizes: mesh)
-
-
-@pytest.mark.parametrize("poisoned", ["loss", "grad_norm"])
-def test_a_non_finite_step_stops_the_run_before_the_next_checkpoint(
-    tmp_path, monkeypatch, one_device, poisoned
-):
-    real = loop._Run._compile_steps
-
-    def poisoning(self, state, writer):
-        ((shape, step_fn),) = real(self, state, writer).items()
-
-        def poison(state, batch):
-            state, metrics = step_fn(state, batch)
-            return state, metrics | ({poisoned: np.float32(np.nan)} if state.step >= 4 else {})
-
-        return {shape: poison}
-
-    monkeypatch.setattr(loop._Run, "_compile_steps", poisoning)
-    config = tiny.config(train__num_steps=8, checkpoint__every_steps=3, log__every_steps=100)
-    with pytest.raises(loop.NonFiniteError, match="step 4: .*nan.*learning_rate") as caught:
-        loop.train(config, str(tmp_path))
+def test_a_non_finite_step_stops_the_run_before_the_next_checkpoint(tmp_path):
+    """Parameters that one step of this length away are so large that the next loss overflows."""
+    config = tiny.config(
+        train__num_steps=8,
+        checkpoint__every_steps=3,
+        log__every_steps=100,
+        optimizer__warmup_steps=0,
+        optimizer__learning_rate=1e-9,
+    )
+    config.train.num_steps = 3
+    tiny.train(config, tmp_path)
+    config.train.num_steps = 8
+    config.optimizer.learning_rate = 1e30
+    with pytest.raises(NonFiniteError, match="step 5: .*(nan|inf).*learning_rate") as caught:
+        tiny.train(config, tmp_path)
     assert "clip_norm" in str(caught.value)
     assert tiny.steps(tmp_path) == [3]
 
 
+@pytest.mark.parametrize("poisoned", ["loss", "grad_norm"])
+def test_the_first_step_that_is_not_finite_is_named(poisoned):
+    row = dict(loss=np.float32(1), grad_norm=np.float32(1), learning_rate=np.float32(0.1))
+    assert check_finite([(1, row), (2, row)]) == [row, row]
+    for value in (np.nan, np.inf, -np.inf):
+        with pytest.raises(NonFiniteError, match=f"^step 2: .*{value}.*learning rate 0.1"):
+            check_finite([(1, row), (2, row | {poisoned: np.float32(value)}), (3, row)])
+
+
 def test_a_run_logs_saves_and_draws(tmp_path):
     config = tiny.config(log__sample_every_steps=3, train__num_steps=6, log__every_steps=2)
-    loop.train(config, str(tmp_path))
+    tiny.train(config, tmp_path)
     rows = tiny.metrics(tmp_path)
     assert [row["step"] for row in rows] == [2, 4, 6]
     names = {"loss", "grad_norm", "learning_rate", "images_per_s", "data_wait"}
@@ -196,34 +197,94 @@ def test_a_run_logs_saves_and_draws(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events*"))
 
     before = tiny.files(tmp_path)
-    assert loop.train(config, str(tmp_path))  # nothing left to do
+    assert tiny.train(config, tmp_path)  # nothing left to do
     assert tiny.files(tmp_path) == before
 
 
 def test_a_run_goes_on_with_more_steps_and_other_devices(tmp_path):
     config = tiny.config(model__width=64, train__num_steps=2)
     config.mesh.update(data=1, fsdp=8)
-    loop.train(config, str(tmp_path))
+    tiny.train(config, tmp_path, one_device=False)
     config.train.num_steps = 4
     config.mesh.update(data=8, fsdp=1)
-    loop.train(config, str(tmp_path))
+    tiny.train(config, tmp_path, one_device=False)
     assert [row["step"] for row in tiny.metrics(tmp_path)] == [1, 2, 3, 4]
 
     straight = tmp_path / "straight"
     config.checkpoint.every_steps = 4
-    loop.train(config, str(straight))
+    tiny.train(config, straight, one_device=False)
     losses = [[row["loss"] for row in tiny.metrics(folder)] for folder in (tmp_path, straight)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def test_grids_are_drawn_with_the_ema(tmp_path, monkeypatch, one_device):
-    real, seen = sampling.generate_images, []
+def test_grids_are_drawn_with_the_ema(tmp_path):
+    seen = []
 
-    def watched(generator, params, *args, **options):
-        seen.append(np.asarray(params["stem"]["kernel"]))
-        return real(generator, params, *args, **options)
+    def drawer(config, mesh, autoencoder):
+        def draw(ema):
+            seen.append(np.asarray(ema["stem"]["kernel"]))
+            return np.zeros((8, 8, 3), np.uint8)
 
-    monkeypatch.setattr(sampling, "generate_images", watched)
-    loop.train(tiny.config(train__num_steps=2, log__sample_every_steps=2), str(tmp_path))
+        return draw
+
+    config = tiny.config(train__num_steps=2, log__sample_every_steps=2)
+    loop.train(config, str(tmp_path), drawer, devices=jax.devices()[:1])
     model, _ = flowdcn_jax.load_model(tmp_path)
     np.testing.assert_array_equal(seen, [model.stem.kernel[...]])
+
+
+def test_a_run_tells_what_it_is(tmp_path, capsys):
+    config = tiny.config(train__num_steps=2)
+    tiny.train(config, tmp_path, changed={"train.num_steps": 2})
+    printed = capsys.readouterr().out
+    assert "train: batch_size=16 num_steps=2* accumulation_steps=1" in printed
+    assert "on 1 x cpu (data=1 x fsdp=1), flowdcn_jax " in printed
+    told = json.loads((tmp_path / "config.json").read_text())
+    assert told["config"]["model"]["width"] == 16 and told["changed"] == {"train.num_steps": 2}
+    params = flowdcn_jax.load_model(tmp_path)[0]
+    assert told["parameters"] == parameter_count(nnx.to_pure_dict(nnx.state(params)))
+    assert told["mesh"] == {"data": 1, "fsdp": 1} and told["machine"]["versions"]["jax"]
+
+
+def test_a_dry_run_checks_and_compiles_and_writes_nothing(tmp_path, capsys):
+    config = tiny.config()
+    assert tiny.train(config, tmp_path / "run", dry_run=True)
+    assert "compiling the train step" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    tiny.train(tiny.config(train__num_steps=2), tmp_path / "run")
+    before = tiny.files(tmp_path / "run")
+    config.model.width = 32
+    with pytest.raises(ConfigError, match="config.model.width: 16 -> 32"):
+        tiny.train(config, tmp_path / "run", dry_run=True)
+    assert tiny.files(tmp_path / "run") == before
+
+
+def test_a_trace_is_of_as_many_steps_as_asked_for(tmp_path, capsys):
+    tiny.train(tiny.config(), tmp_path, profile_steps=2)
+    assert f"wrote a trace of 2 steps to {tmp_path / 'profile'}" in "".join(capsys.readouterr())
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_runs_are_logged_to_weights_and_biases_where_a_key_asks_for_it(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = tiny.config(train__num_steps=2, log__wandb_project="flowdcn")
+    tiny.train(config, tmp_path)
+    (first,) = (tmp_path / "wandb").glob("offline-run-*")
+    identifier = (tmp_path / "wandb_run_id").read_text()
+    assert first.name.endswith(identifier)
+    logged = next(first.glob("run-*.wandb")).read_bytes()
+    for name in (b"grad_norm", b"images_per_s", b"flowdcn"):
+        assert name in logged
+    config.train.num_steps = 4
+    tiny.train(config, tmp_path)  # one run there too
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{identifier}"))) >= 1
+
+
+def test_weights_and_biases_must_be_installed_where_a_key_asks_for_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = tiny.config(log__wandb_project="flowdcn")
+    with pytest.raises(ConfigError, match="'flowdcn', and the package wandb is not installed"):
+        tiny.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

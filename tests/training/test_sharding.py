@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from flowdcn_jax.training import sharding
-from flowdcn_jax.training.state import abstract_state
+from flowdcn_jax.runs import sharding
+from flowdcn_jax.runs.state import abstract_state
 from tests import tiny
 
 

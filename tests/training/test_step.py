@@ -1,5 +1,7 @@
 """The train step: the same numbers on any mesh, and the formulas it promises."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +9,12 @@ import optax
 import pytest
 
 from flowdcn_jax import data
+from flowdcn_jax.autoencoders import to_unit_range
 from flowdcn_jax.flow.loss import draw, velocity_loss
 from flowdcn_jax.models import abstract_model, apply_model
-from flowdcn_jax.training.sharding import batch_sharding, make_mesh, state_sharding
-from flowdcn_jax.training.state import initial_state, learning_rate_schedule
-from flowdcn_jax.training.step import STEP_KEY_SALT, make_train_step, to_unit_range
+from flowdcn_jax.runs.sharding import batch_sharding, make_mesh, state_sharding
+from flowdcn_jax.runs.state import initial_state, learning_rate_schedule
+from flowdcn_jax.training.step import STEP_KEY_SALT, make_train_step
 from tests import tiny
 from tests.comparison import relative_error
 
@@ -110,10 +113,14 @@ def test_one_step_by_hand(small):
     )
 
     def loss_fn(params):
-        def velocity_fn(*args):
-            return apply_model(graphdef, params, *args)
-
-        return velocity_loss(velocity_fn, x, batch["label"], drawn, null_class=10)
+        return velocity_loss(
+            params,
+            x,
+            batch["label"],
+            drawn,
+            velocity_fn=functools.partial(apply_model, graphdef),
+            null_class=10,
+        )
 
     @jax.jit
     def by_hand(params):

@@ -13,8 +13,8 @@ from PIL import Image
 from flowdcn_jax import data
 from flowdcn_jax.data.aspect_buckets import AspectBuckets
 from flowdcn_jax.errors import UserError
+from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.training import loop
-from flowdcn_jax.training.sharding import make_mesh
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -52,27 +52,14 @@ def latents(tmp_path_factory):
 
 def config(latents, **overrides):
     result = tiny.config(model__in_channels=4, **overrides)
-    result.data.update(name="imagenet_latents", data_dir=str(latents), image_size=32)
+    result.data.update(name="latents", data_dir=str(latents), image_size=32)
     result.data.aspect_buckets.update(count=3, min_aspect=0.5, max_aspect=2.0, side_multiple=16)
-    result.autoencoder.update(name="none", downsampling=8)
+    result.autoencoder.update(name="preview", downsampling=8)
     return result
 
 
 def test_the_config_means_these_buckets():
     assert BUCKETS.sizes == ((32, 16), (16, 32))
-
-
-@pytest.fixture
-def compile_once(monkeypatch):
-    """The runs of a test share what the first of them compiles: it takes most of their time."""
-    real, compiled = loop._Run._compile_steps, {}
-
-    def compile_steps(self, state, writer):
-        if not compiled:
-            compiled.update(real(self, state, writer))
-        return compiled
-
-    monkeypatch.setattr(loop._Run, "_compile_steps", compile_steps)
 
 
 def test_the_shapes_are_compiled_side_by_side(latents, monkeypatch):
@@ -88,17 +75,16 @@ def test_the_shapes_are_compiled_side_by_side(latents, monkeypatch):
 
     fake = SimpleNamespace(lower=lambda state, batch: Lowered(batch))
     monkeypatch.setattr(loop, "make_train_step", lambda config, mesh: fake)
-    run = SimpleNamespace(config=config(latents), mesh=make_mesh())
-    run.source = data.make_source(run.config.data)
-    writer = SimpleNamespace(message=lambda text: None)
-    compiled = loop._Run._compile_steps(run, None, writer)
+    tiny_config = config(latents)
+    source = data.make_source(tiny_config.data)
+    compiled = loop.compile_steps(tiny_config, source, make_mesh(), say=lambda text: None)
     assert compiled == {shape: shape for shape in [(16, 4, 2, 4), (16, 2, 4, 4)]}
 
 
-def test_a_run_resumes_exactly_and_draws_square_grids(latents, tmp_path, capsys, compile_once):
+def test_a_run_resumes_exactly_and_draws_square_grids(latents, tmp_path, capsys):
     options = dict(checkpoint__every_steps=12)
     straight = config(latents, train__num_steps=12, log__sample_every_steps=12, **options)
-    loop.train(straight, str(tmp_path / "straight"))
+    tiny.train(straight, tmp_path / "straight")
     printed = capsys.readouterr()
     messages = printed.out + printed.err
     for number, shape in enumerate(["(4, 2, 4), 30 images", "(2, 4, 4), 12 images"], start=1):
@@ -107,8 +93,8 @@ def test_a_run_resumes_exactly_and_draws_square_grids(latents, tmp_path, capsys,
     grid = Image.open(tmp_path / "straight" / "samples" / "step_00000012.png")
     assert grid.width == grid.height  # two by two squares
 
-    loop.train(config(latents, train__num_steps=5, **options), str(tmp_path / "resumed"))
-    loop.train(config(latents, train__num_steps=12, **options), str(tmp_path / "resumed"))
+    tiny.train(config(latents, train__num_steps=5, **options), tmp_path / "resumed")
+    tiny.train(config(latents, train__num_steps=12, **options), tmp_path / "resumed")
     assert "going on from step 5" in "".join(capsys.readouterr())
     assert tiny.numbers(tmp_path / "resumed") == tiny.numbers(tmp_path / "straight")
     straight, resumed = (tiny.checksums(tmp_path / name, 12) for name in ("straight", "resumed"))
@@ -129,7 +115,7 @@ def test_buckets_that_cannot_be_or_are_not_cached_are_refused(latents, tmp_path,
     bad = config(latents)
     bad.data.aspect_buckets.update(change)
     with pytest.raises(UserError, match=message):
-        loop.train(bad, str(tmp_path / "run"))
+        tiny.train(bad, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -137,7 +123,7 @@ def test_buckets_that_cannot_be_or_are_not_cached_are_refused(latents, tmp_path,
     "overrides, message",
     [
         (dict(data__random_flip=True), "cached without mirror images: random_flip=False"),
-        (dict(data__name="digits"), "aspect_buckets are for imagenet_latents, not digits"),
+        (dict(data__name="digits"), "aspect_buckets are for latents, not digits"),
         (
             dict(model__in_channels=3),
             r"no latents with 3 channels \(model.in_channels\) are cached",
@@ -150,7 +136,7 @@ def test_what_does_not_fit_buckets_is_refused(latents, tmp_path, overrides, mess
         section, name = key.split("__")
         bad[section][name] = value
     with pytest.raises(UserError, match=message):
-        loop.train(bad, str(tmp_path / "run"))
+        tiny.train(bad, tmp_path / "run")
 
 
 def test_latents_of_two_autoencoders_lie_in_one_folder(tmp_path):

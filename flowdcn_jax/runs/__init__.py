@@ -1,0 +1,1 @@
+"""What a run's folder holds, and how it is split over devices; whoever works with runs uses it."""
