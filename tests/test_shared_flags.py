@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -92,12 +93,12 @@ def test_the_help_of_flags_is_the_options():
 def test_sample_pys_flags_are_the_keywords_of_its_function():
     """And are defined without JAX, so that a misspelled one is refused at once."""
     code = (
-        "import json, sys; from absl import flags; import sample; assert 'jax' not in sys.modules\n"
-        "of_sample = flags.FLAGS.flags_by_module_dict()['sample']\n"
+        "import json, sys; from absl import flags; from flowdcn_jax.tools import sample\n"
+        "assert 'jax' not in sys.modules\n"
+        "of_sample = flags.FLAGS.flags_by_module_dict()[sample.__name__]\n"
         "print(json.dumps({flag.name: flag.default for flag in of_sample}))"
     )
-    status, output = tiny.run([sys.executable, "-c", code])
-    assert status == 0, output
+    output = subprocess.check_output([sys.executable, "-c", code], cwd=tiny.REPOSITORY)
     found = json.loads(output)
     keywords = inspect.signature(sample_to_folder).parameters.values()
     expected = {k.name: k.default for k in keywords if k.kind is k.KEYWORD_ONLY}

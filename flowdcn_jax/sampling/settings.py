@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flowdcn_jax.config import RENAMED
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.options import (
     POSITIVE,
@@ -58,6 +57,13 @@ def _parse_classes(given: Any) -> tuple[str, ...]:
     return tuple(str(each).strip() for each in given)
 
 
+def _parse_autoencoder(given: Any) -> Any:
+    """A name, by which it is known today."""
+    from flowdcn_jax.config import RENAMED  # here, since it imports JAX
+
+    return RENAMED["autoencoder.name"].get(given, given)
+
+
 class _Options:
     """A value of another type, or out of range whatever the model, is a SamplingError."""
 
@@ -100,7 +106,8 @@ class Settings(_Options):
     """What image i depends on, besides the weights, its class and i.
 
     `generator.fill_settings` puts values in the place of None, and checks what depends on several
-    options or on the model."""
+    options or on the model.
+    """
 
     image_size: tuple[int, int] | None = option(
         None,
@@ -184,7 +191,7 @@ class ModelChoice(_Options):
         None,
         "what decodes",
         name_in("flowdcn_jax.autoencoders:AUTOENCODERS"),
-        parse=lambda name: RENAMED["autoencoder.name"].get(name, name),
+        parse=_parse_autoencoder,
         unset="config.autoencoder.name",
     )
     autoencoder_weights: Path | None = option(

@@ -19,7 +19,7 @@ from flowdcn_jax.data.prepared import Encoder, find_encoder
 from flowdcn_jax.models import abstract_model
 from flowdcn_jax.options import takes_options
 from flowdcn_jax.precision import compute_dtype
-from flowdcn_jax.runs import checkpoint
+from flowdcn_jax.runs.checkpoint import Weights, checksum, read_run, restore_ema
 from flowdcn_jax.runs.sharding import make_mesh, replicated
 from flowdcn_jax.sampling.classes import class_words, make_labels, parse_classes
 from flowdcn_jax.sampling.generator import (
@@ -65,12 +65,12 @@ class TrainedModel:
         return dataclasses.replace(autoencoder, params=copied)
 
     @functools.cached_property
-    def weights(self) -> checkpoint.Weights:
+    def weights(self) -> Weights:
         """The EMA weights, on every device."""
         return _read_weights(self.checkpoint.workdir, self.checkpoint.step, self.mesh)
 
     @functools.cached_property
-    def guide(self) -> checkpoint.Weights | None:
+    def guide(self) -> Weights | None:
         """The guide's EMA weights, on every device."""
         chosen = self.guide_checkpoint
         return chosen and _read_weights(chosen.workdir, chosen.step, self.mesh)
@@ -185,17 +185,17 @@ def load_model(workdir: str | Path, step: int | None = None) -> tuple[nnx.Module
 
 
 def describe(
-    weights: checkpoint.Weights,
-    guide: checkpoint.Weights | None,
+    weights: Weights,
+    guide: Weights | None,
     autoencoder: Autoencoder,
     autoencoder_config: ConfigDict,
 ) -> dict[str, Any]:
     """What of a model images depend on, as JSON takes it: the same record, the same images."""
 
-    def network(weights: checkpoint.Weights) -> dict[str, Any]:
+    def network(weights: Weights) -> dict[str, Any]:
         return {
             "step": weights.step,
-            "checksum": digest(checkpoint.checksum(weights.params)),
+            "checksum": digest(checksum(weights.params)),
             "config": _resolved(weights.config.model),
             "image_size": weights.config.data.image_size,  # resolution adjustments start from it
         }
@@ -225,7 +225,7 @@ def _resolved(section: ConfigDict) -> dict[str, Any]:
     return json.loads(section.to_json()) | {"dtype": dtype}
 
 
-def _read_weights(workdir: str, step: int | None, mesh: Mesh) -> checkpoint.Weights:
+def _read_weights(workdir: str, step: int | None, mesh: Mesh) -> Weights:
     """EMA weights, copied to every device of `mesh`."""
 
     def abstract_params(config: ConfigDict):
@@ -235,11 +235,11 @@ def _read_weights(workdir: str, step: int | None, mesh: Mesh) -> checkpoint.Weig
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), params
         )
 
-    return checkpoint.restore_ema(workdir, step, abstract_params)
+    return restore_ema(workdir, step, abstract_params)
 
 
 def _choose_checkpoint(workdir: str | Path, step: int | None) -> ChosenCheckpoint:
-    run = checkpoint.read_run(str(workdir), step)
+    run = read_run(str(workdir), step)
     config = ConfigDict(run.config)
     identity = run.data_identity
     encoder = find_encoder(identity) if identity and "settings" in identity else None
