@@ -96,7 +96,9 @@ def _check_flags() -> ConfigDict:
     return config
 
 
-def _measure(config: ConfigDict, source: data.Source, run_step: Step, mesh: Mesh) -> dict[str, Any]:
+def _measure(
+    config: ConfigDict, source: data.DataSource, run_step: Step, mesh: Mesh
+) -> dict[str, Any]:
     """Times of the steps and of the waits between them, and the rates of demand and reader."""
     options = dict(
         batch_size=_GPUS.value * _BATCH_SIZE.value,
