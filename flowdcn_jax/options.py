@@ -37,12 +37,9 @@ class Range(NamedTuple):
     text: Callable[[], str]  # ends "NAME is VALUE; expected ..."
 
 
-def at_least(minimum: float, *, below: float | None = None) -> Range:
-    """Numbers from `minimum`, and below another one if there is one."""
-    if below is None:
-        return Range(lambda value: value >= minimum, lambda: f"at least {minimum}")
-    text = f"at least {minimum} and below {below}"
-    return Range(lambda value: minimum <= value < below, lambda: text)
+def at_least(minimum: float) -> Range:
+    """Numbers from `minimum`."""
+    return Range(lambda value: value >= minimum, lambda: f"at least {minimum}")
 
 
 def one_of(*choices: str) -> Range:
@@ -66,7 +63,8 @@ def name_in(registry: str) -> Range:
 
 POSITIVE = Range(lambda value: value > 0, lambda: "a positive number")
 FRACTION = Range(lambda value: 0 <= value < 1, lambda: "a number in [0, 1)")
-SEED = at_least(0, below=2**32)  # JAX keeps 32 bits of a seed without its 64-bit mode
+# JAX keeps 32 bits of a seed without its 64-bit mode.
+SEED = Range(lambda value: 0 <= value < 2**32, lambda: "at least 0 and below 2**32")
 
 
 @dataclasses.dataclass(frozen=True)

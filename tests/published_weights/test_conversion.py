@@ -217,9 +217,8 @@ def test_a_state_of_weights_has_a_fresh_optimizer_and_is_split_over_the_devices(
 
 def test_fine_tuning_keeps_the_model(exported, tmp_path):
     convert(exported / "ema.safetensors", tiny.config(), tmp_path / "run")
-    with pytest.raises(
-        ConfigError, match="change: config.model.boundary: 'truncate' -> 'zeros'. Use"
-    ):
+    differs = "change: config.model.boundary: 'truncate' -> 'zeros'. Use"
+    with pytest.raises(ConfigError, match=differs):
         tiny.train(tiny.config(model__remat=True, train__batch_size=8), tmp_path / "run")
     assert tiny.steps(tmp_path / "run") == [0]
 
