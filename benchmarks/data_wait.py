@@ -35,7 +35,7 @@ from flowdcn_jax.config import validate
 from flowdcn_jax.environment import describe_machine
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.runs.sharding import make_mesh
-from flowdcn_jax.training.loop import DEVICE_PREFETCH, on_devices
+from flowdcn_jax.training.inputs import DEVICE_PREFETCH, on_devices
 from flowdcn_jax.training.metrics import Stopwatch
 
 _CONFIG = config_flag.define_config_flag(default="configs/xl2.py")

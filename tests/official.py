@@ -9,14 +9,18 @@ from flax import nnx, traverse_util
 from safetensors.numpy import save_file
 
 from flowdcn_jax.config import load_config
-from flowdcn_jax.models.flowdcn import FlowDCN
+from flowdcn_jax.models.flowdcn import FlowDCN, FlowDCNOptions
 from flowdcn_jax.published_weights.names import official_tensors
 
 
 def build(config: ml_collections.ConfigDict, dtype) -> tuple:
     """(graphdef, parameters' shapes) of `config` with any compute dtype, float64 too."""
-    options = {key: value for key, value in config.items() if key not in ("name", "dtype")}
-    abstract = nnx.eval_shape(lambda: FlowDCN(**options, dtype=dtype, rngs=nnx.Rngs(0)))
+
+    class Options(FlowDCNOptions):
+        compute_dtype = dtype
+
+    options = Options(**{key: value for key, value in config.items() if key != "name"})
+    abstract = nnx.eval_shape(lambda: FlowDCN(options, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     return graphdef, nnx.to_pure_dict(state)
 

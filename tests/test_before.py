@@ -245,7 +245,7 @@ OWN_SIT = ["train.py", f"--config={make.HERE / 'own_sit.py'}", f"--workdir={RUN}
         ),
         (make.cache("{photos}", "{latents}"), "dataset: 'folder:/photos' -> "),
         # A folder of another kind.
-        (train_on("{latents_run}", SAMPLES), "imagenet_latents is not prepared in {samples}"),
+        (train_on("{latents_run}", SAMPLES), "latents are not prepared in {samples}"),
         (make.sample(SAMPLES), "{samples} holds no checkpoints; expected the --workdir of"),
         (make.sample("{latents}"), "{latents} holds no checkpoints"),
         (make.sample(RUN, f"--guide_workdir={SAMPLES}"), "{samples} holds no checkpoints"),

@@ -119,12 +119,14 @@ def test_sampling_is_not_measured_on_devices_that_are_not_there():
 # The benchmark on a FlowDCN and a SiT so small that a step takes no time.
 SMALL_TRAINING = """
 from benchmarks import training
-from configs import s2, sit_s2
 from flowdcn_jax import command
-for module, parts in ((s2, "num_groups"), (sit_s2, "num_heads")):
-    config = module.get_config()
+load_config = training.load_config
+def small(name):
+    config = load_config(name)
+    parts = "num_groups" if name == "s2" else "num_heads"
     config.model.update({"width": 16, "depth": 1, parts: 2})
-    module.get_config = config.copy_and_resolve_references
+    return config
+training.load_config = small
 command.run(training.main)
 """
 

@@ -131,7 +131,7 @@ class VelocityNetwork(nnx.Module):
             ValueError: a shape that does not fit, or a side that the patch size does not divide.
         """
         options = self.options
-        self._check(x, t, y)
+        self._check(x, t, y, max_scale_factor)
         tokens = self.embed(x)
         condition = self.time_embedder(t) + self.class_embedder(y)
         for number, block in enumerate(self.blocks):
@@ -161,7 +161,7 @@ class VelocityNetwork(nnx.Module):
                 total += uses * math.prod(module.kernel.shape)
         return total
 
-    def _check(self, x: Array, t: Array, y: Array) -> None:
+    def _check(self, x: Array, t: Array, y: Array, max_scale_factor: Array | None) -> None:
         channels, patch_size = self.options.in_channels, self.options.patch_size
         if x.ndim != 4 or x.shape[-1] != channels:
             raise ValueError(f"x has shape {x.shape}; expected [B, H, W, {channels}]")
@@ -174,3 +174,9 @@ class VelocityNetwork(nnx.Module):
             raise ValueError(f"t {t.shape} and y {y.shape} must both have shape {x.shape[:1]}")
         if not jnp.issubdtype(y.dtype, jnp.integer):
             raise ValueError(f"y has dtype {y.dtype}; expected integers")
+        expected = (self.options.depth, 2) if self.takes_max_scale_factor else None
+        if max_scale_factor is not None and max_scale_factor.shape != expected:
+            raise ValueError(
+                f"max_scale_factor has shape {max_scale_factor.shape}; expected "
+                + (f"{expected}, a row a block" if expected else "none for this model")
+            )

@@ -76,6 +76,7 @@ def deformable_aggregate_pallas(
 
 
 def _vjp_forward(values, points, *options):
+    values, points = differentiable_no_more((values, points))
     (out,) = _sharded(_forward, type(points), *options)(values, *points)
     return out, (values, points)
 

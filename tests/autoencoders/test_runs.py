@@ -87,9 +87,7 @@ def test_sampling_without_weights_is_one_error_and_writes_nothing(trained, tmp_p
     """A UserError, which the commands print as a line."""
     model = sampling.load_trained(trained, autoencoder="sd_vae")
     with pytest.raises(UserError, match="config.autoencoder.weights is None.*sd-vae-ft-ema"):
-        sampling.sample_to_folder(
-            model, sampling.Settings(), sampling.Request(), out=tmp_path / "out"
-        )
+        sampling.sample_to_folder(model, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -117,8 +115,8 @@ def test_a_run_goes_on_with_its_latents_in_another_place(trained, tmp_path, capl
     "other, message",
     [
         (dict(count=30), "data.num_examples.8x8x4: 20 -> 30"),
-        (dict(dataset="x"), "data.settings.dataset: None -> x"),
-        (dict(weights_sha256="1"), "data.settings.autoencoder.weights_sha256: None -> 1"),
+        (dict(dataset="x"), "data.settings.dataset: None -> 'x'"),
+        (dict(weights_sha256="1"), "data.settings.autoencoder.weights_sha256: None -> '1'"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_latents(trained, tmp_path, other, message):

@@ -199,16 +199,14 @@ def test_ablations_take_away_what_they_name():
 @pytest.mark.parametrize("scale_prior", flowdcn.SCALE_PRIORS)
 def test_a_fixed_prior_is_the_one_that_a_learned_one_starts_from(scale_prior):
     def out_and_prior(learn_scale_prior):
-        conv = flowdcn.MultiscaleDeformableConv(
-            24,
-            3,
-            boundary="zeros",
-            max_scale=6.0,
+        options = flowdcn.FlowDCNOptions(
+            width=24,
+            num_groups=3,
             scale_prior=scale_prior,
             learn_scale_prior=learn_scale_prior,
-            dtype=jnp.float32,
-            rngs=nnx.Rngs(0),
+            dtype="float32",
         )
+        conv = flowdcn.MultiscaleDeformableConv(options, rngs=nnx.Rngs(0))
         return conv(jax.random.normal(jax.random.key(1), (1, 4, 4, 24))), conv.scale_prior
 
     learned, prior = out_and_prior(True)

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flowdcn_jax.config import load_config
+from flowdcn_jax.config import config_names, load_config
 from flowdcn_jax.models import layers
 from flowdcn_jax.runs.sharding import batch_sharding, make_mesh, state_sharding
-from tests import tiny
 from tests.comparison import relative_error
 
 WIDTH, HIDDEN, WIDER = 112, 298, 320  # two devices split the hidden axis, four and eight the other
@@ -29,7 +28,7 @@ def swiglu(width, dtype):
 
 def test_of_the_papers_models_only_l_is_widened():
     widened = set()
-    for name in tiny.CONFIGS:
+    for name in config_names():
         model = load_config(name).model
         hidden = layers.SwiGLU.hidden_width(model.width)
         if "sit" not in name and "dit" not in name and layers.hidden_padding(hidden, jnp.bfloat16):

@@ -224,9 +224,8 @@ def test_fine_tuning_keeps_the_model(exported, tmp_path):
 
 
 def test_converted_weights_are_sampled(exported, tmp_path):
-    settings = sampling.Settings(num_steps=1, image_size=(6, 10))
     model = sampling.load_trained(exported / "converted")
-    sampling.sample_to_folder(model, settings, sampling.Request(num_images=2), out=tmp_path)
+    sampling.sample_to_folder(model, num_steps=1, image_size=(6, 10), num_images=2, out=tmp_path)
     with np.load(tmp_path / "samples.npz") as file:
         assert file["arr_0"].shape == (2, 6, 10, 1) and file["arr_0"].std() > 0
 
