@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from flowdcn_jax.evaluation.features.registry import find_network, place_weights
-from flowdcn_jax.evaluation.features.weights import COUNTER, FeaturesError
+from flowdcn_jax.evaluation.features.registry import find_network
+from flowdcn_jax.evaluation.features.weights import COUNTER, FeaturesError, place_weights
 from flowdcn_jax.files import atomic_path
 from flowdcn_jax.published_weights.source import open_source
 
@@ -32,7 +32,7 @@ def convert(name: str, source: str | Path, out: str | Path) -> dict[str, str]:
         FeaturesError: an unknown name, tensors that do not fit, or not the hash in the file's name.
         flowdcn_jax.published_weights.PublishedWeightsError: the source cannot be read.
     """
-    find_network(name)
+    network = find_network(name)
     source = Path(source)
     tensors = {key: tensor.read() for key, tensor in open_source(source).tensors.items()}
     with open(source, "rb") as file:
@@ -43,7 +43,7 @@ def convert(name: str, source: str | Path, out: str | Path) -> dict[str, str]:
         raise FeaturesError(
             f"{source} has SHA-256 {digest}; expected {named[1]}..., as it is named"
         )
-    place_weights(name, tensors, source, dtype=np.float32)
+    place_weights(network.read, tensors, source, dtype=np.float32)
     origin = {"network": name, "file": source.name, "sha256": digest}
     kept = {key: tensor for key, tensor in tensors.items() if not key.endswith(COUNTER)}
     with atomic_path(Path(out)) as temporary:

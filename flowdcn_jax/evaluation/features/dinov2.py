@@ -125,7 +125,7 @@ def read(tensors: Tensors, path: Path) -> tuple[Callable[..., DINOv2], Tensors]:
     Without one, as beside the authors' files, heads are HEAD_WIDTH wide.
 
     Raises:
-        FeaturesError: no usable table of positions, or no usable config.json.
+        FeaturesError: no table of positions, or one or a config.json that cannot be used.
     """
     renamed = {}
     for name, tensor in tensors.items():
@@ -137,8 +137,10 @@ def read(tensors: Tensors, path: Path) -> tuple[Callable[..., DINOv2], Tensors]:
         names = [query.replace("query", part) for part in ("query", "key", "value")]
         parts = [renamed.pop(name) for name in names if name in renamed]
         renamed[query.replace("query", "qkv")] = np.concatenate(parts)
-    table = fit_positions(renamed.get("pos_embed", np.zeros(0)), source=str(path))
-    renamed["pos_embed"], width = table, table.shape[-1]
+    if "pos_embed" not in renamed:
+        raise FeaturesError(f"{path} is no DINOv2: it lacks pos_embed")
+    renamed["pos_embed"] = table = fit_positions(renamed["pos_embed"], source=str(path))
+    width = table.shape[-1]
     blocks = {name.split(".")[1] for name in renamed if name.startswith("blocks.")}
     num_heads = _configured_heads(path.with_name("config.json")) or width // HEAD_WIDTH
     return partial(DINOv2, Sizes(width, len(blocks), num_heads)), renamed
@@ -163,10 +165,8 @@ def fit_positions(table: np.ndarray, *, source: str) -> np.ndarray:
     """
     side = math.isqrt(table.shape[1] - 1) if table.ndim == 3 and table.shape[1] > 1 else 0
     if side == 0 or table.shape[:2] != (1, 1 + side**2):
-        raise FeaturesError(
-            f"the positions (pos_embed) of {source} have shape {table.shape}; expected "
-            "(1, 1 + n * n, width)"
-        )
+        expected = "(1, 1 + n * n, width)"
+        raise FeaturesError(f"pos_embed of {source} has shape {table.shape}; expected {expected}")
     if side == GRID:
         return table
     matrix = cubic_matrix(side, GRID, scale=(GRID + POSITION_OFFSET) / side)

@@ -94,44 +94,38 @@ class FeatureExtractor:
             FeaturesError: other images, or features that are not finite.
         """
         _check_images(images)
-        pending, done = collections.deque(), []
+        running, done = collections.deque(), []
         for first in range(0, len(images), self.batch_size):
-            pending.append(self.start(images[first : first + self.batch_size]))
-            if len(pending) == IN_FLIGHT:
-                done.append(pending.popleft()())
-        done += [finish() for finish in pending]
+            running.append(self._start(images[first : first + self.batch_size]))
+            if len(running) == IN_FLIGHT:
+                done.append(running.popleft()())
+        done += [finish() for finish in running]
         return {name: np.concatenate([part[name] for part in done]) for name in done[0]}
 
-    def start(self, images: np.ndarray) -> Callable[[], dict[str, np.ndarray]]:
-        """Begins with at most `batch_size` images, and does not wait.
+    def _start(self, images: np.ndarray) -> Callable[[], dict[str, np.ndarray]]:
+        """Begins with a batch, and does not wait; what is returned waits, and gives the features.
 
-        A short batch is filled up, so that nothing compiles twice; images do not change each
+        A short batch is filled up, so that nothing compiles twice: images do not change each
         other's features.
-
-        Returns:
-            A function that waits, and gives what a call gives.
         """
-        _check_images(images)
-        count = len(images)
-        if count > self.batch_size:
-            raise FeaturesError(f"there are {count} images; expected at most {self.batch_size}")
         batch = np.zeros((self.batch_size, *images.shape[1:]), np.uint8)
-        batch[:count] = images
+        batch[: len(images)] = images
         x = self._preprocess(jax.device_put(batch, self._by_row))
         outputs = self._run(self._params, x)
+        return lambda: {
+            name: self._checked(name, np.asarray(array)[: len(images)])
+            for name, array in outputs.items()
+        }
 
-        def finish() -> dict[str, np.ndarray]:
-            arrays = {name: np.asarray(array)[:count] for name, array in outputs.items()}
-            for name, array in arrays.items():
-                bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-                if bad.size:
-                    raise FeaturesError(
-                        f"{name} of image {bad[0]} of a batch are not finite; expected numbers "
-                        f"from {self.description.network} in {self.description.precision}"
-                    )
-            return arrays
-
-        return finish
+    def _checked(self, name: str, array: np.ndarray) -> np.ndarray:
+        bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+        if bad.size:
+            network, precision = self.description.network, self.description.precision
+            raise FeaturesError(
+                f"{name} of image {bad[0]} of a batch are not finite; expected numbers from "
+                f"{network} in {precision}"
+            )
+        return array
 
 
 def _check_images(images: np.ndarray) -> None:

