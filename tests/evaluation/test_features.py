@@ -1,6 +1,8 @@
 """load_features: any number of images on any devices, and one line for what is wrong."""
 
 import hashlib
+import json
+import sys
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ from safetensors.numpy import save_file
 from flowdcn_jax.evaluation import load_features
 from flowdcn_jax.evaluation.features import NETWORKS, FeaturesError, WeightsNotFoundError
 from flowdcn_jax.training.sharding import make_mesh
+from tests import tiny
 from tests.comparison import relative_error
 from tests.evaluation.conftest import TINY_DINOV2
 
@@ -217,3 +220,21 @@ def test_weights_are_found_in_a_folder_by_their_name(dinov2_tensors, dinov2, loa
 def test_other_options_are_refused_before_weights_are_read(options, message):
     with pytest.raises(FeaturesError, match=message):
         load_features(**dict(name="dinov2", weights="no/such/file") | options)
+
+
+def test_the_benchmark_writes_its_table(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.features", "--networks=efficientnet_lite0"]
+    command += ["--image_size=16", "--batch_size=2", "--batches=1", "--runs=1", "--devices=1"]
+    out = tmp_path / "out.json"
+    code, output = tiny.run([*command, "--precisions=float32", f"--out={out}"])
+    assert code == 0, output
+    report = json.loads(out.read_text())
+    assert {"devices", "versions", "date"} <= report["machine"].keys()
+    (row,) = report["results"]
+    assert (row["network"], row["precision"]) == ("efficientnet_lite0", "float32, without TF32")
+    assert (row["image_size"], row["batch_size"], row["num_devices"]) == (16, 2, 1)
+    assert row["images_per_s"] == pytest.approx(2e3 / row["batch_ms"])
+    cells = f"| 16 | 2 | 1 | {row['images_per_s']:.1f} | {row['images_per_s_in_use']:.1f} |"
+    assert f"| efficientnet_lite0 | float32 {cells}" in output
+    code, output = tiny.run([*command, "--precisions=half"])
+    assert code == 2 and "--precisions names 'half'; expected some of float32, tf32, bf" in output

@@ -102,6 +102,10 @@ class FeatureExtractor:
         done += [finish() for finish in running]
         return {name: np.concatenate([part[name] for part in done]) for name in done[0]}
 
+    def compute(self, batch: Array) -> dict[str, Array]:
+        """What a call gives for `batch_size` images, all on the devices; does not wait or check."""
+        return self._run(self._params, self._preprocess(batch))
+
     def _start(self, images: np.ndarray) -> Callable[[], dict[str, np.ndarray]]:
         """Begins with a batch, and does not wait; what is returned waits, and gives the features.
 
@@ -110,8 +114,7 @@ class FeatureExtractor:
         """
         batch = np.zeros((self.batch_size, *images.shape[1:]), np.uint8)
         batch[: len(images)] = images
-        x = self._preprocess(jax.device_put(batch, self._by_row))
-        outputs = self._run(self._params, x)
+        outputs = self.compute(jax.device_put(batch, self._by_row))
         return lambda: {
             name: self._checked(name, np.asarray(array)[: len(images)])
             for name, array in outputs.items()
