@@ -126,7 +126,7 @@ def _measure(name: str, precision: str, mesh: Mesh) -> dict[str, Any]:
     start_s = time.perf_counter()
     features = extractor(many)["features"]
     call_s = time.perf_counter() - start_s
-    assert features.std(axis=0).max() > 0, "the features do not depend on the images"
+    assert features.std() > 0, "nothing comes through the network"
     return extractor.description._asdict() | {
         "dtype": _CHOICES[precision][0],
         "image_size": _IMAGE_SIZE.value,

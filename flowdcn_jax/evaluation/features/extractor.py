@@ -112,8 +112,8 @@ class FeatureExtractor:
         A short batch is filled up, so that nothing compiles twice: images do not change each
         other's features.
         """
-        batch = np.zeros((self.batch_size, *images.shape[1:]), np.uint8)
-        batch[: len(images)] = images
+        missing = self.batch_size - len(images)
+        batch = np.pad(images, [(0, missing)] + [(0, 0)] * 3) if missing else images
         outputs = self.compute(jax.device_put(batch, self._by_row))
         return lambda: {
             name: self._checked(name, np.asarray(array)[: len(images)])

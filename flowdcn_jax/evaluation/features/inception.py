@@ -55,6 +55,7 @@ def numbered(name: str, *options: tuple) -> Chain:
 
 
 def crossed(name: str) -> list[Layer]:
+    """Two layers side by side, the pieces of a 3x3 convolution."""
     return [Layer(f"{name}a", 384, (1, 3)), Layer(f"{name}b", 384, (3, 1))]
 
 
@@ -142,15 +143,17 @@ class ConvNormRelu(nnx.Module):
 def add_layers(module: nnx.Module, chain: Chain, width: int, *, dtype, rngs: nnx.Rngs) -> int:
     """Makes the layers of a chain attributes of a module; returns the width of what comes out."""
     for step in chain:
-        found = [layer for layer in (step if isinstance(step, list) else [step])]
-        found = [layer for layer in found if isinstance(layer, Layer)]
+        side_by_side = step if isinstance(step, list) else [step]
+        found = [layer for layer in side_by_side if isinstance(layer, Layer)]
         for layer in found:
             setattr(module, layer.name, ConvNormRelu(width, layer, dtype=dtype, rngs=rngs))
-        width = sum(layer.width for layer in found) or width
+        width = sum(layer.width for layer in found) or width  # poolings leave it as it is
     return width
 
 
 def run_chain(module: nnx.Module, chain: Chain, x: Array) -> Array:
+    """What comes out of a chain whose layers are attributes of a module."""
+
     def run(x: Array, step) -> Array:
         if isinstance(step, list):
             return jnp.concatenate([run(x, layer) for layer in step], axis=-1)
