@@ -1,0 +1,58 @@
+"""A feature network small enough for a test, whose features of an image never depend on others."""
+
+import numpy as np
+
+NUM_FEATURES, NUM_SPATIAL, NUM_CLASSES = 24, 12, 10
+
+
+class FakeFeatures:
+    """Stands in for `load_features`: some pixels, each scaled and bent by itself."""
+
+    def __init__(self, batch_size=7, *, name="inception", published=True, **description):
+        self.batch_size = batch_size
+        self.calls = 0
+        self._description = {
+            "name": name,
+            "protocol": "adm",
+            "num_features": NUM_FEATURES,
+            "preprocessing": "none",
+            "precision": "float32",
+            "weights_sha256": "ab" * 32,
+            "source_sha256": "6726825d" + 56 * "0" if published else None,
+        } | description
+
+    def describe(self):
+        return self._description
+
+    def start(self, images):
+        assert images.dtype == np.uint8 and 0 < len(images) <= self.batch_size
+        assert images.shape[3] == 3
+        self.calls += 1
+        outputs = {"features": self._of(images, NUM_FEATURES, 1.0)}
+        if self._description["name"] == "inception":
+            outputs["spatial"] = self._of(images, NUM_SPATIAL, 1.7)
+            outputs["logits"] = 3 * self._of(images, NUM_CLASSES, 2.3)
+            outputs["pool"] = outputs["features"]
+        return lambda: outputs
+
+    @staticmethod
+    def _of(images, count, frequency):
+        pixels = images.reshape(len(images), -1)[:, 3 : 3 + count].astype(np.float32)
+        return np.sin(pixels * np.float32(frequency / 60)) + pixels / np.float32(255)
+
+
+def outputs(images, **options):
+    """All outputs of a fake network for images [N,H,W,3] at once."""
+    return FakeFeatures(len(images), **options).start(images)()
+
+
+def random_images(count, *, seed=0, size=(8, 9), channels=3, spread=256):
+    """uint8 [count,*size,channels], of values below `spread`."""
+    shape = (count, *size, channels)
+    return np.random.default_rng(seed).integers(0, spread, shape).astype(np.uint8)
+
+
+def save(path, images, **arrays):
+    """Writes an .npz file and returns its path as text."""
+    np.savez(path, arr_0=images, **arrays)
+    return str(path)
