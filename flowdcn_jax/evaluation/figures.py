@@ -42,18 +42,18 @@ class Figure:
 def make_figures(
     samples: Statistics, references: Statistics, network: dict[str, Any]
 ) -> list[Figure]:
-    """All figures of a network, whose `Features.describe()` is `network`.
+    """All figures of a network, which `network` describes as `describe(features)` does.
 
     Of Inception FID, sFID, Inception score, precision, recall and KID; of DINOv2 FD-DINOv2,
     precision and recall; of others FD and KID.
     """
-    makers = _MAKERS.get(network["name"], (_distances, _kernel_distance))
+    makers = _MAKERS.get(network["network"], (_distances, _kernel_distance))
     return [figure for make in makers for figure in make(samples, references, network)]
 
 
 def network_label(network: dict[str, Any]) -> str:
     """The network's name; "" for Inception with its published weights: FID is of no other."""
-    name = network["name"]
+    name = network["network"]
     if name == "dinov2" and network["num_features"] == _DINOV2_FEATURES:
         return "DINOv2"
     hashes = [network.get(key) or "" for key in ("source_sha256", "weights_sha256")]

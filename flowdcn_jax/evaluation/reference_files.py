@@ -63,6 +63,9 @@ def read_statistics(path: Path) -> Statistics:
         for name, names in _GAUSSIAN_KEYS.items()
         if names[0] in keys
     }
+    features = None
+    if "features" in keys:
+        features = _floats(path, arrays, "features", (None, len(gaussians[FEATURES].mean)))
     images, unread = record.get("images", {"grey": False}), None
     if IMAGES_KEY in keys:
         unread = open_npz([path])
@@ -72,7 +75,7 @@ def read_statistics(path: Path) -> Statistics:
     return Statistics(
         count=record.get("count"),
         gaussians=gaussians,
-        features=_read_features(path, arrays, len(gaussians[FEATURES].mean)),
+        features=features,
         scores=arrays.get("scores"),
         network=record.get("network"),
         images=images | {"file": str(path), "file_sha256": digest},
@@ -93,39 +96,33 @@ def write_statistics(path: Path, statistics: Statistics) -> None:
 
 def _read_gaussian(path: Path, arrays: dict[str, np.ndarray], *keys: str) -> Gaussian:
     """A mean and a covariance, found to be that."""
-    if keys[1] not in arrays:
-        raise EvaluationError(f"{path} lacks {keys[1]}; expected it beside {keys[0]}")
-    mean, covariance = (arrays[key] for key in keys)
-    floats = mean.dtype.kind == covariance.dtype.kind == "f"
-    if not floats or mean.ndim != 1 or covariance.shape != (len(mean),) * 2:
-        raise EvaluationError(
-            f"{path}: {keys[0]} is {mean.dtype} {list(mean.shape)}, {keys[1]} {covariance.dtype} "
-            f"{list(covariance.shape)}; expected floats [D] and [D,D]"
-        )
-    mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise EvaluationError(f"{path}: {keys[0]} or {keys[1]} is not finite; expected numbers")
+    mean = _floats(path, arrays, keys[0], (None,))
+    covariance = _floats(path, arrays, keys[1], (len(mean),) * 2)
     deviations = np.sqrt(np.maximum(np.diag(covariance), 0))
     tolerance = _ROUNDING * np.abs(np.diag(covariance)).max()
     asymmetric = np.abs(covariance - covariance.T).max() > tolerance
     if asymmetric or (np.abs(covariance) > np.outer(deviations, deviations) + tolerance).any():
         raise EvaluationError(
-            f"{path}: {keys[1]} is no covariance; expected it symmetric, positive"
+            f"{path}: {keys[1]} is no covariance; expected it symmetric and positive"
         )
-    return Gaussian(mean, covariance)
+    return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
 
 
-def _read_features(
-    path: Path, arrays: dict[str, np.ndarray], num_features: int
-) -> np.ndarray | None:
-    features = arrays.get("features")
-    if features is None:
-        return None
-    if features.dtype != np.float32 or features.shape[1:] != (num_features,):
+def _floats(
+    path: Path, arrays: dict[str, np.ndarray], key: str, shape: tuple[int | None, ...]
+) -> np.ndarray:
+    """An array of a file, found finite and of this shape, in which None is any size."""
+    if key not in arrays:
+        raise EvaluationError(f"{path} lacks {key}; it has {', '.join(sorted(arrays))}")
+    array = arrays[key]
+    fits = len(array.shape) == len(shape) and all(
+        size in (None, found) for size, found in zip(shape, array.shape, strict=True)
+    )
+    if array.dtype.kind != "f" or not fits:
+        shown = ["any" if size is None else size for size in shape]
         raise EvaluationError(
-            f"{path}: features are {features.dtype} {list(features.shape)}; expected float32 "
-            f"[K,{num_features}]"
+            f"{path}: {key} is {array.dtype} {list(array.shape)}; expected floats {shown}"
         )
-    if not np.isfinite(features).all():
-        raise EvaluationError(f"{path}: features are not finite; expected numbers")
-    return features
+    if not np.isfinite(array).all():
+        raise EvaluationError(f"{path}: {key} is not finite; expected numbers")
+    return array

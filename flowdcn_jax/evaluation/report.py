@@ -10,10 +10,10 @@ from flowdcn_jax.evaluation.errors import EvaluationError
 from flowdcn_jax.evaluation.figures import Figure, make_figures, network_label
 from flowdcn_jax.evaluation.image_sets import ImageSet
 from flowdcn_jax.evaluation.reference_files import write_statistics
-from flowdcn_jax.evaluation.statistics import MAX_FEATURES, Features, Statistics, collect
+from flowdcn_jax.evaluation.statistics import MAX_FEATURES, Features, Statistics, collect, describe
 
 # What must be the same on both sides.
-_COMPARED = ("name", "protocol", "preprocessing", "precision", "weights_sha256")
+_COMPARED = ("network", "protocol", "preprocessing", "precision", "weights_sha256")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _common_network(
 ) -> dict[str, Any]:
     """The network that both sides are of, or will be."""
     sides = {"samples": samples, "reference": references}
-    known = [] if features is None else [features.describe()]
+    known = [] if features is None else [describe(features)]
     for name, side in sides.items():
         if features is None and needs_network(side):
             raise EvaluationError(f"the {name} are images; expected a network to run on them")
@@ -136,7 +136,7 @@ def _check_same(name: str, side: Statistics, network: dict[str, Any]) -> None:
         if network_label(network) or network["protocol"] != "adm":
             raise EvaluationError(
                 f"{where} do not say of which network they are, so they are taken for ADM's; "
-                f"expected such of {network['name']} with weights {network['weights_sha256']}, "
+                f"expected such of {network['network']} with weights {network['weights_sha256']}, "
                 f"protocol {network['protocol']}"
             )
         return

@@ -1,10 +1,11 @@
 """From images to the numbers that figures are made of: features, means, covariances, scores."""
 
+import collections
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
@@ -21,6 +22,7 @@ from flowdcn_jax.evaluation.moments import Gaussian, Moments
 MAX_FEATURES = 50_000  # images whose features are kept: 410 MB of Inception's
 
 FEATURES, SPATIAL, LOGITS = "features", "spatial", "logits"  # outputs of networks
+_IN_FLIGHT = 2  # batches: one is computed while another is copied
 _MESSAGE_BYTES = 512
 
 Outputs = dict[str, np.ndarray]
@@ -30,21 +32,27 @@ class Features(Protocol):
     """A feature network, as `load_features` gives it.
 
     Attributes:
-        batch_size: the most images of a call of `start`; the same in all processes.
+        description: a named tuple of the names of `network` and `protocol`, the `preprocessing`,
+            `precision`, `weights_sha256` and more, of JSON's types.
+        num_features: F.
+        batch_size: images that suit the devices; the same in all processes.
     """
 
+    description: Any
+    num_features: int
     batch_size: int
 
-    def start(self, images: np.ndarray) -> Callable[[], Outputs]:
-        """Begins with images, uint8 [n,H,W,3]; the function it returns waits for the result.
+    def __call__(self, images: np.ndarray) -> Outputs:
+        """Of uint8 images [n,H,W,3] float32 `features` [n,F]; of Inception `spatial`, `logits` too.
 
-        That is float32 `features` [n,F], and for Inception `spatial` and `logits`.
+        Is called by two threads at once.
         """
         ...
 
-    def describe(self) -> dict[str, Any]:
-        """Name, protocol, preprocessing, precision, SHA-256 of the weights and the like."""
-        ...
+
+def describe(features: Features) -> dict[str, Any]:
+    """What features are, for comparison and for JSON."""
+    return features.description._asdict() | {"num_features": features.num_features}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Statistics:
         features: float32 [K,F], of all images or of some that lie evenly among them; None: not
             kept.
         scores: the Inception score of each split; None: not known.
-        network: `Features.describe()`; None: not known.
+        network: `describe(features)`; None: not known.
         images: `ImageSet.describe()`, or what else is known of them.
         unread: images of which only `features` and `scores` are wanted, and not there yet.
     """
@@ -89,39 +97,34 @@ def collect(
         EvaluationError: fewer than two images, images that cannot be read, or features that are not
             finite; in all processes.
     """
-    network = features.describe()
+    network = describe(features)
     if images.count < 2:
         raise EvaluationError(f"{images.source} holds {images.count} image; expected at least 2")
     num_kept = min(num_features, images.count)
     kept = np.arange(num_kept) * images.count // num_kept
     score = InceptionScore(SPLITS[network["protocol"]](images.count))
     moments: dict[str, Moments] = {}
-    rows, start = [], 0
-    progress = tqdm(
-        total=images.count,
-        desc=title,
-        unit="img",
-        dynamic_ncols=True,
-        disable=jax.process_index() > 0,
-    )
-    with progress:
+    kept_rows, start = [], 0
+    options = dict(unit="img", dynamic_ncols=True, disable=jax.process_index() > 0)
+    with tqdm(total=images.count, desc=title, **options) as progress:
         for outputs in _run(images, features):
             _check_finite(outputs, images, start)
             stop = start + len(outputs[FEATURES])
-            for name in [name for name in (FEATURES, SPATIAL) if name in outputs]:
+            for name, rows in outputs.items():
+                if name == LOGITS:
+                    score.add(rows)
+                    continue
                 if name not in moments:
-                    moments[name] = Moments(outputs[name].shape[1])
-                moments[name].add(outputs[name])
-            if LOGITS in outputs:
-                score.add(outputs[LOGITS])
+                    moments[name] = Moments(rows.shape[1])
+                moments[name].add(rows)
             wanted = kept[(kept >= start) & (kept < stop)]
-            rows.append(outputs[FEATURES][wanted - start])
+            kept_rows.append(outputs[FEATURES][wanted - start])
             progress.update(stop - start)
             start = stop
     return Statistics(
         count=images.count,
         gaussians={name: each.gaussian() for name, each in moments.items()},
-        features=np.concatenate(rows),
+        features=np.concatenate(kept_rows),
         scores=score.scores() if LOGITS in outputs else None,
         network=network,
         images=images.describe(),
@@ -165,17 +168,21 @@ def _run(images: ImageSet, features: Features) -> Iterator[Outputs]:
 def _run_here(images: ImageSet, features: Features, ranges: list[range]) -> Iterator[Outputs]:
     """The outputs of this process's images, a range at a time.
 
-    While the devices work on a range, a thread reads the next and the caller counts the last.
+    Threads read the next range and keep the devices busy, while the caller counts the last.
     """
-    with contextlib.closing(images.read(ranges)) as stream, ThreadPoolExecutor(1) as reader:
-        reading, finish = reader.submit(next, stream, None), None
+    running: collections.deque[Future[Outputs]] = collections.deque()
+    with (
+        contextlib.closing(images.read(ranges)) as stream,
+        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(_IN_FLIGHT) as runner,
+    ):
+        reading = reader.submit(next, stream, None)
         while (batch := reading.result()) is not None:
             reading = reader.submit(next, stream, None)
-            started = features.start(batch)
-            if finish is not None:
-                yield _wanted(finish())
-            finish = started
-        yield _wanted(finish())
+            running.append(runner.submit(features, batch))
+            if len(running) > _IN_FLIGHT:
+                yield _wanted(running.popleft().result())
+        yield from (_wanted(each.result()) for each in running)
 
 
 def _wanted(outputs: Outputs) -> Outputs:

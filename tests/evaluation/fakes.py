@@ -1,5 +1,7 @@
 """A feature network small enough for a test, whose features of an image never depend on others."""
 
+import collections
+
 import numpy as np
 
 NUM_FEATURES, NUM_SPATIAL, NUM_CLASSES = 24, 12, 10
@@ -8,32 +10,38 @@ NUM_FEATURES, NUM_SPATIAL, NUM_CLASSES = 24, 12, 10
 class FakeFeatures:
     """Stands in for `load_features`: some pixels, each scaled and bent by itself."""
 
-    def __init__(self, batch_size=7, *, name="inception", published=True, **description):
+    def __init__(
+        self,
+        batch_size=7,
+        *,
+        network="inception",
+        num_features=NUM_FEATURES,
+        published=True,
+        **description,
+    ):
         self.batch_size = batch_size
+        self.num_features = num_features
         self.calls = 0
-        self._description = {
-            "name": name,
+        fields = {
+            "network": network,
             "protocol": "adm",
-            "num_features": NUM_FEATURES,
             "preprocessing": "none",
             "precision": "float32",
             "weights_sha256": "ab" * 32,
             "source_sha256": "6726825d" + 56 * "0" if published else None,
         } | description
+        self.description = collections.namedtuple("Description", fields)(**fields)
 
-    def describe(self):
-        return self._description
-
-    def start(self, images):
+    def __call__(self, images):
         assert images.dtype == np.uint8 and 0 < len(images) <= self.batch_size
         assert images.shape[3] == 3
         self.calls += 1
         outputs = {"features": self._of(images, NUM_FEATURES, 1.0)}
-        if self._description["name"] == "inception":
+        if self.description.network == "inception":
             outputs["spatial"] = self._of(images, NUM_SPATIAL, 1.7)
             outputs["logits"] = 3 * self._of(images, NUM_CLASSES, 2.3)
             outputs["pool"] = outputs["features"]
-        return lambda: outputs
+        return outputs
 
     @staticmethod
     def _of(images, count, frequency):
@@ -43,7 +51,7 @@ class FakeFeatures:
 
 def outputs(images, **options):
     """All outputs of a fake network for images [N,H,W,3] at once."""
-    return FakeFeatures(len(images), **options).start(images)()
+    return FakeFeatures(len(images), **options)(images)
 
 
 def random_images(count, *, seed=0, size=(8, 9), channels=3, spread=256):

@@ -115,13 +115,16 @@ def test_figures_are_named_after_the_network(folder, report):
         "sFD-inception with weights abababab",
         "inception score (inception with weights abababab)",
     ]
-    assert names(name="dinov2", num_features=1024) == [
+    assert names(network="dinov2", num_features=1024) == [
         "FD-DINOv2",
         "precision (DINOv2)",
         "recall (DINOv2)",
     ]
-    assert names(name="dinov2", num_features=64)[0] == "FD-dinov2"
-    assert names(name="efficientnet_lite0") == ["FD-efficientnet_lite0", "KID (efficientnet_lite0)"]
+    assert names(network="dinov2", num_features=64)[0] == "FD-dinov2"
+    assert names(network="efficientnet_lite0") == [
+        "FD-efficientnet_lite0",
+        "KID (efficientnet_lite0)",
+    ]
 
 
 def test_identical_images_and_fewer_than_features_give_finite_figures(tmp_path):
@@ -170,14 +173,14 @@ def test_statistics_of_another_network_are_refused_before_any_work(folder, tmp_p
     for options, message in (
         (dict(weights_sha256="cd" * 32), "ours.npz.* weights_sha256 'abab.*expected 'cdcd"),
         (dict(protocol="torch_fidelity"), "have protocol 'adm'; expected 'torch_fidelity'"),
-        (dict(name="dinov2"), "have name 'inception'; expected 'dinov2'"),
+        (dict(network="dinov2"), "have network 'inception'; expected 'dinov2'"),
         (dict(preprocessing="bicubic"), "have preprocessing 'none'; expected 'bicubic'"),
     ):
         features = fakes.FakeFeatures(**options)
         with pytest.raises(EvaluationError, match=message):
             evaluate(side(folder, "samples"), side(folder, "ours"), features)
         assert not features.calls
-    for options in (dict(published=False), dict(protocol="torch_fidelity"), dict(name="dinov2")):
+    for options in (dict(published=False), dict(protocol="torch_fidelity"), dict(network="dinov2")):
         features = fakes.FakeFeatures(**options)
         with pytest.raises(EvaluationError, match="do not say of which network"):
             evaluate(side(folder, "samples"), side(folder, "adm"), features)
@@ -205,14 +208,14 @@ def test_grey_images_are_compared_with_grey_ones_alone(folder, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(sigma=None), "lacks sigma; expected it beside mu"),
-        (dict(mu=np.zeros(5)), r"mu is float64 \[5\], sigma float64 \[24, 24\]; expected"),
+        (dict(sigma=None), "lacks sigma; it has mu, mu_s"),
+        (dict(mu=np.zeros(5)), r"sigma is float64 \[24, 24\]; expected floats \[5, 5\]"),
         (dict(mu=np.zeros(24, int)), "mu is int64"),
-        (dict(mu=np.full(24, np.nan)), "mu or sigma is not finite"),
+        (dict(mu=np.full(24, np.nan)), "mu is not finite"),
         (dict(sigma=np.triu(np.ones((24, 24)))), "sigma is no covariance"),
         (dict(sigma=-np.eye(24)), "sigma is no covariance"),
-        (dict(sigma_s=np.ones((3, 3))), "mu_s is float32"),
-        (dict(features=np.zeros((4, 24))), r"features are float64 \[4, 24\]; expected float32"),
+        (dict(sigma_s=np.ones((3, 3))), "sigma_s is float64"),
+        (dict(features=np.zeros((4, 23))), r"features is float64 \[4, 23\]; .* \['any', 24\]"),
         (dict(record=np.array("{")), "damaged"),
         (dict(mu=np.array([{}] * 24)), "mu is pickled"),
     ],

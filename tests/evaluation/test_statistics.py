@@ -114,7 +114,7 @@ def test_two_processes_give_the_same_and_fail_together(tmp_path, one_file, stati
         [sys.executable, "-c", TWO_PROCESSES, address, str(number), one_file, str(tmp_path)]
         for number in range(2)
     ]
-    results = [tiny.finish(each) for each in [tiny.start(c, num_devices=4) for c in commands]]
+    results = [tiny.finish(each) for each in [tiny.start(c, num_devices=2) for c in commands]]
     assert [code for code, _ in results] == [0, 0], results
     for batch_size in (7, 300):
         check_same(read_statistics(tmp_path / f"{batch_size}.npz"), statistics)
@@ -126,10 +126,10 @@ def test_two_processes_give_the_same_and_fail_together(tmp_path, one_file, stati
 
 def test_bad_features_and_counts_are_refused(tmp_path, images):
     class NotANumber(fakes.FakeFeatures):
-        def start(self, images):
-            outputs = super().start(images)()
+        def __call__(self, images):
+            outputs = super().__call__(images)
             outputs["spatial"][2, 1] = np.nan
-            return lambda: outputs
+            return outputs
 
     path = fakes.save(tmp_path / "x.npz", images[:9])
     with pytest.raises(EvaluationError, match="spatial of image 2 of .*x.npz are not finite"):
