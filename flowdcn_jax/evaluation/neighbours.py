@@ -89,20 +89,21 @@ def _in_blocks(
     """
     mesh = make_mesh()
     split, whole = batch_sharding(mesh), replicated(mesh)
-    size = min(BLOCK_ROWS, len(columns))
-    blocks = [_blocks(columns, size), _blocks(limits, size, filling=-1)]
+    blocks = [_blocks(columns, BLOCK_ROWS), _blocks(limits, BLOCK_ROWS, filling=-1)]
     # From a callback: where several processes hold the same array, device_put would compare them.
     others = [jax.make_array_from_callback(x.shape, whole, x.__getitem__) for x in blocks]
     jitted = jax.jit(function, out_shardings=whole)
     found = []
-    for block in _blocks(rows, mesh.size * min(BLOCK_ROWS, -(-len(rows) // mesh.size))):
+    for block in _blocks(rows, BLOCK_ROWS * mesh.size, multiple=mesh.size):
         placed = jax.make_array_from_callback(block.shape, split, block.__getitem__)
         found.append(np.asarray(jitted(placed, *others)))
     return np.concatenate(found)[: len(rows)]
 
 
-def _blocks(rows: np.ndarray, size: int, filling: float = 0) -> np.ndarray:
-    """float32 [blocks,size,...] of rows [n,...]."""
-    filled = np.full((-(-len(rows) // size) * size, *rows.shape[1:]), filling, np.float32)
+def _blocks(rows: np.ndarray, most: int, *, multiple: int = 1, filling: float = 0) -> np.ndarray:
+    """float32 [blocks,size,...] of rows [n,...]: a size up to `most` that leaves little to fill."""
+    num_blocks = -(-len(rows) // most)
+    size = -(-len(rows) // (num_blocks * multiple)) * multiple
+    filled = np.full((num_blocks * size, *rows.shape[1:]), filling, np.float32)
     filled[: len(rows)] = rows
-    return filled.reshape(-1, size, *rows.shape[1:])
+    return filled.reshape(num_blocks, size, *rows.shape[1:])

@@ -102,9 +102,10 @@ def collect(
         raise EvaluationError(f"{images.source} holds {images.count} image; expected at least 2")
     num_kept = min(num_features, images.count)
     kept = np.arange(num_kept) * images.count // num_kept
+    kept_rows = np.empty((num_kept, features.num_features), np.float32)
     score = InceptionScore(SPLITS[network["protocol"]](images.count))
     moments: dict[str, Moments] = {}
-    kept_rows, start = [], 0
+    start = 0
     options = dict(unit="img", dynamic_ncols=True, disable=jax.process_index() > 0)
     with tqdm(total=images.count, desc=title, **options) as progress:
         for outputs in _run(images, features):
@@ -117,14 +118,14 @@ def collect(
                 if name not in moments:
                     moments[name] = Moments(rows.shape[1])
                 moments[name].add(rows)
-            wanted = kept[(kept >= start) & (kept < stop)]
-            kept_rows.append(outputs[FEATURES][wanted - start])
+            first, last = np.searchsorted(kept, (start, stop))
+            kept_rows[first:last] = outputs[FEATURES][kept[first:last] - start]
             progress.update(stop - start)
             start = stop
     return Statistics(
         count=images.count,
         gaussians={name: each.gaussian() for name, each in moments.items()},
-        features=np.concatenate(kept_rows),
+        features=kept_rows,
         scores=score.scores() if LOGITS in outputs else None,
         network=network,
         images=images.describe(),
