@@ -105,6 +105,25 @@ def test_reference_files_give_the_figures_of_their_images(folder, report, refere
         assert found["KID"].value is None and "no features of the reference" == found["KID"].note
 
 
+def test_the_images_beside_the_statistics_of_samples_are_scored(folder):
+    figures = by_name(evaluate(side(folder, "adm"), side(folder, "ours"), fakes.FakeFeatures()))
+    score = naive_score(fakes.outputs(REFERENCE[:20])["logits"])
+    assert figures["inception score"].value == pytest.approx(score)
+    assert figures["inception score"].num_samples == 20
+    assert figures["FID"].num_samples is None
+
+
+def test_a_distance_below_zero_is_rounding_and_stays_in_the_details(tmp_path):
+    unclipped = []
+    for seed in range(8):
+        path = fakes.save(tmp_path / f"{seed}.npz", fakes.random_images(40, seed=seed))
+        features = fakes.FakeFeatures(network="efficientnet_lite0")
+        distance = evaluate(open_images(path), open_images(path), features).figures[0]
+        unclipped.append(distance.details["unclipped"])
+        assert distance.value == max(unclipped[-1], 0) < 1e-12
+    assert min(unclipped) < 0
+
+
 def test_figures_are_named_after_the_network(folder, report):
     def names(**options):
         sides = side(folder, "samples"), side(folder, "reference")

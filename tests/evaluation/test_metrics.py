@@ -127,7 +127,7 @@ def test_protocols_split_for_the_inception_score_as_their_evaluators():
 
 
 def test_inception_score_of_probabilities_that_underflow_is_finite():
-    logits = np.float32(1e4) * np.eye(5, dtype=np.float32)
+    logits = np.float32(1e4) * np.eye(5, 6, dtype=np.float32)  # the last class never comes
     assert score(logits, np.zeros(5, int)) == pytest.approx([5])
 
 
@@ -154,10 +154,8 @@ def test_precision_and_recall_are_torch_fidelitys(golden):
 def test_precision_and_recall_are_those_of_a_naive_float64_computation(counts, k, monkeypatch):
     """Also where several blocks of rows and columns are needed, the last of them filled up."""
     random = np.random.default_rng(1)
-    x, y = (
-        random.normal(shift, 1, (count, 5)) for shift, count in zip((5, 5.7), counts, strict=True)
-    )
-    x, y = x.astype(np.float32), y.astype(np.float32)
+    x = random.normal(5, 1, (counts[0], 20)).astype(np.float32)
+    y = random.normal(5.2, 1.1, (counts[1], 20)).astype(np.float32)
     expected = naive_precision_recall(x, y, k)
     assert 0 < max(expected) and min(expected) < 1
     assert precision_recall(x, y, neighbours=k) == expected
@@ -172,6 +170,8 @@ def test_precision_and_recall_of_equal_and_repeated_images():
     assert precision_recall(repeated, repeated) == (1, 1)
     assert precision_recall(repeated, repeated + 1) == (0, 0)
     assert precision_recall(repeated, x) == (1, 0.02)
+    # Balls without extent hold what is at their centre, in whatever order products are added up.
+    assert precision_recall(np.repeat(x, 5, axis=0), np.repeat(x[::-1], 7, axis=0)) == (1, 1)
 
 
 def test_kernel_distance_is_torch_fidelitys(golden):
