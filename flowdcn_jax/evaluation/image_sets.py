@@ -223,7 +223,7 @@ def _read_rows(path: Path, count: int, *row_shape: int) -> Iterator[bytes]:
                 if len(row) < size:
                     raise EOFError("the file ends too early")
                 yield row
-            file.read(1)
+            file.read(1)  # the end, at the latest, has the checksum compared
 
 
 def _open_folder(path: Path, image_size: int | None) -> ImageSet:
