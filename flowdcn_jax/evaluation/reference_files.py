@@ -84,14 +84,21 @@ def read_statistics(path: Path) -> Statistics:
 
 
 def write_statistics(path: Path, statistics: Statistics) -> None:
-    """Writes what `read_statistics` reads, and what ADM's evaluator takes for a reference."""
+    """Writes what `read_statistics` reads, under ADM's names as far as they go.
+
+    Raises:
+        EvaluationError: the disk is full, or the file cannot be written.
+    """
     record = {name: getattr(statistics, name) for name in ("count", "network", "images")}
     arrays = {"record": np.array(json.dumps(record))}
     for name, gaussian in statistics.gaussians.items():
         arrays |= zip(_GAUSSIAN_KEYS[name], gaussian, strict=True)
     arrays |= {"features": statistics.features, "scores": statistics.scores}
-    with atomic_write(path) as file:
-        np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
+    try:
+        with atomic_write(path) as file:
+            np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
+    except OSError as error:
+        raise EvaluationError(f"{path} cannot be written: {error}") from error
 
 
 def _read_gaussian(path: Path, arrays: dict[str, np.ndarray], *keys: str) -> Gaussian:

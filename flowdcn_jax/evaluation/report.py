@@ -10,7 +10,14 @@ from flowdcn_jax.evaluation.errors import EvaluationError
 from flowdcn_jax.evaluation.figures import Figure, make_figures, network_label
 from flowdcn_jax.evaluation.image_sets import ImageSet
 from flowdcn_jax.evaluation.reference_files import write_statistics
-from flowdcn_jax.evaluation.statistics import MAX_FEATURES, Features, Statistics, collect, describe
+from flowdcn_jax.evaluation.statistics import (
+    FEATURES,
+    MAX_FEATURES,
+    Features,
+    Statistics,
+    collect,
+    describe,
+)
 
 # What must be the same on both sides.
 _COMPARED = ("network", "protocol", "preprocessing", "precision", "weights_sha256")
@@ -40,7 +47,7 @@ class Report:
         for figure in self.figures:
             value = "none" if figure.value is None else f"{figure.value:.6g}"
             counts = (figure.num_samples, figure.num_references)
-            shown = ("?" if count is None else f"{count}" for count in counts)
+            shown = ("-" if count is None else f"{count}" for count in counts)
             rows.append((figure.name, value, *shown, figure.note))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = []
@@ -132,6 +139,11 @@ def _common_network(
 def _check_same(name: str, side: Statistics, network: dict[str, Any]) -> None:
     """Raises unless statistics are of this network."""
     where = f"the statistics of the {name} ({side.images['file']})"
+    num_features = len(side.gaussians[FEATURES].mean)
+    if num_features != network["num_features"]:
+        raise EvaluationError(
+            f"{where} are of {num_features} features; expected {network['num_features']}"
+        )
     if side.network is None:
         if network_label(network) or network["protocol"] != "adm":
             raise EvaluationError(

@@ -5,7 +5,7 @@
 
 --images is a folder of images at any depth, an .npz file of images or a folder of them, or a data
 set: cifar10, digits, or one that TFDS has prepared.  The file holds mean and covariance of all
-images (under ADM's names, so its evaluator reads them too), the features of --num_features of them
+images (under the names of ADM's reference files), the features of --num_features of them
 that lie evenly among all, and the network, its weights' SHA-256 and the protocol.
 """
 
