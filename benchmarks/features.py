@@ -29,7 +29,7 @@ from flowdcn_jax.evaluation.features.efficientnet import EfficientNetLite0
 from flowdcn_jax.evaluation.features.extractor import BATCH_SIZE, PRECISIONS
 from flowdcn_jax.evaluation.features.inception import Inception
 from flowdcn_jax.precision import compute_dtype
-from flowdcn_jax.training.sharding import batch_sharding, make_mesh
+from flowdcn_jax.runs.sharding import batch_sharding, make_mesh
 from pallas_kernels.timing import median_ms
 
 _CHOICES = {

@@ -18,6 +18,7 @@ PACKAGES = (
     "jaxlib",
     "flax",
     "numpy",
+    "scipy",
     "grain",
     "array-record",
     "tensorflow-datasets",

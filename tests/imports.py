@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ROOTS = ("flowdcn_jax", "pallas_kernels", "train.py", "sample.py")
+ROOTS = ("flowdcn_jax", "pallas_kernels", "train.py", "sample.py", "evaluate.py")
 BEGIN, END = "<!-- packages: python -m tests.imports --write -->", "<!-- packages end -->"
 # The picture is of packages: these modules are below all of them, and would only add arrows.
 LOWEST = (

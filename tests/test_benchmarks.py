@@ -74,6 +74,17 @@ def test_training_is_not_timed_without_a_gpu():
     assert "Traceback" not in output
 
 
+def test_the_parts_of_an_evaluation_are_timed(tmp_path):
+    parts = ["statistics", "distance", "score", "kid", "precision_recall", "pass"]
+    options = [f"--parts={','.join(parts)}", f"--out={tmp_path / 'out'}", "--num_images=20"]
+    command = [sys.executable, "-m", "benchmarks.evaluation", *options]
+    code, output = tiny.run([*command, "--num_features=8", "--image_size=32"])
+    assert code == 0, output
+    report = json.loads((tmp_path / "out").read_text())
+    assert [row["part"] for row in report["results"]] == parts
+    assert all(row["seconds"] > 0 and row["peak_mb"] > 0 for row in report["results"])
+
+
 def test_the_random_autoencoder_that_is_timed_tells_images_apart():
     sizes = kl.KLSizes(
         image_channels=3, latent_channels=4, widths=(8, 8), layers_per_block=1, norm_groups=4

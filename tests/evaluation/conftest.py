@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from flowdcn_jax.evaluation import load_features
-from flowdcn_jax.training.sharding import make_mesh
+from flowdcn_jax.runs.sharding import make_mesh
 from tests.conftest import FIXTURES
 
 TINY_DINOV2 = FIXTURES / "tiny_dinov2"

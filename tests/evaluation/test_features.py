@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from flowdcn_jax.evaluation import load_features
 from flowdcn_jax.evaluation.features import NETWORKS, FeaturesError, WeightsNotFoundError
-from flowdcn_jax.training.sharding import make_mesh
+from flowdcn_jax.runs.sharding import make_mesh
 from tests import tiny
 from tests.comparison import relative_error
 from tests.evaluation.conftest import TINY_DINOV2

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from flowdcn_jax.evaluation.features.preprocessing import Preprocessing
 from flowdcn_jax.evaluation.features.weights import FeaturesError
-from flowdcn_jax.training.sharding import batch_sharding, make_mesh, replicated
+from flowdcn_jax.runs.sharding import batch_sharding, make_mesh, replicated
 
 BATCH_SIZE = 64  # images a device
 IN_FLIGHT = 2  # batches: one is computed while another is copied
@@ -34,6 +34,7 @@ class Description(NamedTuple):
     outputs: Mapping[str, str]  # by name
     precision: str
     weights_sha256: str | None  # of the file; None without one
+    source_sha256: str | None = None  # of the published file that it was made from, if it says so
 
 
 class FeatureExtractor:

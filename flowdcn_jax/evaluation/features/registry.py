@@ -19,6 +19,7 @@ from flowdcn_jax.evaluation.features.weights import (
     Reader,
     WeightsNotFoundError,
     place_weights,
+    read_origin,
     read_weights,
 )
 from flowdcn_jax.precision import compute_dtype
@@ -97,7 +98,7 @@ def load_features(
         dtype: "float32"; or "bfloat16", which moves figures a little.
         fast: TF32 in float32, which moves them less.
         batch_size: images a device at a time.
-        mesh: of this process's devices, from training.sharding.make_mesh; all of them by default.
+        mesh: of this process's devices, from runs.sharding.make_mesh; all of them by default.
 
     Raises:
         WeightsNotFoundError: no weights there; the message tells what to fetch and what to call.
@@ -123,6 +124,7 @@ def load_features(
         outputs=network.outputs,
         precision=precision,
         weights_sha256=digest,
+        source_sha256=read_origin(path).get("sha256"),
     )
     options = dict(products=products, batch_size=batch_size, mesh=mesh)
     return FeatureExtractor(graphdef, params, description, preprocessing, **options)

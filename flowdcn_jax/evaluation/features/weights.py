@@ -1,11 +1,13 @@
 """From a file of published weights to a feature network's parameters."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import nnx
+from safetensors import safe_open
 
 from flowdcn_jax.autoencoders.weights import AutoencoderError, place_tensors, read_tensors
 from flowdcn_jax.errors import UserError
@@ -38,6 +40,16 @@ def read_weights(path: Path) -> tuple[Tensors, str]:
         return read_tensors({"": path})
     except AutoencoderError as error:
         raise FeaturesError(str(error)) from error
+
+
+def read_origin(path: Path) -> dict[str, Any]:
+    """What a file of convert_features keeps of its source: its name and SHA-256; {} of others."""
+    with safe_open(path, "np") as file:
+        try:
+            origin = json.loads((file.metadata() or {}).get("origin", "{}"))
+        except ValueError:
+            return {}
+    return origin if isinstance(origin, dict) else {}
 
 
 def place_weights(

@@ -1,0 +1,139 @@
+"""One pass over images: the same statistics for any batches, files, devices and processes."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from flowdcn_jax.evaluation import (
+    EvaluationError,
+    collect,
+    open_images,
+    precision_recall,
+    read_statistics,
+)
+from tests import tiny
+from tests.evaluation import fakes
+
+NUM_IMAGES = 101
+
+
+@pytest.fixture(scope="module")
+def images():
+    return fakes.random_images(NUM_IMAGES)
+
+
+@pytest.fixture(scope="module")
+def one_file(tmp_path_factory, images):
+    return fakes.save(tmp_path_factory.mktemp("one") / "samples.npz", images)
+
+
+@pytest.fixture(scope="module")
+def statistics(one_file):
+    return collect(open_images(one_file), fakes.FakeFeatures(NUM_IMAGES))
+
+
+def check_same(found, expected, rtol=1e-9):
+    assert found.count == expected.count
+    for name, (mean, covariance) in expected.gaussians.items():
+        np.testing.assert_allclose(found.gaussians[name].mean, mean, rtol=rtol)
+        np.testing.assert_allclose(
+            found.gaussians[name].covariance, covariance, rtol=rtol, atol=rtol * covariance.max()
+        )
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=rtol)
+    np.testing.assert_array_equal(found.features, expected.features)
+
+
+def test_statistics_are_those_of_all_features_at_once(images, statistics):
+    outputs = fakes.outputs(images)
+    np.testing.assert_array_equal(statistics.features, outputs["features"])
+    for name in ("features", "spatial"):
+        rows = outputs[name].astype(np.float64)
+        mean, covariance = statistics.gaussians[name]
+        np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-14)
+        np.testing.assert_allclose(covariance, np.cov(rows, rowvar=False), atol=1e-14)
+    assert statistics.count == NUM_IMAGES and statistics.images["size"] == (8, 9)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 500])
+def test_any_batch_size_gives_the_same(one_file, statistics, batch_size):
+    features = fakes.FakeFeatures(batch_size)
+    check_same(collect(open_images(one_file), features), statistics)
+    assert features.calls == -(-NUM_IMAGES // batch_size)
+
+
+def test_shards_give_the_same_as_one_file(tmp_path, images, statistics):
+    for index, start in enumerate((0, 40, 41, 90)):
+        stop = (40, 41, 90, NUM_IMAGES)[index]
+        save = np.savez_compressed if index % 2 else np.savez
+        save(tmp_path / f"{index}.npz", arr_0=images[start:stop], arr_1=np.arange(stop - start))
+    check_same(collect(open_images(str(tmp_path)), fakes.FakeFeatures(7)), statistics)
+
+
+def test_kept_features_lie_evenly_among_all(one_file, statistics):
+    some = collect(open_images(one_file), fakes.FakeFeatures(7), num_features=4)
+    np.testing.assert_array_equal(some.features, statistics.features[[0, 25, 50, 75]])
+    assert some.count == NUM_IMAGES
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import jax
+import numpy as np
+from flowdcn_jax.evaluation import EvaluationError, ImageSet, collect, open_images
+from flowdcn_jax.evaluation import precision_recall, write_statistics
+from tests.evaluation.fakes import FakeFeatures
+
+address, number, source, out = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(number))
+images = open_images(source)
+for batch_size in (7, 300):
+    statistics = collect(images, FakeFeatures(batch_size))
+    if number == "1":  # both hold the same: the other process writes the first half of them
+        write_statistics(Path(out) / f"{batch_size}.npz", statistics)
+rows = statistics.features
+print("shares", *precision_recall(rows[:60], rows[40:]))
+
+def broken(ranges):
+    for positions in ranges:
+        if number == "1":
+            raise EvaluationError(f"no image {positions.start}")
+        yield np.zeros((len(positions), 8, 9, 3), np.uint8)
+
+try:
+    collect(ImageSet("some", 101, (8, 9), broken), FakeFeatures(50))
+except EvaluationError as error:
+    print("error:", error)
+"""
+
+
+def test_two_processes_give_the_same_and_fail_together(tmp_path, one_file, statistics):
+    address = f"127.0.0.1:{tiny.free_port()}"
+    commands = [
+        [sys.executable, "-c", TWO_PROCESSES, address, str(number), one_file, str(tmp_path)]
+        for number in range(2)
+    ]
+    results = [tiny.finish(each) for each in [tiny.start(c, num_devices=2) for c in commands]]
+    assert [code for code, _ in results] == [0, 0], results
+    for batch_size in (7, 300):
+        check_same(read_statistics(tmp_path / f"{batch_size}.npz"), statistics)
+    rows = statistics.features
+    shares = "shares {} {}".format(*precision_recall(rows[:60], rows[40:]))
+    for _, output in results:
+        assert shares in output and "error: no image 50" in output
+
+
+def test_bad_features_and_counts_are_refused(tmp_path, images):
+    class NotANumber(fakes.FakeFeatures):
+        def __call__(self, images):
+            outputs = super().__call__(images)
+            outputs["spatial"][2, 1] = np.nan
+            return outputs
+
+    path = fakes.save(tmp_path / "x.npz", images[:9])
+    with pytest.raises(EvaluationError, match="spatial of image 2 of .*x.npz are not finite"):
+        collect(open_images(path), NotANumber(9))
+    one = fakes.save(tmp_path / "one.npz", images[:1])
+    with pytest.raises(EvaluationError, match="one.npz holds 1 image; expected at least 2"):
+        collect(open_images(one), fakes.FakeFeatures())
