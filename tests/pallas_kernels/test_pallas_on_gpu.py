@@ -136,8 +136,8 @@ def test_batches_and_groups_beyond_cudas_grid(shape, dtype):
     for implementation in ("pallas", "xla"):
         actual = both(implementation, "zeros")(*arrays)
         for a, b in zip(actual, expected, strict=True):
-            # Of a million points some lie so near a token that rounding says on which side of it, and
-            # there gradients jump.
+            # Of a million points some lie so near a token that rounding says on which side of it,
+            # and there gradients jump.
             assert relative_error(a, b) < (1e-3 if dtype == jnp.float32 else 1e-2)
 
 
