@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from flowdcn_jax.evaluation.features.registry import find_network
 from flowdcn_jax.evaluation.features.weights import COUNTER, FeaturesError, place_weights
 from flowdcn_jax.files import atomic_path
-from flowdcn_jax.published_weights.source import open_source
+from flowdcn_jax.published_weights.weights_file import open_weights_file
 
 
 def convert(name: str, source: str | Path, out: str | Path) -> dict[str, str]:
@@ -34,7 +34,7 @@ def convert(name: str, source: str | Path, out: str | Path) -> dict[str, str]:
     """
     network = find_network(name)
     source = Path(source)
-    tensors = {key: tensor.read() for key, tensor in open_source(source).tensors.items()}
+    tensors = {key: tensor.read() for key, tensor in open_weights_file(source).tensors.items()}
     with open(source, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     # As PyTorch names files. Those of before its 1.6 carry no other checksum.
