@@ -143,7 +143,7 @@ def rewrite_run(workdir, step: int, change) -> None:
     record = json.loads((folder / "run" / "metadata").read_text())
     change(record)
     (folder / "run" / "metadata").write_text(json.dumps(record))
-    sums = checksums(workdir, step) | {"run": checkpoint._text_checksum(record)}
+    sums = checksums(workdir, step) | {"run": checkpoint.text_checksum(record)}
     (folder / "checksums" / "metadata").write_text(json.dumps(sums))
 
 

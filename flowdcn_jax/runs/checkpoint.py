@@ -304,7 +304,8 @@ def checksum(tree) -> dict[str, int]:
     }
 
 
-def _text_checksum(tree: dict) -> int:
+def text_checksum(tree: dict) -> int:
+    """CRC-32 of a tree of JSON's types, whatever the order of its keys."""
     return zlib.crc32(json.dumps(tree, sort_keys=True).encode())
 
 
@@ -330,7 +331,7 @@ def _save_args(
         "data_identity": data_identity,
     }
     checksums = {name: checksum(item) for name, item in items.items()}
-    checksums["run"] = _text_checksum(run)
+    checksums["run"] = text_checksum(run)
     return ocp.args.Composite(
         **{name: save(item) for name, item in items.items()},
         run=ocp.args.JsonSave(run),
@@ -341,7 +342,7 @@ def _save_args(
 def _restore_run(manager: ocp.CheckpointManager, step: int) -> SavedRun:
     items = dict(run=ocp.args.JsonRestore(), checksums=ocp.args.JsonRestore())
     restored = manager.restore(step, args=ocp.args.Composite(**items))
-    if restored.checksums["run"] != _text_checksum(restored.run):
+    if restored.checksums["run"] != text_checksum(restored.run):
         raise CheckpointError("checksum mismatch in run")
     names = restored.run["class_names"]
     return SavedRun(

@@ -54,7 +54,7 @@ def test_a_batch_is_split_over_all_devices(dinov2):
 def test_the_network_is_compiled_once_for_all_sizes(dinov2):
     for size in ((20, 20), (50, 30)):
         dinov2(images(1, *size))
-    assert dinov2._run._cache_size() == 1
+    assert dinov2._run._cache_size() == 1  # private: how often it compiled shows nowhere else
 
 
 def test_it_knows_what_it_computes(dinov2, load):
@@ -76,6 +76,7 @@ def test_precision_is_that_of_the_program(load):
     for options, expected in (({}, "HIGHEST"), (dict(fast=True), "HIGH")):
         dinov2 = load("dinov2", TINY_DINOV2, **options)
         x = jax.ShapeDtypeStruct((2, 224, 224, 3), np.float32)
+        # Private: precisions are read off the program, for CPUs compute alike with all of them.
         program = dinov2._run.lower(dinov2._params, x).as_text()
         found = re.findall(r"precision\w* = \[[^]]*?(\w+)>?, [^]]*?(\w+)>?\]", program)
         assert found == [(expected, expected)] * (1 + 3 * 6)  # patches; six a block

@@ -40,6 +40,7 @@ def test_dinov2_uses_cudnn_in_bfloat16_alone(load):
     for dtype in ("float32", "bfloat16"):
         dinov2 = load("dinov2", TINY_DINOV2, dtype=dtype)
         x = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
+        # Private: which kernel attention takes is read off the program.
         program = dinov2._run.lower(dinov2._params, x).compile().as_text()
         assert ("fmha" in program) == (dtype == "bfloat16")
 

@@ -206,6 +206,7 @@ def test_an_image_of_more_tokens_than_float32_counts():
     """The last of 4097 x 4097, in plain JAX."""
     size = 4097
     last = jnp.full((1, 1, 1), size - 1.0)
+    # Private: an image of that size would take gigabytes, its corners take none.
     corner = next(xla._corners(last, last - 1, size, size, "zeros"))
     assert int(corner.token[0, 0, 0]) == (size - 1) * size - 1
 
