@@ -85,7 +85,7 @@ def _check_flags() -> ConfigDict:
         UserError: a value that cannot be used, or no GPU to run the step on.
     """
     config = _CONFIG.value.copy_and_resolve_references()
-    config.autoencoder.name = "none"
+    config.autoencoder.name = "preview"
     config.train.batch_size = _BATCH_SIZE.value
     validate(config, 1, 1)
     if _STEP_MS.value is None and jax.devices()[0].platform == "cpu":
@@ -96,7 +96,9 @@ def _check_flags() -> ConfigDict:
     return config
 
 
-def _measure(config: ConfigDict, source: data.Source, run_step: Step, mesh: Mesh) -> dict[str, Any]:
+def _measure(
+    config: ConfigDict, source: data.DataSource, run_step: Step, mesh: Mesh
+) -> dict[str, Any]:
     """Times of the steps and of the waits between them, and the rates of demand and reader."""
     options = dict(
         batch_size=_GPUS.value * _BATCH_SIZE.value,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flowdcn_jax.data import make_batches, write_latents
-from flowdcn_jax.data.sources import moment_names
+from flowdcn_jax.data.latents import moment_names
 
 _MOMENTS = moment_names(stochastic=True, mirrored=True)
 _ENCODER = {"name": "random", "weights_sha256": None, "scale": 0.18215, "shift": 0.0}

@@ -31,7 +31,13 @@ from flowdcn_jax.environment import describe_machine
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.models import abstract_model, apply_model, random_params
 from flowdcn_jax.runs.sharding import batch_sharding, make_mesh, replicated
-from flowdcn_jax.sampling import Settings, labels_in_turn, make_generator
+from flowdcn_jax.sampling import (
+    Settings,
+    count_evaluations,
+    fill_settings,
+    labels_in_turn,
+    make_generator,
+)
 from pallas_kernels.timing import median_ms
 
 _CONFIG = config_flag.define_config_flag(default="configs/xl2.py")
@@ -79,16 +85,19 @@ def _check_flags() -> tuple[ConfigDict, list[list[Settings]], list[Mesh]]:
         UserError: a value that cannot be used.
     """
     config = _CONFIG.value.copy_and_resolve_references()
-    config.autoencoder.name = "none"
+    config.autoencoder.name = "preview"
     validate(config, 1, 1)
     settings = [
         [
-            Settings(
-                image_size=(size, size),
-                sampler=_SAMPLER.value,
-                num_steps=num_steps,
-                guidance=_GUIDANCE.value,
-            ).for_model(config)
+            fill_settings(
+                Settings(
+                    image_size=(size, size),
+                    sampler=_SAMPLER.value,
+                    num_steps=num_steps,
+                    guidance=_GUIDANCE.value,
+                ),
+                config,
+            )
             for num_steps in numbers(_STEPS)
         ]
         for size in numbers(_SIZES)
@@ -107,7 +116,7 @@ def _batch_size(settings: Settings) -> int:
 
 def _time_model(config: ConfigDict, params, mesh: Mesh, settings: Settings) -> float:
     """Milliseconds of one pass through the model alone, of as many rows as an evaluation has."""
-    velocities, passes = settings.num_evaluations()
+    velocities, passes = count_evaluations(settings)
     rows = _batch_size(settings) * mesh.size * passes // velocities
     stride = config.autoencoder.downsampling
     sides = (side // stride for side in settings.image_size)
@@ -139,7 +148,7 @@ def _measure(
     compile_s = time.perf_counter() - start_s
     draw = functools.partial(program, *generator.args)
     batch_ms = median_ms(draw, params, indices, labels, runs=_RUNS.value)
-    velocities, passes = settings.num_evaluations()
+    velocities, passes = count_evaluations(settings)
     return {
         "image_size": settings.image_size[0],
         "num_steps": settings.num_steps,

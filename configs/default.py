@@ -6,6 +6,8 @@ The other files of this folder change a few each, and any can be set on the comm
     python train.py --config=configs/s2.py --config.train.batch_size=64 --workdir=DIR
 """
 
+import functools
+
 from flowdcn_jax.config import default_config, model_config
 
 
@@ -13,11 +15,7 @@ def get_config():
     return default_config()
 
 
-def sit():
-    """config.model of a SiT, as configs of one's own that say `default.sit()` know it."""
-    return model_config("sit")
-
-
-def flowcnn():
-    """config.model of a FlowCNN."""
-    return model_config("flowcnn")
+# What configs of one's own say: `config.model = default.sit()`.
+flowdcn, flowcnn, sit = (
+    functools.partial(model_config, name) for name in ("flowdcn", "flowcnn", "sit")
+)

@@ -1,4 +1,4 @@
-"""What the commands share: start, errors, exit status, the flags of several processes, reports.
+"""What the commands share: start, errors, exit status, flags of options and processes, reports.
 
 Imports no JAX, so that --help and usage errors come at once.
 """
@@ -16,6 +16,7 @@ from absl import app, flags, logging
 from flowdcn_jax.config_flag import parse_flags
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.files import atomic_write
+from flowdcn_jax.options import Option, options_of
 
 # Exit statuses. 0 is done; a traceback ends in 1.
 BAD_INPUT = 2
@@ -61,6 +62,44 @@ def run(main: Callable[[], int | None]) -> None:
 def _report(error: UserError) -> int:
     print(f"error: {error}", file=sys.stderr)
     return BAD_INPUT
+
+
+def option_flags(
+    *classes: type, flag_values: flags.FlagValues = flags.FLAGS
+) -> Callable[[], dict[str, Any]]:
+    """Defines a flag for each option of dataclasses; see `flowdcn_jax.options`.
+
+    Args:
+        classes: the dataclasses.
+        flag_values: where the flags are defined; of the command unless given.
+
+    Returns:
+        A function that gives the flags' values by name, once they are parsed: keywords for what
+        takes the options, which checks their ranges.
+    """
+    options = [option for cls in classes for option in options_of(cls).values()]
+    holders = [flags.DEFINE_flag(_OptionFlag(option), flag_values) for option in options]
+    return lambda: {holder.name: holder.value for holder in holders}
+
+
+class _OptionFlag(flags.Flag):
+    """A flag whose help is put together when it is read, for that may import JAX."""
+
+    _PARSERS = {bool: flags.BooleanParser, int: flags.IntegerParser, float: flags.FloatParser}
+
+    def __init__(self, option: Option):
+        self._option = option
+        parser = self._PARSERS.get(option.type, flags.ArgumentParser)()
+        boolean = option.type is bool
+        super().__init__(parser, None, option.name, option.default, None, boolean=boolean)
+
+    @property
+    def help(self) -> str:
+        return f"{self._option.description}."
+
+    @help.setter
+    def help(self, text: str) -> None:
+        """absl sets it."""
 
 
 def define_distributed_flags() -> None:

@@ -249,10 +249,10 @@ def config_module(name: str) -> ModuleType:
 
 
 def modernise(config: Any) -> Any:
-    """Puts today's names into a config, also a saved one of nested dicts; returns it."""
+    """Puts today's names into a config, or a dict with some of its sections; returns it."""
     for key, names in RENAMED.items():
         section, _, name = key.partition(".")
-        if section in config and name in config[section]:
+        if section in config and name in (config[section] or ()):
             value = config[section][name]
             config[section][name] = names.get(value, value)
     return config

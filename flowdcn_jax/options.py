@@ -5,13 +5,17 @@ flags, the keywords of functions and the tables in docs/ follow from it. Imports
 """
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import math
 import numbers
+import os
+import textwrap
 import types
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowdcn_jax.errors import UserError
@@ -22,6 +26,7 @@ _TYPE_NAMES = {
     float: "a number",
     str: "a text",
     tuple: "a tuple",
+    Path: "a path",
 }
 
 
@@ -32,12 +37,9 @@ class Range(NamedTuple):
     text: Callable[[], str]  # ends "NAME is VALUE; expected ..."
 
 
-def at_least(minimum: float, *, below: float | None = None) -> Range:
-    """Numbers from `minimum`, and below another one if there is one."""
-    if below is None:
-        return Range(lambda value: value >= minimum, lambda: f"at least {minimum}")
-    text = f"at least {minimum} and below {below}"
-    return Range(lambda value: minimum <= value < below, lambda: text)
+def at_least(minimum: float) -> Range:
+    """Numbers from `minimum`."""
+    return Range(lambda value: value >= minimum, lambda: f"at least {minimum}")
 
 
 def one_of(*choices: str) -> Range:
@@ -46,18 +48,23 @@ def one_of(*choices: str) -> Range:
 
 
 def name_in(registry: str) -> Range:
-    """A key of the registry "MODULE:NAME", which is imported when it is needed."""
+    """A key of the registry "MODULE:NAME", which is imported when it is needed.
+
+    A tuple of names is listed in its order, the keys of a dict in the alphabet's.
+    """
 
     def names() -> list[str]:
         module, _, name = registry.partition(":")
-        return sorted(getattr(importlib.import_module(module), name))
+        found = getattr(importlib.import_module(module), name)
+        return list(found) if isinstance(found, tuple) else sorted(found)
 
     return Range(lambda value: value in names(), lambda: f"one of {', '.join(names())}")
 
 
 POSITIVE = Range(lambda value: value > 0, lambda: "a positive number")
 FRACTION = Range(lambda value: 0 <= value < 1, lambda: "a number in [0, 1)")
-SEED = at_least(0, below=2**32)  # JAX keeps 32 bits of a seed without its 64-bit mode
+# JAX keeps 32 bits of a seed without its 64-bit mode.
+SEED = Range(lambda value: 0 <= value < 2**32, lambda: "at least 0 and below 2**32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +73,13 @@ class Option:
 
     Attributes:
         name: of the field.
-        type: of values other than None: bool, int, float, str or tuple.
+        type: of values other than None: bool, int, float, str, tuple or Path.
         optional: whether None is a value.
         default: its value where nothing else is said.
         help: what it is, with its unit; ends without a full stop.
         range: the values of the type that it takes; None: all of them.
         parse: from what people write (texts, lists) to a value; None: the type alone.
+        unset: what None stands for.
         fixed: whether a run keeps its value for good.
     """
 
@@ -82,13 +90,28 @@ class Option:
     help: str
     range: Range | None
     parse: Callable[[Any], Any] | None
+    unset: str | None
     fixed: bool
+
+    @property
+    def values(self) -> str:
+        """The values other than None, in words."""
+        return self.range.text() if self.range else _TYPE_NAMES[self.type]
 
     @property
     def expected(self) -> str:
         """The values, in words."""
-        text = self.range.text() if self.range else _TYPE_NAMES[self.type]
-        return f"{text} or None" if self.optional else text
+        return f"{self.values} or None" if self.optional else self.values
+
+    @property
+    def description(self) -> str:
+        """What it is, its range, and what None stands for; the default says itself."""
+        parts = [self.help]
+        if self.range is not None:
+            parts.append(self.values)
+        if self.unset is not None:
+            parts.append(f"by default {self.unset}")
+        return "; ".join(parts)
 
     def value(self, given: Any, *, name: str | None = None, error: type = UserError) -> Any:
         """`given` as a value of the option, in plain Python types.
@@ -108,11 +131,12 @@ class Option:
         if self.parse is not None and given is not None:
             try:
                 value = self.parse(given)
-            except ValueError as e:
-                raise error(f"{name} is {given!r}; expected {e}") from e
+            except (TypeError, ValueError) as e:
+                expected = self.expected if self.range else e
+                raise error(f"{name} is {given!r}; expected {expected}") from e
         elif not self._is_of_type(value):
             raise error(f"{name} is {given!r}; expected {self._type_text()}")
-        if self.type in (int, float):
+        if self.type in (int, float, Path):
             value = self.type(value)
         if self.range is not None and not self.range.holds(value):
             raise error(f"{name} is {given!r}; expected {self.expected}")
@@ -122,7 +146,7 @@ class Option:
         if self.type in (int, float):
             kind = numbers.Integral if self.type is int else numbers.Real
             return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-        return isinstance(value, self.type)
+        return isinstance(value, (str, os.PathLike) if self.type is Path else self.type)
 
     def _type_text(self) -> str:
         """As `expected`; for a word of another type, the words that would do."""
@@ -140,6 +164,7 @@ def option(
     range: Range | None = None,
     *,
     parse: Callable[[Any], Any] | None = None,
+    unset: str | None = None,
     fixed: bool = False,
 ) -> Any:
     """A dataclass's field that is an option; the field's annotation gives its type.
@@ -148,13 +173,16 @@ def option(
         default: the value where nothing else is said.
         help: what it is, with its unit.
         range: see `Option`.
-        parse: see `Option`; raises ValueError with what was expected.
+        parse: see `Option`; raises TypeError or ValueError, with what was expected unless the
+            range says it.
+        unset: see `Option`.
         fixed: see `Option`.
     """
-    declared = dict(help=help, range=range, parse=parse, fixed=fixed)
+    declared = dict(help=help, range=range, parse=parse, unset=unset, fixed=fixed)
     return dataclasses.field(default=default, metadata={"option": declared})
 
 
+@functools.cache
 def options_of(cls: type) -> dict[str, Option]:
     """The options among a dataclass's fields, by name, in their order."""
     hints = typing.get_type_hints(cls)
@@ -183,47 +211,48 @@ def checked(instance: Any, *, prefix: str = "", error: type = UserError) -> None
         object.__setattr__(instance, name, value)
 
 
-def takes_options(*classes: type) -> Callable[[Callable], Callable]:
-    """Decorates a function that takes the options of `classes` as keywords, in `**options`.
+def takes_options(function: Callable) -> Callable:
+    """Decorates a function with parameters that are dataclasses of options.
 
-    Its signature and its docstring then name each of them; another keyword is a TypeError.
+    Callers give the options as keywords; the function gets the instances made of them. Signature
+    and docstring, in the place of the line OPTIONS, name each option, and any other keyword is a
+    TypeError.
     """
+    signature = inspect.signature(function)
+    groups = {
+        name: hint
+        for name, hint in typing.get_type_hints(function).items()
+        if name in signature.parameters and dataclasses.is_dataclass(hint) and options_of(hint)
+    }
+    declared = {name: o for cls in groups.values() for name, o in options_of(cls).items()}
 
-    def decorate(function: Callable) -> Callable:
-        declared = {name: o for cls in classes for name, o in options_of(cls).items()}
-        signature = inspect.signature(function)
-        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        keywords = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=each.default,
-                annotation=each.type | None if each.optional else each.type,
-            )
-            for name, each in declared.items()
-        ]
-        function.__signature__ = signature.replace(parameters=[*own, *keywords])
-        lines = [f"        {name}: {each.help}." for name, each in declared.items()]
-        function.__doc__ = function.__doc__.replace("        OPTIONS", "\n".join(lines))
-        return function
+    @functools.wraps(function)
+    def with_keywords(*args, **given):
+        instances = {
+            parameter: cls(**{name: given.pop(name) for name in options_of(cls) if name in given})
+            for parameter, cls in groups.items()
+        }
+        return function(*args, **given, **instances)
 
-    return decorate
-
-
-def split_options(given: dict[str, Any], *classes: type) -> list[Any]:
-    """An instance of each class, made of those of the keywords `given` that are its options.
-
-    Raises:
-        TypeError: a keyword that is none of theirs.
-    """
-    known = [options_of(cls) for cls in classes]
-    for name in given:
-        if not any(name in names for names in known):
-            raise TypeError(f"unexpected keyword argument {name!r}")
-    return [
-        cls(**{name: value for name, value in given.items() if name in names})
-        for cls, names in zip(classes, known, strict=True)
+    own = [parameter for name, parameter in signature.parameters.items() if name not in groups]
+    keywords = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=each.default,
+            annotation=each.type | None if each.optional else each.type,
+        )
+        for name, each in declared.items()
     ]
+    with_keywords.__signature__ = signature.replace(parameters=[*own, *keywords])
+    indents = dict(initial_indent=" " * 8, subsequent_indent=" " * 12)
+    lines = [
+        textwrap.fill(f"{name}: {each.description}.", 100, **indents)
+        for name, each in declared.items()
+    ]
+    text = function.__doc__ or ""  # Python's -OO leaves none
+    with_keywords.__doc__ = text.replace(" " * 8 + "OPTIONS", "\n".join(lines))
+    return with_keywords
 
 
 def _make_option(field: dataclasses.Field, hint: Any) -> Option:

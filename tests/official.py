@@ -5,12 +5,12 @@ from pathlib import Path
 
 import ml_collections
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 from safetensors.numpy import save_file
 
 from flowdcn_jax.config import load_config
 from flowdcn_jax.models.flowdcn import FlowDCN
-from flowdcn_jax.published_weights.names import official_tensors, put
+from flowdcn_jax.published_weights.names import official_tensors
 
 
 def build(config: ml_collections.ConfigDict, dtype) -> tuple:
@@ -55,12 +55,11 @@ def state_dict(fixture: dict, prefix: str = "param/") -> dict[str, np.ndarray]:
 
 def to_tree(fixture: dict, prefix: str = "param/") -> dict:
     """The fixture's arrays under `prefix` as this project's nested dict of parameters."""
-    params: dict = {}
     arrays = state_dict(fixture, prefix)
-    for name, tensor in official_tensors(model_config(fixture), tokens_per_side=8).items():
-        if tensor.path is not None:
-            put(params, tensor.path, tensor.to_ours(arrays[name]))
-    return params
+    tensors = official_tensors(model_config(fixture), tokens_per_side=8)
+    return traverse_util.unflatten_dict(
+        {t.path: t.to_ours(arrays[name]) for name, t in tensors.items() if t.path is not None}
+    )
 
 
 def nhwc(x: np.ndarray) -> np.ndarray:

@@ -193,7 +193,7 @@ def test_a_config_saved_before_an_option_was_there_means_the_published_model():
     assert models.abstract_model(old)[0] == models.abstract_model(config.model)[0]
     check_resumable(saved, config)
     config.model.norm = "layer_norm"
-    with pytest.raises(ConfigError, match="config.model.norm: rms_norm -> layer_norm"):
+    with pytest.raises(ConfigError, match="config.model.norm: 'rms_norm' -> 'layer_norm'"):
         check_resumable(saved, config)
 
 

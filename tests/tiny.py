@@ -13,6 +13,7 @@ from flowdcn_jax.config import load_config, model_config
 from flowdcn_jax.runs import checkpoint
 from flowdcn_jax.sampling import grid_drawer
 from flowdcn_jax.training import loop
+from tests import forked
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -106,7 +107,9 @@ def free_port() -> int:
 
 
 def run(command: list[str], num_devices: int = 1) -> tuple[int, str]:
-    return finish(start(command, num_devices))
+    """(exit code, everything printed) of a command that begins with the interpreter."""
+    assert command[0] == sys.executable
+    return forked.run(command[1:], num_devices=num_devices)
 
 
 def metrics(workdir) -> list[dict]:

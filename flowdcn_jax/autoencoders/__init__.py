@@ -3,15 +3,17 @@
 `load_autoencoder(config.autoencoder)` gives an `Autoencoder`, whichever the config names.
 """
 
-from flowdcn_jax.autoencoders.interface import (
+from flowdcn_jax.autoencoders.autoencoder import (
+    AUTOENCODERS,
     PUBLISHED_DOWNSAMPLING,
     Autoencoder,
+    check_fits,
     decode_images,
     decode_pixels,
+    load_autoencoder,
     preview_latents,
     to_unit_range,
 )
-from flowdcn_jax.autoencoders.registry import AUTOENCODERS, check_fits, load_autoencoder
 from flowdcn_jax.autoencoders.weights import AutoencoderError, WeightsNotFoundError
 
 __all__ = [

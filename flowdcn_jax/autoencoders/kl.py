@@ -4,6 +4,7 @@ Modules and attributes have the publisher's names, so that a parameter's path he
 name there.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -13,8 +14,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from flowdcn_jax.autoencoders import layers
-from flowdcn_jax.autoencoders.weights import AutoencoderError, check_config
+from flowdcn_jax.autoencoders.layers import Layers, upsample
+from flowdcn_jax.autoencoders.weights import AutoencoderError, check_config, tensor_name
 from flowdcn_jax.precision import matmul_precision
 
 NORM_EPSILON = 1e-6
@@ -55,19 +56,13 @@ class KLSizes(NamedTuple):
 class ResnetBlock(nnx.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))); a 1x1 convolution of x where channels change."""
 
-    def __init__(
-        self, in_features: int, out_features: int, *, norm_groups: int, dtype, rngs: nnx.Rngs
-    ):
-        options = dict(dtype=dtype, rngs=rngs)
-        norm = dict(num_groups=norm_groups, epsilon=NORM_EPSILON, **options)
-        self.norm1 = layers.group_norm(in_features, **norm)
-        self.conv1 = layers.conv(in_features, out_features, **options)
-        self.norm2 = layers.group_norm(out_features, **norm)
-        self.conv2 = layers.conv(out_features, out_features, **options)
+    def __init__(self, in_features: int, out_features: int, layers: Layers):
+        self.norm1 = layers.group_norm(in_features)
+        self.conv1 = layers.conv(in_features, out_features)
+        self.norm2 = layers.group_norm(out_features)
+        self.conv2 = layers.conv(out_features, out_features)
         self.conv_shortcut = (
-            None
-            if in_features == out_features
-            else layers.conv(in_features, out_features, 1, **options)
+            None if in_features == out_features else layers.conv(in_features, out_features, 1)
         )
 
     def __call__(self, x: Array) -> Array:
@@ -79,14 +74,13 @@ class ResnetBlock(nnx.Module):
 class AttentionBlock(nnx.Module):
     """Single-head self-attention over all places of the feature map, with a residual."""
 
-    def __init__(self, features: int, *, norm_groups: int, dtype, rngs: nnx.Rngs):
-        options = dict(dtype=dtype, rngs=rngs)
-        self.group_norm = layers.group_norm(features, norm_groups, epsilon=NORM_EPSILON, **options)
-        self.to_q = layers.linear(features, features, **options)
-        self.to_k = layers.linear(features, features, **options)
-        self.to_v = layers.linear(features, features, **options)
-        self.to_out = nnx.List([layers.linear(features, features, **options)])
-        self.dtype = dtype
+    def __init__(self, features: int, layers: Layers):
+        self.group_norm = layers.group_norm(features)
+        self.to_q = layers.linear(features, features)
+        self.to_k = layers.linear(features, features)
+        self.to_v = layers.linear(features, features)
+        self.to_out = nnx.List([layers.linear(features, features)])
+        self.dtype = layers.dtype
 
     def __call__(self, x: Array) -> Array:
         """x [B,h,w,C] -> [B,h,w,C]; logits and softmax are float32."""
@@ -108,9 +102,8 @@ class AttentionBlock(nnx.Module):
 class Downsample(nnx.Module):
     """Half of both sides by a 3x3 convolution, padded on the right and at the bottom only."""
 
-    def __init__(self, features: int, *, dtype, rngs: nnx.Rngs):
-        options = dict(dtype=dtype, rngs=rngs)
-        self.conv = layers.conv(features, features, stride=2, padding=(0, 1), **options)
+    def __init__(self, features: int, layers: Layers):
+        self.conv = layers.conv(features, features, stride=2, padding=(0, 1))
 
     def __call__(self, x: Array) -> Array:
         return self.conv(x)
@@ -119,41 +112,25 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Twice both sides by nearest neighbour, then a 3x3 convolution."""
 
-    def __init__(self, features: int, *, dtype, rngs: nnx.Rngs):
-        self.conv = layers.conv(features, features, dtype=dtype, rngs=rngs)
+    def __init__(self, features: int, layers: Layers):
+        self.conv = layers.conv(features, features)
 
     def __call__(self, x: Array) -> Array:
-        return self.conv(layers.upsample(x))
+        return self.conv(upsample(x))
 
 
-def resnet_blocks(
-    in_features: int, features: int, count: int, *, norm_groups: int, dtype, rngs: nnx.Rngs
-) -> nnx.List:
+def resnet_blocks(in_features: int, features: int, count: int, layers: Layers) -> nnx.List:
     """`count` residual blocks; the first goes from in_features to features."""
     inputs = [in_features] + [features] * (count - 1)
-    options = dict(norm_groups=norm_groups, dtype=dtype, rngs=rngs)
-    return nnx.List([ResnetBlock(width, features, **options) for width in inputs])
+    return nnx.List([ResnetBlock(width, features, layers) for width in inputs])
 
 
 class DownBlock(nnx.Module):
     """Residual blocks, then half the resolution unless `last`."""
 
-    def __init__(
-        self,
-        in_features: int,
-        features: int,
-        count: int,
-        *,
-        last: bool,
-        norm_groups: int,
-        dtype,
-        rngs: nnx.Rngs,
-    ):
-        options = dict(dtype=dtype, rngs=rngs)
-        self.resnets = resnet_blocks(
-            in_features, features, count, norm_groups=norm_groups, **options
-        )
-        self.downsamplers = nnx.List([] if last else [Downsample(features, **options)])
+    def __init__(self, in_features: int, features: int, count: int, layers: Layers, *, last: bool):
+        self.resnets = resnet_blocks(in_features, features, count, layers)
+        self.downsamplers = nnx.List([] if last else [Downsample(features, layers)])
 
     def __call__(self, x: Array) -> Array:
         for layer in (*self.resnets, *self.downsamplers):
@@ -164,22 +141,9 @@ class DownBlock(nnx.Module):
 class UpBlock(nnx.Module):
     """Residual blocks, then twice the resolution unless `last`."""
 
-    def __init__(
-        self,
-        in_features: int,
-        features: int,
-        count: int,
-        *,
-        last: bool,
-        norm_groups: int,
-        dtype,
-        rngs: nnx.Rngs,
-    ):
-        options = dict(dtype=dtype, rngs=rngs)
-        self.resnets = resnet_blocks(
-            in_features, features, count, norm_groups=norm_groups, **options
-        )
-        self.upsamplers = nnx.List([] if last else [Upsample(features, **options)])
+    def __init__(self, in_features: int, features: int, count: int, layers: Layers, *, last: bool):
+        self.resnets = resnet_blocks(in_features, features, count, layers)
+        self.upsamplers = nnx.List([] if last else [Upsample(features, layers)])
 
     def __call__(self, x: Array) -> Array:
         for layer in (*self.resnets, *self.upsamplers):
@@ -190,10 +154,9 @@ class UpBlock(nnx.Module):
 class MidBlock(nnx.Module):
     """Residual block, attention, residual block."""
 
-    def __init__(self, features: int, *, norm_groups: int, dtype, rngs: nnx.Rngs):
-        options = dict(norm_groups=norm_groups, dtype=dtype, rngs=rngs)
-        self.resnets = resnet_blocks(features, features, 2, **options)
-        self.attentions = nnx.List([AttentionBlock(features, **options)])
+    def __init__(self, features: int, layers: Layers):
+        self.resnets = resnet_blocks(features, features, 2, layers)
+        self.attentions = nnx.List([AttentionBlock(features, layers)])
 
     def __call__(self, x: Array) -> Array:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
@@ -202,26 +165,18 @@ class MidBlock(nnx.Module):
 class Encoder(nnx.Module):
     """Images [B,H,W,3] -> twice the latent channels, float32 [B,H/f,W/f,2C], before quant_conv."""
 
-    def __init__(self, sizes: KLSizes, *, dtype, rngs: nnx.Rngs):
-        widths, groups = sizes.widths, sizes.norm_groups
-        options = dict(dtype=dtype, rngs=rngs)
-        self.conv_in = layers.conv(sizes.image_channels, widths[0], **options)
+    def __init__(self, sizes: KLSizes, layers: Layers):
+        widths, last = sizes.widths, len(sizes.widths) - 1
+        self.conv_in = layers.conv(sizes.image_channels, widths[0])
         self.down_blocks = nnx.List(
-            DownBlock(
-                widths[max(0, level - 1)],
-                width,
-                sizes.layers_per_block,
-                last=level == len(widths) - 1,
-                norm_groups=groups,
-                **options,
+            DownBlock(before, width, sizes.layers_per_block, layers, last=level == last)
+            for level, (before, width) in enumerate(
+                zip(widths[:1] + widths[:-1], widths, strict=True)
             )
-            for level, width in enumerate(widths)
         )
-        self.mid_block = MidBlock(widths[-1], norm_groups=groups, **options)
-        self.conv_norm_out = layers.group_norm(widths[-1], groups, epsilon=NORM_EPSILON, **options)
-        self.conv_out = layers.conv(
-            widths[-1], 2 * sizes.latent_channels, dtype=jnp.float32, rngs=rngs
-        )
+        self.mid_block = MidBlock(widths[-1], layers)
+        self.conv_norm_out = layers.group_norm(widths[-1])
+        self.conv_out = layers.exact.conv(widths[-1], 2 * sizes.latent_channels)
 
     def __call__(self, x: Array) -> Array:
         x = self.conv_in(x)
@@ -233,24 +188,18 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents [B,h,w,C], after post_quant_conv, -> images, float32 [B,h*f,w*f,3]."""
 
-    def __init__(self, sizes: KLSizes, *, dtype, rngs: nnx.Rngs):
-        widths, groups = sizes.widths[::-1], sizes.norm_groups
-        options = dict(dtype=dtype, rngs=rngs)
-        self.conv_in = layers.conv(sizes.latent_channels, widths[0], **options)
-        self.mid_block = MidBlock(widths[0], norm_groups=groups, **options)
+    def __init__(self, sizes: KLSizes, layers: Layers):
+        widths, last = sizes.widths[::-1], len(sizes.widths) - 1
+        self.conv_in = layers.conv(sizes.latent_channels, widths[0])
+        self.mid_block = MidBlock(widths[0], layers)
         self.up_blocks = nnx.List(
-            UpBlock(
-                widths[max(0, level - 1)],
-                width,
-                sizes.layers_per_block + 1,
-                last=level == len(widths) - 1,
-                norm_groups=groups,
-                **options,
+            UpBlock(before, width, sizes.layers_per_block + 1, layers, last=level == last)
+            for level, (before, width) in enumerate(
+                zip(widths[:1] + widths[:-1], widths, strict=True)
             )
-            for level, width in enumerate(widths)
         )
-        self.conv_norm_out = layers.group_norm(widths[-1], groups, epsilon=NORM_EPSILON, **options)
-        self.conv_out = layers.conv(widths[-1], sizes.image_channels, dtype=jnp.float32, rngs=rngs)
+        self.conv_norm_out = layers.group_norm(widths[-1])
+        self.conv_out = layers.exact.conv(widths[-1], sizes.image_channels)
 
     def __call__(self, x: Array) -> Array:
         x = self.mid_block(self.conv_in(x))
@@ -268,11 +217,11 @@ class AutoencoderKL(nnx.Module):
 
     def __init__(self, sizes: KLSizes, *, dtype, rngs: nnx.Rngs):
         channels = sizes.latent_channels
-        exact = dict(dtype=jnp.float32, rngs=rngs)
-        self.encoder = Encoder(sizes, dtype=dtype, rngs=rngs)
-        self.quant_conv = layers.conv(2 * channels, 2 * channels, 1, **exact)
-        self.post_quant_conv = layers.conv(channels, channels, 1, **exact)
-        self.decoder = Decoder(sizes, dtype=dtype, rngs=rngs)
+        layers = Layers(dtype, rngs, norm_groups=sizes.norm_groups, norm_epsilon=NORM_EPSILON)
+        self.encoder = Encoder(sizes, layers)
+        self.quant_conv = layers.exact.conv(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = layers.exact.conv(channels, channels, 1)
+        self.decoder = Decoder(sizes, layers)
 
     def encode(self, images: Array) -> tuple[Array, Array]:
         """[B,H,W,3] in [-1,1] -> (mean, std), unscaled latents [B,H/f,W/f,C]."""
@@ -284,14 +233,8 @@ class AutoencoderKL(nnx.Module):
         return self.decoder(self.post_quant_conv(latents))
 
 
-def tensor_name(path: tuple) -> str:
-    """The publisher's name of the parameter at `path`."""
-    leaf = {"kernel": "weight", "scale": "weight"}.get(path[-1], path[-1])
-    return ".".join(map(str, (*path[:-1], leaf)))
-
-
 def old_tensor_name(path: tuple) -> str:
-    """The same in the files of older versions of diffusers, such as sd-vae-ft-ema's."""
+    """The name in files of older versions of diffusers, such as sd-vae-ft-ema's."""
     name = tensor_name(path)
     for new, old in _OLD_ATTENTION_NAMES.items():
         name = name.replace(new, old)
@@ -304,15 +247,11 @@ def naming(tensors: Mapping[str, np.ndarray]) -> Callable[[tuple], str]:
 
 
 def find_sizes(tensors: Mapping[str, np.ndarray], config: Mapping, source: str) -> KLSizes:
-    """The sizes that the tensors show and config.json, where there is one, confirms.
-
-    Args:
-        tensors: by name.
-        config: the contents of config.json; empty: its defaults.
-        source: where they are from, for messages.
+    """The sizes that the tensors show and config.json (empty: its defaults) confirms.
 
     Raises:
-        AutoencoderError: another architecture, or config.json says something else.
+        AutoencoderError: another architecture, or config.json says something else; the message
+            names `source`, where they are from.
     """
 
     def size(name: str, axis: int) -> int:
@@ -321,10 +260,7 @@ def find_sizes(tensors: Mapping[str, np.ndarray], config: Mapping, source: str) 
         return tensors[name].shape[axis]
 
     def count(name: str) -> int:
-        found = 0
-        while name.format(found) in tensors:
-            found += 1
-        return found
+        return next(number for number in itertools.count() if name.format(number) not in tensors)
 
     stages = count("encoder.down_blocks.{}.resnets.0.conv1.weight")
     sizes = KLSizes(

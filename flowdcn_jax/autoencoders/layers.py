@@ -1,8 +1,7 @@
-"""Layers that the autoencoders share.
+"""Layers that the autoencoders share. Arrays are NHWC."""
 
-Their parameters are loaded, never trained here: they start at zero, which is the fastest to trace.
-Arrays are NHWC, parameters float32, and `dtype` is the compute dtype.
-"""
+import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,52 +10,71 @@ from jax import Array
 from flowdcn_jax.precision import matmul_precision
 
 
-def conv(
-    in_features: int,
-    out_features: int,
-    kernel_size: int = 3,
-    *,
-    stride: int = 1,
-    padding: tuple[int, int] | None = None,
-    use_bias: bool = True,
-    dtype,
-    rngs: nnx.Rngs,
-) -> nnx.Conv:
-    """A square convolution; `padding` (before, after) of both axes, by default half the kernel."""
-    if padding is None:
-        padding = (kernel_size // 2,) * 2
-    return nnx.Conv(
-        in_features,
-        out_features,
-        (kernel_size, kernel_size),
-        strides=stride,
-        padding=(padding, padding),
-        use_bias=use_bias,
-        dtype=dtype,
-        precision=matmul_precision(dtype),
-        kernel_init=nnx.initializers.zeros_init(),
-        rngs=rngs,
-    )
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """Makes the layers of a network, which compute in `dtype`.
 
+    Their parameters are float32. They are loaded, never trained here: they start at zero, which is
+    the fastest to trace.
+    """
 
-def linear(in_features: int, out_features: int, *, dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(
-        in_features,
-        out_features,
-        dtype=dtype,
-        precision=matmul_precision(dtype),
-        kernel_init=nnx.initializers.zeros_init(),
-        rngs=rngs,
-    )
+    dtype: Any
+    rngs: nnx.Rngs
+    norm_groups: int
+    norm_epsilon: float
 
+    @property
+    def exact(self) -> "Layers":
+        """Makes the same layers, computed in float32."""
+        return dataclasses.replace(self, dtype=jnp.float32)
 
-def group_norm(
-    features: int, num_groups: int, *, epsilon: float, dtype, rngs: nnx.Rngs
-) -> nnx.GroupNorm:
-    """GroupNorm with float32 statistics in two passes."""
-    return nnx.GroupNorm(
-        features, num_groups, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs
-    )
+    def conv(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int = 3,
+        *,
+        stride: int = 1,
+        padding: tuple[int, int] | None = None,
+        use_bias: bool = True,
+    ) -> nnx.Conv:
+        """A square convolution; `padding` (before, after) of both axes, by default half of it."""
+        if padding is None:
+            padding = (kernel_size // 2,) * 2
+        return nnx.Conv(
+            in_features,
+            out_features,
+            (kernel_size, kernel_size),
+            strides=stride,
+            padding=(padding, padding),
+            use_bias=use_bias,
+            dtype=self.dtype,
+            precision=matmul_precision(self.dtype),
+            kernel_init=nnx.initializers.zeros_init(),
+            rngs=self.rngs,
+        )
+
+    def linear(self, in_features: int, out_features: int) -> nnx.Linear:
+        """A linear layer."""
+        return nnx.Linear(
+            in_features,
+            out_features,
+            dtype=self.dtype,
+            precision=matmul_precision(self.dtype),
+            kernel_init=nnx.initializers.zeros_init(),
+            rngs=self.rngs,
+        )
+
+    def group_norm(self, features: int) -> nnx.GroupNorm:
+        """GroupNorm with float32 statistics in two passes."""
+        return nnx.GroupNorm(
+            features,
+            self.norm_groups,
+            epsilon=self.norm_epsilon,
+            use_fast_variance=False,
+            dtype=self.dtype,
+            rngs=self.rngs,
+        )
 
 
 def upsample(x: Array) -> Array:

@@ -13,9 +13,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from flowdcn_jax.autoencoders import layers
-from flowdcn_jax.autoencoders.interface import PUBLISHED_DOWNSAMPLING
-from flowdcn_jax.autoencoders.weights import AutoencoderError, check_config
+from flowdcn_jax.autoencoders.layers import Layers, upsample
+from flowdcn_jax.autoencoders.weights import AutoencoderError, check_config, tensor_name
 
 LATENT_LIMIT = 3.0  # the decoder squashes latents to +-3
 MIDBLOCK_NORM_GROUPS = 4
@@ -38,7 +37,10 @@ class TinySizes(NamedTuple):
     latent_channels: int
     width: int
     midblock_norm: bool  # GroupNorm branches at the lowest resolution (TAEF2)
-    downsampling: int = PUBLISHED_DOWNSAMPLING
+
+    @property
+    def downsampling(self) -> int:
+        return 2**3  # three convolutions halve the sides
 
 
 class Squash(nnx.Module):
@@ -48,29 +50,28 @@ class Squash(nnx.Module):
         return jnp.tanh(x / LATENT_LIMIT) * LATENT_LIMIT
 
 
-def norm_branch(width: int, *, dtype, rngs: nnx.Rngs) -> nnx.Sequential:
+def norm_branch(width: int, layers: Layers) -> nnx.Sequential:
     """What TAEF2's lowest resolution adds to a block's input; it sees the whole feature map."""
-    hidden, options = MIDBLOCK_EXPANSION * width, dict(dtype=dtype, rngs=rngs)
+    hidden = MIDBLOCK_EXPANSION * width
     return nnx.Sequential(
-        layers.conv(width, hidden, 1, use_bias=False, **options),
-        layers.group_norm(hidden, MIDBLOCK_NORM_GROUPS, epsilon=MIDBLOCK_NORM_EPSILON, **options),
+        layers.conv(width, hidden, 1, use_bias=False),
+        layers.group_norm(hidden),
         nnx.relu,
-        layers.conv(hidden, width, 1, use_bias=False, **options),
+        layers.conv(hidden, width, 1, use_bias=False),
     )
 
 
 class Block(nnx.Module):
     """relu(x + three convolutions of x), after x += norm_branch(x) if `norm`."""
 
-    def __init__(self, width: int, *, norm: bool = False, dtype, rngs: nnx.Rngs):
-        options = dict(dtype=dtype, rngs=rngs)
-        self.pool = norm_branch(width, **options) if norm else None
+    def __init__(self, width: int, layers: Layers, *, norm: bool = False):
+        self.pool = norm_branch(width, layers) if norm else None
         self.conv = nnx.Sequential(
-            layers.conv(width, width, **options),
+            layers.conv(width, width),
             nnx.relu,
-            layers.conv(width, width, **options),
+            layers.conv(width, width),
             nnx.relu,
-            layers.conv(width, width, **options),
+            layers.conv(width, width),
         )
 
     def __call__(self, x: Array) -> Array:
@@ -79,41 +80,41 @@ class Block(nnx.Module):
         return nnx.relu(self.conv(x) + x)
 
 
-def encoder(sizes: TinySizes, *, dtype, rngs: nnx.Rngs) -> nnx.Sequential:
+def encoder(sizes: TinySizes, layers: Layers) -> nnx.Sequential:
     """Images [B,H,W,3] in [0,1] -> latents [B,H/8,W/8,C], float32."""
-    width, options = sizes.width, dict(dtype=dtype, rngs=rngs)
+    width = sizes.width
 
     def halve_and_blocks(norm: bool = False) -> list:
-        halve = layers.conv(width, width, stride=2, use_bias=False, **options)
-        return [halve, *(Block(width, norm=norm, **options) for _ in range(3))]
+        halve = layers.conv(width, width, stride=2, use_bias=False)
+        return [halve, *(Block(width, layers, norm=norm) for _ in range(3))]
 
     return nnx.Sequential(
-        layers.conv(sizes.image_channels, width, **options),
-        Block(width, **options),
+        layers.conv(sizes.image_channels, width),
+        Block(width, layers),
         *halve_and_blocks(),
         *halve_and_blocks(),
         *halve_and_blocks(norm=sizes.midblock_norm),
-        layers.conv(width, sizes.latent_channels, dtype=jnp.float32, rngs=rngs),
+        layers.exact.conv(width, sizes.latent_channels),
     )
 
 
-def decoder(sizes: TinySizes, *, dtype, rngs: nnx.Rngs) -> nnx.Sequential:
+def decoder(sizes: TinySizes, layers: Layers) -> nnx.Sequential:
     """Latents [B,h,w,C] -> images [B,8h,8w,3], float32 near [0,1]."""
-    width, options = sizes.width, dict(dtype=dtype, rngs=rngs)
+    width = sizes.width
 
     def blocks_and_double(norm: bool = False) -> list:
-        blocks = [Block(width, norm=norm, **options) for _ in range(3)]
-        return [*blocks, layers.upsample, layers.conv(width, width, use_bias=False, **options)]
+        blocks = [Block(width, layers, norm=norm) for _ in range(3)]
+        return [*blocks, upsample, layers.conv(width, width, use_bias=False)]
 
     return nnx.Sequential(
         Squash(),
-        layers.conv(sizes.latent_channels, width, **options),
+        layers.conv(sizes.latent_channels, width),
         nnx.relu,
         *blocks_and_double(norm=sizes.midblock_norm),
         *blocks_and_double(),
         *blocks_and_double(),
-        Block(width, **options),
-        layers.conv(width, sizes.image_channels, dtype=jnp.float32, rngs=rngs),
+        Block(width, layers),
+        layers.exact.conv(width, sizes.image_channels),
     )
 
 
@@ -121,8 +122,11 @@ class AutoencoderTiny(nnx.Module):
     """Images to latents and back; deterministic."""
 
     def __init__(self, sizes: TinySizes, *, dtype, rngs: nnx.Rngs):
-        self.encoder = encoder(sizes, dtype=dtype, rngs=rngs)
-        self.decoder = decoder(sizes, dtype=dtype, rngs=rngs)
+        layers = Layers(
+            dtype, rngs, norm_groups=MIDBLOCK_NORM_GROUPS, norm_epsilon=MIDBLOCK_NORM_EPSILON
+        )
+        self.encoder = encoder(sizes, layers)
+        self.decoder = decoder(sizes, layers)
 
     def encode(self, images: Array) -> tuple[Array, Array]:
         """[B,H,W,3] in [-1,1] -> (latents [B,H/8,W/8,C], zeros)."""
@@ -136,8 +140,7 @@ class AutoencoderTiny(nnx.Module):
 
 def taesd_name(path: tuple) -> str:
     """The name in taesd.py of the parameter at `path`, after "encoder." or "decoder."."""
-    leaf = {"kernel": "weight", "scale": "weight"}.get(path[-1], path[-1])
-    return ".".join(str(part) for part in (*path[:-1], leaf) if part != "layers")
+    return tensor_name(tuple(part for part in path if part != "layers"))
 
 
 def diffusers_name(path: tuple) -> str:
@@ -152,15 +155,11 @@ def naming(tensors: Mapping[str, np.ndarray]) -> Callable[[tuple], str]:
 
 
 def find_sizes(tensors: Mapping[str, np.ndarray], config: Mapping, source: str) -> TinySizes:
-    """The sizes that the tensors show and config.json, where there is one, confirms.
-
-    Args:
-        tensors: in either naming.
-        config: the contents of config.json; empty: its defaults.
-        source: where they are from, for messages.
+    """The sizes that the tensors show and config.json (empty: its defaults) confirms.
 
     Raises:
-        AutoencoderError: another architecture, or config.json says something else.
+        AutoencoderError: another architecture, or config.json says something else; the message
+            names `source`, where they are from.
     """
     tensor_name = naming(tensors)
 

@@ -28,15 +28,9 @@ class WeightsNotFoundError(AutoencoderError, FileNotFoundError):
 
 
 def find_files(weights: str | None, choices: Sequence[Files], how_to_get: str) -> dict[str, Path]:
-    """The files that hold an autoencoder's weights.
+    """{prefix of names: file} of the files that hold an autoencoder's weights.
 
-    Args:
-        weights: a file that holds all of them; or a folder, in which `choices` are looked for.
-        choices: sets of files, the preferred first.
-        how_to_get: ends the message where there are none.
-
-    Returns:
-        {prefix of names: file}.
+    `weights` is a file that holds all of them, or a folder with one of `choices`.
 
     Raises:
         WeightsNotFoundError: no such file or folder, or none of `choices` in it.
@@ -72,8 +66,7 @@ def read_tensors(files: Mapping[str, Path]) -> tuple[dict[str, np.ndarray], str]
             ) from error
         tensors |= {prefix + name: tensor for name, tensor in content.items()}
         with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)  # goes on with the files before
     return tensors, digest.hexdigest()
 
 
@@ -111,6 +104,12 @@ def check_config(config: Mapping, expected: Mapping, source: str) -> None:
             )
 
 
+def tensor_name(path: tuple) -> str:
+    """What PyTorch calls the parameter at `path`, with the publisher's names of modules."""
+    leaf = {"kernel": "weight", "scale": "weight"}.get(path[-1], path[-1])
+    return ".".join(map(str, (*path[:-1], leaf)))
+
+
 def place_tensors(
     abstract: dict,
     tensors: Mapping[str, np.ndarray],
@@ -119,15 +118,9 @@ def place_tensors(
 ) -> dict:
     """Parameters like `abstract` (nested dicts), float32, from PyTorch's tensors.
 
-    Args:
-        abstract: parameters as ShapeDtypeStructs.
-        tensors: in PyTorch's axis order; each belongs to exactly one parameter.
-        tensor_name: from a parameter's path to its tensor's name.
-        source: where they are from, for messages.
-
     Raises:
         AutoencoderError: tensors are missing, left over, of another shape or not numbers; the
-            message names them.
+            message names them, and `source`, where they are from.
     """
     flat = traverse_util.flatten_dict(abstract)
     names = {path: tensor_name(path) for path in flat}

@@ -2,6 +2,6 @@
 
 from flowdcn_jax.caching.job import Job
 from flowdcn_jax.caching.parts import TooManyBadError
-from flowdcn_jax.caching.run import cache_latents
+from flowdcn_jax.caching.share import cache_latents
 
 __all__ = ["Job", "TooManyBadError", "cache_latents"]

@@ -8,10 +8,9 @@ from typing import Any
 from flowdcn_jax.autoencoders import Autoencoder
 from flowdcn_jax.data import DataError
 from flowdcn_jax.data.aspect_buckets import AspectBuckets
-from flowdcn_jax.data.builders import ImagenetLatents, latents_config_name
 from flowdcn_jax.data.labelled_images import LabelledImages
+from flowdcn_jax.data.latents import ImagenetLatents, latents_config_name, moment_names
 from flowdcn_jax.data.prepared import split_name
-from flowdcn_jax.data.sources import moment_names
 
 Size = tuple[int, int]  # (height, width)
 

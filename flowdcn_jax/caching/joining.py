@@ -1,20 +1,17 @@
 """From the finished parts of a job to the TFDS data set `imagenet_latents`."""
 
 import contextlib
-import fcntl
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from flowdcn_jax.caching.job import Job, Size
-from flowdcn_jax.caching.parts import Parts, check_bad, difference, remove_parts
-from flowdcn_jax.caching.statistics import LatentStatistics
+from flowdcn_jax.caching.parts import LatentStatistics, Parts, check_bad
 from flowdcn_jax.data import DataError, DataExistsError, write_latents
-from flowdcn_jax.data.builders import ImagenetLatents
+from flowdcn_jax.data.latents import ImagenetLatents, moment_names
 from flowdcn_jax.data.prepared import newest_version, read_manifest
-from flowdcn_jax.data.sources import moment_names
+from flowdcn_jax.runs.folder import differences, lock
 
 # Without a change for so long, a join has ended; while it runs it begins a file every few seconds.
 _JOIN_ENDED_S = 3600
@@ -32,11 +29,11 @@ def finished_manifest(job: Job) -> dict[str, Any] | None:
         if folder is None:
             continue
         manifest = read_manifest(folder)
-        if manifest is None or manifest["settings"] != job.settings:
-            how = difference(manifest["settings"], job.settings) if manifest else "no manifest"
+        how = differences(manifest["settings"], job.settings) if manifest else ["no manifest"]
+        if how:
             raise DataExistsError(
-                f"{folder} holds other latents ({how}): name another --data_dir, one for "
-                "each split and set of options"
+                f"{folder} holds other latents ({'; '.join(how)}): name another --data_dir, one "
+                "for each split and set of options"
             )
         found[job.config_name(size)] = manifest
     manifest = next(iter(found.values()), None)
@@ -48,8 +45,8 @@ def join(job: Job, parts: Parts, *, max_bad: int, alone: bool) -> dict[str, Any]
     """Writes the job's data sets if all parts are there, and then removes the parts.
 
     Each data set takes its place as a whole, with the manifest.  Of several processes one joins,
-    the others wait for it.  On file systems whose locks do not reach other hosts several may join
-    at once: then the data set counts that is the first to be whole.
+    the others wait for it.  On network file systems without locks, or with locks that hold on one
+    host alone, several may join at once: then the data set counts that is the first to be whole.
 
     Args:
         job: what is cached.
@@ -64,7 +61,9 @@ def join(job: Job, parts: Parts, *, max_bad: int, alone: bool) -> dict[str, Any]
         DataError: not one image could be used.
         TooManyBadError: more than `max_bad` images were skipped, over all parts.
     """
-    with _lock(job.data_dir / ImagenetLatents.name):
+    folder = job.data_dir / ImagenetLatents.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder, error=DataError, wait=True):
         while (manifest := finished_manifest(job)) is None:
             if parts.missing():
                 return None
@@ -74,7 +73,7 @@ def join(job: Job, parts: Parts, *, max_bad: int, alone: bool) -> dict[str, Any]
             except (DataError, OSError):  # if another host was faster, all that it has done
                 if _sizes_to_write(job) == before:
                     raise
-        remove_parts(job.parts_folder, job.settings)
+        parts.remove()
     return manifest
 
 
@@ -86,10 +85,10 @@ def _write(job: Job, parts: Parts, *, max_bad: int, alone: bool) -> None:
     statistics, counts, skipped = LatentStatistics(), dict.fromkeys(job.latent_sizes, 0), []
     for part in range(parts.count):
         summary = parts.summary(part)
-        statistics.merge(summary.statistics)
+        statistics = statistics.merged(summary.statistics)
         skipped += summary.skipped
-        for size, count in summary.counts.items():
-            counts[size] += count
+        for size, named in summary.arrays.items():
+            counts[size] += len(named["label"])
     check_bad(skipped, max_bad)
     counts = {size: count for size, count in counts.items() if count}
     if not counts:
@@ -129,17 +128,3 @@ def _remove_remains(folder: Path, *, unchanged_s: float) -> None:
             changed_s = max(path.stat().st_mtime for path in (remains, *remains.iterdir()))
             if time.time() - changed_s >= unchanged_s:
                 shutil.rmtree(remains)
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of it when the process ends, however it does.
-
-    Some network file systems have no locks, or locks that hold on one host alone: the callers only
-    save work by them.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -1,24 +1,25 @@
-"""The work in progress: latents of a few images each, in files that are whole or not there.
+"""The work in progress: latents of a few images each, in a resumable folder of parts.
 
-All processes that share a job see one folder of parts.  Part p holds the images
-`p * images_per_part ...` of the list, whoever encodes it, so that a job that was stopped goes on
-with the parts that are missing.
+All processes that share a job see one folder.  Part p holds the images `p * images_per_part ...`
+of the list, whoever encodes it, so that a job that was stopped goes on with the parts that are
+missing.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
+import operator
 import shutil
 import zipfile
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from flowdcn_jax.caching.statistics import LatentStatistics
-from flowdcn_jax.data import DataError, DataExistsError
-from flowdcn_jax.files import atomic_write
+from flowdcn_jax.caching.job import Job, Size
+from flowdcn_jax.data import DataError
+from flowdcn_jax.runs.folder import RECORD_FILE, ResumableFolder, differences, read_array
 
 # A stop loses at most the part being encoded: 256 images, 5000 of ImageNet's 1.28 million, or what
 # fits in memory.
@@ -26,10 +27,7 @@ _MIN_IMAGES = 256
 _MAX_PARTS = 256
 _MAX_BYTES = 2**29
 
-_SETTINGS_FILE = "settings.json"
 _SUMMARY = "summary"
-
-LatentSize = tuple[int, int]  # (h, w), latent pixels
 
 
 class Skipped(NamedTuple):
@@ -39,150 +37,8 @@ class Skipped(NamedTuple):
     reason: str
 
 
-class PartSummary(NamedTuple):
-    """What a part holds, less the arrays."""
-
-    counts: dict[LatentSize, int]  # images of each size
-    skipped: list[Skipped]
-    statistics: LatentStatistics
-
-
 class TooManyBadError(DataError):
     """More images than allowed cannot be used; the message names some."""
-
-
-class Parts:
-    """The parts of one job."""
-
-    def __init__(
-        self, folder: Path, settings: dict[str, Any], *, num_images: int, image_bytes: int
-    ):
-        """Begins a job, or goes on with the one in `folder`.
-
-        Args:
-            folder: made if it is not there.
-            settings: all that the latents depend on, in the types of JSON.
-            num_images: length of the list of images.
-            image_bytes: of the latents of one image.
-
-        Raises:
-            DataExistsError: `folder` holds parts that were made with other settings, or with
-                unknown ones.
-        """
-        self.folder = folder
-        self._num_images = num_images
-        saved = _saved_start(folder)
-        if saved is None:
-            if any(folder.glob("part-*")):
-                raise DataExistsError(
-                    f"{folder} holds parts without {_SETTINGS_FILE}, so that nobody knows of what: "
-                    "remove it, or name another --data_dir"
-                )
-            wanted = max(_MIN_IMAGES, math.ceil(num_images / _MAX_PARTS))
-            images_per_part = max(1, min(wanted, _MAX_BYTES // image_bytes))
-            saved = {"images_per_part": images_per_part, "settings": settings}
-            with atomic_write(folder / _SETTINGS_FILE) as file:
-                file.write(json.dumps(saved, indent=1).encode())
-            saved = _saved_start(folder)  # perhaps of another process, which began as well
-        if saved["settings"] != settings:
-            how = difference(saved["settings"], settings)
-            raise DataExistsError(
-                f"{folder} holds the beginning of other latents ({how}): name another --data_dir, "
-                "or remove it if it is not needed"
-            )
-        # The stored one: the rule may have changed since, and would give parts other images.
-        self.images_per_part = saved["images_per_part"]
-        self.count = math.ceil(num_images / self.images_per_part)
-
-    def images(self, part: int) -> range:
-        """The images of a part, as places in the list."""
-        first = part * self.images_per_part
-        return range(first, min(first + self.images_per_part, self._num_images))
-
-    def missing(self) -> list[int]:
-        """The parts that nobody has written yet."""
-        return [part for part in range(self.count) if not self._path(part).exists()]
-
-    def write(
-        self,
-        part: int,
-        arrays: dict[LatentSize, dict[str, np.ndarray]],
-        skipped: list[Skipped],
-        statistics: LatentStatistics,
-    ) -> None:
-        """Writes a part; `arrays` maps sizes to moments [n,h,w,C] and labels [n].
-
-        Where every std is zero they are left out.
-        """
-        summary = {"skipped": skipped, "statistics": statistics.to_json()}
-        members = {_SUMMARY: np.frombuffer(json.dumps(summary).encode(), np.uint8)}
-        for size, named in arrays.items():
-            members |= {
-                _member(size, name): array
-                for name, array in named.items()
-                if statistics.stochastic or not name.startswith("std")
-            }
-        with atomic_write(self._path(part)) as file:
-            np.savez(file, **members)
-
-    def summary(self, part: int) -> PartSummary:
-        """What a written part holds; reads little of it."""
-        with self._open(part) as file:
-            saved = json.loads(file[_SUMMARY].tobytes())
-            sizes = [_size(name) for name in file.files if name.endswith("/label")]
-            counts = {size: len(file[_member(size, "label")]) for size in sizes}
-        skipped = [Skipped(*entry) for entry in saved["skipped"]]
-        return PartSummary(counts, skipped, LatentStatistics.from_json(saved["statistics"]))
-
-    def examples(self, size: LatentSize, moments: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-        """All latents of one size, in the order of the list of images."""
-        for part in range(self.count):
-            with self._open(part) as file:
-                if _member(size, "label") not in file.files:
-                    continue
-                arrays = {
-                    name: file[_member(size, name)]
-                    for name in (*moments, "label")
-                    if _member(size, name) in file.files
-                }
-            left_out = dict.fromkeys(moments, np.zeros_like(arrays["mean"][0]))
-            for row in range(len(arrays["label"])):
-                yield left_out | {name: array[row] for name, array in arrays.items()}
-
-    def _path(self, part: int) -> Path:
-        return self.folder / f"part-{part:05d}.npz"
-
-    @contextlib.contextmanager
-    def _open(self, part: int) -> Iterator[np.lib.npyio.NpzFile]:
-        path = self._path(part)
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                yield file
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path} is damaged: remove it and run again ({error})") from error
-
-
-def remove_parts(folder: Path, settings: dict[str, Any]) -> None:
-    """Removes the parts in `folder` if they were made with these settings.
-
-    The settings go last: parts without them would be taken for those of another job.
-    """
-    saved = _saved_start(folder)
-    if saved is None or saved["settings"] != settings:
-        return
-    with contextlib.suppress(OSError):  # what remains is in nobody's way, and removed next time
-        for path in folder.iterdir():
-            if path.name != _SETTINGS_FILE:
-                path.unlink(missing_ok=True)
-        shutil.rmtree(folder)
-
-
-def _saved_start(folder: Path) -> dict[str, Any] | None:
-    """{"images_per_part": .., "settings": {..}} as a job began, or None if none has."""
-    try:
-        return json.loads((folder / _SETTINGS_FILE).read_text())
-    except FileNotFoundError:
-        return None
 
 
 def check_bad(skipped: list[Skipped], max_bad: int) -> None:
@@ -194,19 +50,170 @@ def check_bad(skipped: list[Skipped], max_bad: int) -> None:
         )
 
 
-def difference(saved: Any, current: Any, key: str = "") -> str:
-    """The first value in which two nested dicts differ: "autoencoder.name: 'a' -> 'b'"."""
-    if isinstance(saved, dict) and isinstance(current, dict):
-        for name in [*current, *saved]:
-            if saved.get(name) != current.get(name):
-                return difference(saved.get(name), current.get(name), f"{key}.{name}".lstrip("."))
-    return f"{key}: {saved!r} -> {current!r}"
+@dataclasses.dataclass(frozen=True)
+class LatentStatistics:
+    """Sums over the values of drawn latents, x = mean + std * noise, before scale and shift.
+
+    A channel each, in float64.  The sums of two sets of images add up to those of both.
+    """
+
+    count: int = 0  # values a channel
+    means: np.ndarray | float = 0.0  # of mean, [C]
+    squares: np.ndarray | float = 0.0  # of mean^2
+    variances: np.ndarray | float = 0.0  # of std^2
+
+    def and_of(self, mean: np.ndarray, std: np.ndarray) -> "LatentStatistics":
+        """These, and those of latents with moments [n,h,w,C]."""
+        mean, std = (
+            moment.reshape(-1, moment.shape[-1]).astype(np.float64) for moment in (mean, std)
+        )
+        return self.merged(
+            LatentStatistics(len(mean), mean.sum(0), (mean**2).sum(0), (std**2).sum(0))
+        )
+
+    def merged(self, other: "LatentStatistics") -> "LatentStatistics":
+        """Those of both sets of images."""
+        return LatentStatistics(*map(operator.add, vars(self).values(), vars(other).values()))
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any std is not zero."""
+        return bool(np.any(self.variances))
+
+    def summary(self) -> dict[str, list[float]]:
+        """{"mean": [C], "std": [C]} of the drawn latents."""
+        mean = self.means / self.count
+        variance = (self.squares + self.variances) / self.count - mean**2
+        return {"mean": mean.tolist(), "std": np.sqrt(np.maximum(variance, 0)).tolist()}
 
 
-def _member(size: LatentSize, name: str) -> str:
+@dataclasses.dataclass
+class Part:
+    """What has become of some images.
+
+    Attributes:
+        arrays: moments [n,h,w,C] and labels [n] by name, for each latent size.
+        statistics: of the latents.
+        skipped: the images that are not among them.
+    """
+
+    arrays: dict[Size, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    statistics: LatentStatistics = LatentStatistics()
+    skipped: list[Skipped] = dataclasses.field(default_factory=list)
+
+
+class Parts(ResumableFolder):
+    """The parts of one job."""
+
+    def __init__(self, job: Job):
+        """Nothing is read or made before `begin`."""
+        super().__init__(
+            job.parts_folder,
+            files=("part-*.npz",),
+            content="latents",
+            flag="--data_dir",
+            error=DataError,
+        )
+        self._job = job
+
+    def begin(self, images_per_part: int | None) -> None:
+        """Begins the job, or goes on with it.
+
+        Args:
+            images_per_part: of a job that begins; None: see above.  One that goes on keeps its own.
+
+        Raises:
+            DataError: the folder holds parts that were made with other settings, or with unknown
+                ones; or it cannot be written to.
+        """
+        num_images = len(self._job.images)
+        if images_per_part is None:
+            wanted = max(_MIN_IMAGES, math.ceil(num_images / _MAX_PARTS))
+            images_per_part = max(1, min(wanted, _MAX_BYTES // self._job.image_bytes))
+        record = {"images_per_part": images_per_part, "settings": self._job.settings}
+        record = self.open(record, alone=False, ignore={"images_per_part"})
+        self.images_per_part = record["images_per_part"]
+        self.count = math.ceil(num_images / self.images_per_part)
+
+    def images(self, part: int) -> range:
+        """The images of a part, as places in the list."""
+        first = part * self.images_per_part
+        return range(first, min(first + self.images_per_part, len(self._job.images)))
+
+    def missing(self) -> list[int]:
+        """The parts that are not there."""
+        return [part for part in range(self.count) if not (self.path / _name(part)).exists()]
+
+    def check(self, parts: Iterable[int]) -> None:
+        """Reads those of some parts that are there, and deletes damaged ones with a warning."""
+        missing = self.missing()
+        names = [_name(part) for part in parts if part not in missing]
+        self.check_parts(names, lambda name, archive: _read_summary(archive))
+
+    def write(self, part: int, content: Part) -> None:
+        """Writes a part.  Where every std is zero they are left out."""
+        statistics = content.statistics
+        sums = {name: np.asarray(value).tolist() for name, value in vars(statistics).items()}
+        summary = json.dumps({"skipped": content.skipped, "statistics": sums})
+        members = {_SUMMARY: np.frombuffer(summary.encode(), np.uint8)}
+        for size, named in content.arrays.items():
+            for name, array in named.items():
+                if statistics.stochastic or not name.startswith("std"):
+                    members[_member(size, name)] = array
+        self.write_part(_name(part), members)
+
+    def summary(self, part: int) -> Part:
+        """A part that is there, less the moments."""
+        with self.open_part(_name(part)) as archive:
+            return _read_summary(archive)
+
+    def examples(self, size: Size, moments: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+        """All latents of one size, in the order of the list of images."""
+        for part in range(self.count):
+            arrays = {}
+            with self.open_part(_name(part)) as archive:
+                there = archive.namelist()
+                for name in (*moments, "label"):
+                    if f"{_member(size, name)}.npy" in there:
+                        arrays[name] = read_array(archive, _member(size, name))
+            if not arrays:
+                continue
+            left_out = dict.fromkeys(moments, np.zeros_like(arrays["mean"][0]))
+            for row in range(len(arrays["label"])):
+                yield left_out | {name: array[row] for name, array in arrays.items()}
+
+    def remove(self) -> None:
+        """Removes the job's parts, if there are any, and leaves those of another job.
+
+        The record goes last: parts without it would be nobody's.
+        """
+        record = self.read_record()
+        if record is None or differences(record.get("settings"), self._job.settings):
+            return
+        with contextlib.suppress(OSError):  # what remains is in nobody's way, and goes next time
+            for path in self.path.iterdir():
+                if path.name != RECORD_FILE:
+                    path.unlink(missing_ok=True)
+            shutil.rmtree(self.path)
+
+
+def _read_summary(archive: zipfile.ZipFile) -> Part:
+    saved = json.loads(read_array(archive, _SUMMARY).tobytes())
+    labels = [name for name in archive.namelist() if name.endswith("/label.npy")]
+    arrays = {_size(name): {"label": read_array(archive, name[:-4])} for name in labels}
+    sums = {name: np.asarray(value) for name, value in saved["statistics"].items()}
+    skipped = [Skipped(*entry) for entry in saved["skipped"]]
+    return Part(arrays, LatentStatistics(**sums), skipped)
+
+
+def _name(part: int) -> str:
+    return f"part-{part:05d}.npz"
+
+
+def _member(size: Size, name: str) -> str:
     return f"{size[0]}x{size[1]}/{name}"
 
 
-def _size(member: str) -> LatentSize:
+def _size(member: str) -> Size:
     height, width = member.partition("/")[0].split("x")
     return int(height), int(width)

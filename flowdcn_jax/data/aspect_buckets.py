@@ -5,8 +5,9 @@ import functools
 import math
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from flowdcn_jax.data.errors import DataError
+from flowdcn_jax.data.prepared import DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,3 +75,14 @@ class AspectBuckets:
             )
             for aspect in self._aspects
         )
+
+
+def aspect_buckets(data_config: ConfigDict) -> AspectBuckets | None:
+    """The buckets of config.data; None for images of one size.
+
+    Raises:
+        DataError: a value out of range.
+    """
+    if not data_config.aspect_buckets.count:
+        return None
+    return AspectBuckets(image_size=data_config.image_size, **data_config.aspect_buckets)

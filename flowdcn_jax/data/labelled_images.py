@@ -12,16 +12,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
 
-from flowdcn_jax.data.errors import DataError, DataNotFoundError
-from flowdcn_jax.data.image_decoding import BadImageError, decode_rgb, open_formats
-from flowdcn_jax.data.prepared import (
-    find_prepared,
-    known_class_names,
-    open_prepared,
-    parse_record,
-    resolve_data_dir,
-    split_name,
-)
+from flowdcn_jax.data import prepared
+from flowdcn_jax.data.image_files import BadImageError, decode_rgb, open_formats
+from flowdcn_jax.data.prepared import DataError, DataNotFoundError
 
 FOLDER_PREFIX = "folder:"
 
@@ -103,7 +96,7 @@ def open_labelled_images(
         DataNotFoundError: no such folder or data set.
         DataError: it does not hold images with labels, or the split or `output_dir` will not do.
     """
-    name = split_name(split)
+    name = prepared.split_name(split)
     if not dataset.startswith(FOLDER_PREFIX):
         return PreparedImages(dataset, split=split, data_dir=data_dir)
     path = dataset.removeprefix(FOLDER_PREFIX)
@@ -141,27 +134,12 @@ class FolderImages:
         self._extensions = frozenset(open_formats())
         self._num_ignored = 0
         self._left_out: list[str] = []  # folders that are visited elsewhere, or for ever
-        classes = self._find_classes()
-        own = set(classes.values())
-        self._not_below_classes = own | _containing(root)
         self._paths: list[str] = []  # below root
         self._labels: list[int] = []
-        digest = hashlib.sha256(repr(list(classes)).encode())
-        empty = []
-        for label, name in enumerate(tqdm(classes, desc="listing", unit="class", delay=2)):
-            files = sorted(self._walk(name, visited=set()))
-            self._paths += [path for path, _ in files]
-            self._labels += [label] * len(files)
-            for path, size in files:
-                digest.update(b"%s\0%d\0%d\0" % (os.fsencode(path), label, size))
-            if not files:
-                empty.append(name)
-        if not self._paths:
-            raise DataError(f"{root} has {len(classes)} classes and no image files in them")
-        self.num_classes = len(classes)
-        self.class_names = tuple(classes)
-        self.fingerprint = digest.hexdigest()
-        self.notes = self._notes(empty, shared=len(own) < len(classes))
+        try:
+            self._list()
+        except OSError as error:
+            raise DataError(f"cannot list {error.filename}: {error.strerror}") from error
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -186,27 +164,44 @@ class FolderImages:
             raise BadImageError(f"cannot be read: {error.strerror}") from error
         return LabelledImage(decode_rgb(encoded), self._labels[index])
 
-    def _find_classes(self) -> dict[str, _Identity]:
-        """The subfolders of the root, by name."""
-        names = [entry.name for entry in _listing(self._root) if _is_folder(entry)]
-        found = {name: _identity(self._root / name) for name in names}
+    def _list(self) -> None:
+        """Finds classes and files, and all that follows from them; OSError."""
         containing = _containing(self._root)
-        self._left_out += [name for name in names if found[name] in containing]
-        classes = {name: found[name] for name in names if found[name] not in containing}
+        folders = {
+            entry.name: _identity(entry) for entry in _listing(self._root) if _is_folder(entry)
+        }
+        classes = {name: own for name, own in folders.items() if own not in containing}
+        self._left_out += [name for name in folders if name not in classes]
         if not classes:
             raise DataError(
                 f"{self._root} has no subfolders; expected one a class, with its images"
             )
         for name in classes:
             _check_class_name(name, self._root)
-        return classes
+        self._not_below_classes = containing | set(classes.values())
+        digest = hashlib.sha256(repr(list(classes)).encode())
+        empty = []
+        for label, name in enumerate(tqdm(classes, desc="listing", unit="class", delay=2)):
+            files = sorted(self._walk(name, visited=set()))
+            self._paths += [path for path, _ in files]
+            self._labels += [label] * len(files)
+            for path, size in files:
+                digest.update(b"%s\0%d\0%d\0" % (os.fsencode(path), label, size))
+            if not files:
+                empty.append(name)
+        if not self._paths:
+            raise DataError(f"{self._root} has {len(classes)} classes and no image files in them")
+        self.num_classes = len(classes)
+        self.class_names = tuple(classes)
+        self.fingerprint = digest.hexdigest()
+        self.notes = self._notes(empty, shared=len(set(classes.values())) < len(classes))
 
     def _walk(self, folder: str, *, visited: set[_Identity]) -> Iterator[tuple[str, int]]:
         """Paths and sizes of the image files in root/folder and below it."""
         for entry in _listing(self._root / folder):
             path = f"{folder}/{entry.name}"
             if _is_folder(entry):
-                identity = _identity(self._root / path)
+                identity = _identity(entry)
                 if identity in visited or identity in self._not_below_classes:
                     self._left_out.append(path)
                 else:
@@ -238,8 +233,8 @@ class PreparedImages:
 
     def __init__(self, dataset: str, *, split: str, data_dir: str | os.PathLike | None):
         """Opens it; see `open_labelled_images`."""
-        data_dir = resolve_data_dir(data_dir)
-        folders = find_prepared(data_dir, [dataset])
+        data_dir = prepared.resolve_data_dir(data_dir)
+        folders = prepared.find_prepared(data_dir, [dataset])
         if not folders:
             raise DataNotFoundError(
                 f"the TFDS data set {dataset!r} is not prepared in {data_dir}: use "
@@ -250,9 +245,7 @@ class PreparedImages:
         if len(folders) > 1:
             choices = [f"{dataset}/{folder.parent.name}" for folder in folders]
             raise DataError(f"{dataset!r} is prepared in several configurations: {choices}")
-        self._records, info = open_prepared(
-            folders[0], names=[dataset.partition("/")[0]], split=split
-        )
+        self._records, info = prepared.open_prepared(folders[0], names=[dataset], split=split)
         features = dict(info.features.items())
         label = features.get("label")
         if not isinstance(label, tfds.features.ClassLabel):
@@ -261,7 +254,7 @@ class PreparedImages:
             raise DataError(f"{dataset!r} has no `image` of encoded files: {features}")
         self.source = info.full_name
         self.num_classes = int(label.num_classes)
-        self.class_names = known_class_names(label)
+        self.class_names = prepared.known_class_names(label)
         self.fingerprint = f"{info.full_name} {split} {len(self._records)}"
         self.notes = ()
 
@@ -274,18 +267,15 @@ class PreparedImages:
 
     def read(self, index: int) -> LabelledImage:
         """See `LabelledImages.read`."""
-        feature = parse_record(self._records[index])
+        feature = prepared.parse_record(self._records[index])
         image = decode_rgb(feature["image"].bytes_list.value[0])
         return LabelledImage(image, feature["label"].int64_list.value[0])
 
 
 def _listing(folder: Path) -> list[os.DirEntry]:
     """What is in a folder and not hidden, by name."""
-    try:
-        with os.scandir(folder) as entries:
-            shown = [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        raise DataError(f"cannot list the folder {folder}: {error.strerror}") from error
+    with os.scandir(folder) as entries:
+        shown = [entry for entry in entries if not entry.name.startswith(".")]
     return sorted(shown, key=lambda entry: entry.name)
 
 
@@ -294,7 +284,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return entry.is_dir()
     except OSError as error:
         if error.errno not in _BAD_PATH:
-            raise DataError(f"cannot list {entry.path}: {error.strerror}") from error
+            raise
         return False  # such as a link that leads to itself: a file that cannot be read
 
 
@@ -304,15 +294,12 @@ def _file_size(entry: os.DirEntry) -> int:
         return entry.stat().st_size
     except OSError as error:
         if error.errno not in _BAD_PATH:
-            raise DataError(f"cannot list {entry.path}: {error.strerror}") from error
+            raise
         return -1
 
 
-def _identity(folder: Path) -> _Identity:
-    try:
-        status = folder.stat()
-    except OSError as error:
-        raise DataError(f"cannot list the folder {folder}: {error.strerror}") from error
+def _identity(folder: Path | os.DirEntry) -> _Identity:
+    status = folder.stat()
     return status.st_dev, status.st_ino
 
 

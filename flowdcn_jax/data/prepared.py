@@ -1,21 +1,58 @@
-"""Finding and opening data sets that TFDS has prepared as ArrayRecord files."""
+"""Data sets that TFDS has prepared as ArrayRecord files: finding, opening and writing them.
 
+Neither needs TensorFlow. TFDS writes into a folder `incomplete.*` and renames it when all is there,
+so an interrupted preparation leaves nothing that looks prepared.
+"""
+
+import contextlib
 import json
+import math
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from flowdcn_jax.data.errors import DataError, DataNotFoundError
+from flowdcn_jax.errors import UserError
+from flowdcn_jax.files import flush
+
+# The `url_infos` of builders. Else TFDS 4.9.10 looks for checksums with the package
+# importlib_resources, which it does not declare and so may not be there.
+NOTHING_TO_DOWNLOAD: Mapping[str, Any] = {}
 
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 _SPLIT = re.compile(r"(\w+)(\[[^\[\]]*\])?", re.ASCII)
 _INFO_FILE = "dataset_info.json"  # TFDS writes it last and renames the whole folder after that
 _METADATA_FILE = "metadata.json"
+_EXAMPLE = (
+    '{"settings": {"autoencoder": {"name": "sd_vae", "weights_sha256": null, "scale": 0.18215, '
+    '"shift": 0.0}}}'
+)
+
+
+class DataError(UserError, ValueError):
+    """An option out of range, or a file that does not hold what it should."""
+
+
+class DataNotFoundError(UserError, FileNotFoundError):
+    """A data set that is not prepared, or a file that is missing; the message says what to do."""
+
+
+class DataExistsError(UserError, FileExistsError):
+    """A data set that would be overwritten."""
+
+
+class Encoder(NamedTuple):
+    """The autoencoder that made cached latents; models work on x = (latents - shift) * scale."""
+
+    name: str  # as in config.autoencoder
+    weights_sha256: str | None  # None: not known
+    scale: float
+    shift: float
 
 
 def resolve_data_dir(data_dir: str | os.PathLike | None) -> Path:
@@ -57,13 +94,11 @@ def newest_version(parent: Path) -> Path | None:
 def find_prepared(data_dir: Path, names: Sequence[str]) -> list[Path]:
     """Folders of complete data sets, the newest version of each configuration.
 
+    In the order of `names`, then by configuration.
+
     Args:
         data_dir: holds `<name>/<version>` or `<name>/<config>/<version>`; or is such a folder.
-        names: TFDS names, the preferred first.
-
-    Returns:
-        The folders in the order of `names`, then by configuration.  Unfinished ones
-        (`incomplete.*`) and those of other names are not among them.
+        names: TFDS names, with a configuration ("name/config") or without.
 
     Raises:
         DataError: `data_dir` is such a folder, of another data set.
@@ -79,12 +114,7 @@ def find_prepared(data_dir: Path, names: Sequence[str]) -> list[Path]:
 
 
 def open_prepared(folder: Path, *, names: Sequence[str], split: str) -> tuple[Any, Any]:
-    """Opens a prepared data set for random access.
-
-    Args:
-        folder: from `find_prepared`.
-        names: the TFDS names that will do.
-        split: a split of TFDS, "train" or a slice such as "train[:1000]".
+    """Opens a split, or a slice of it, of a data set in a folder from `find_prepared`.
 
     Returns:
         (records, info): a sequence of serialised examples (bytes), and the
@@ -92,8 +122,7 @@ def open_prepared(folder: Path, *, names: Sequence[str], split: str) -> tuple[An
 
     Raises:
         DataNotFoundError: files of the split are missing.
-        DataError: another data set, not in ArrayRecord format, or without this split; or no split
-            that can be.
+        DataError: the data set has none of `names`, not this split or not the ArrayRecord format.
     """
     builder = tfds.builder_from_directory(folder)
     info = builder.info
@@ -120,14 +149,39 @@ def open_prepared(folder: Path, *, names: Sequence[str], split: str) -> tuple[An
 
 
 def _check_name(folder: Path, name: str, names: Sequence[str]) -> None:
-    if name not in names:
+    if name not in {expected.partition("/")[0] for expected in names}:
         raise DataError(f"{folder} holds the data set {name!r}, not {' or '.join(names)}")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The metadata that a data set was prepared with, or None."""
+    """The metadata that a data set was prepared with, its metadata.json, or None."""
     path = folder / _METADATA_FILE
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def find_encoder(manifest: Mapping[str, Any] | None, *, where: str = "the manifest") -> Encoder:
+    """The encoder that a manifest, or a data set's `identity`, names under settings.autoencoder.
+
+    Args:
+        manifest: contents of metadata.json, or None where there is none.
+        where: begins the message of an error.
+
+    Raises:
+        DataError: it names no encoder, or one without a positive scale and a shift.
+    """
+    try:
+        found = manifest["settings"]["autoencoder"]
+        encoder = Encoder(*(found[field] for field in Encoder._fields))
+        whole = math.isfinite(encoder.shift) and 0 < encoder.scale < math.inf
+    except (TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise DataError(
+            f"{where} does not say which autoencoder encoded the latents, with which scale and "
+            "shift: cache them again with flowdcn_jax.tools.cache_latents, or let it hold "
+            f"{_EXAMPLE} with the values of the one that did"
+        )
+    return encoder
 
 
 def parse_record(record: bytes) -> Mapping[str, Any]:
@@ -143,3 +197,26 @@ def known_class_names(label_feature: Any) -> tuple[str, ...] | None:
     """Names of a `tfds.features.ClassLabel`, or None if it holds only their number."""
     names = tuple(label_feature.names)
     return None if names == tuple(map(str, range(len(names)))) else names
+
+
+def class_label(num_classes: int, class_names: Sequence[str] | None) -> Any:
+    """The `tfds.features.ClassLabel` of so many classes, with their names if there are any."""
+    return tfds.features.ClassLabel(
+        names=class_names, num_classes=None if class_names else num_classes
+    )
+
+
+def write(builder: tfds.core.DatasetBuilder) -> Path:
+    """Has a builder write its data set, flushed to the disk; returns the folder."""
+    tfds.disable_progress_bar()  # the builders show their own, which know the total
+    # TFDS prints that it downloads, though nothing is fetched; the commands say what they made.
+    builder._log_download_bytes = builder._log_download_done = lambda: None
+    with tempfile.TemporaryDirectory() as downloads:  # else TFDS leaves an empty folder
+        builder.download_and_prepare(download_dir=downloads)
+    folder = Path(builder.data_dir)
+    for path in folder.iterdir():
+        flush(path)
+    with contextlib.suppress(OSError):  # some network file systems cannot do this with folders
+        flush(folder)
+        flush(folder.parent)
+    return folder

@@ -9,9 +9,6 @@ Grain's own `shuffle` has these properties too, but spends 12 µs of Python on e
 it holds the interpreter's lock, and its epoch e + 1 of seed s is epoch e of seed s + 1.
 """
 
-import functools
-import threading
-
 import numpy as np
 
 MAX_SEED = 2**63 - 1
@@ -23,20 +20,11 @@ NOISE = 3
 CROP = 4
 SCHEDULE = 5
 
-_CACHED_EPOCHS = 4  # a batch may straddle two epochs while a thread ahead needs the next
-
 
 def hash64(indices: np.ndarray, *, seed: int, purpose: int, epoch: int = 0) -> np.ndarray:
-    """Independent-looking 64-bit words, one an index.
+    """Independent-looking 64-bit words, one an index: uint64 of the shape of `indices`.
 
-    Args:
-        indices: integers >= 0, any shape.
-        seed: integer in 0 .. 2**63 - 1.
-        purpose: one of this module's constants.
-        epoch: integer >= 0.
-
-    Returns:
-        uint64 array of the shape of `indices`.
+    Indices and epoch are integers >= 0, `seed` is in 0 .. 2**63 - 1, `purpose` a constant above.
     """
     key = np.zeros(1, np.uint64)
     for word in (seed, purpose, epoch):
@@ -64,7 +52,7 @@ def fill_standard_normal(out: np.ndarray, positions: np.ndarray, *, seed: int) -
     Args:
         out: float32 [n, ...], C-contiguous; overwritten.
         positions: int64 [n].
-        seed: integer in 0 .. 2**63 - 1.
+        seed: see `hash64`.
     """
     keys = hash64(positions, seed=seed, purpose=NOISE)
     philox = np.random.Philox(key=0)
@@ -74,44 +62,6 @@ def fill_standard_normal(out: np.ndarray, positions: np.ndarray, *, seed: int) -
         fresh["state"]["key"][0] = key
         philox.state = fresh
         generator.standard_normal(dtype=np.float32, out=row)
-
-
-class ShuffledOrder:
-    """The index of the example at each position: a new permutation every epoch.
-
-    Thread-safe.  Keeps the permutations of the last few epochs (8 bytes an example each).
-    """
-
-    def __init__(self, size: int, *, seed: int, first: int = 0):
-        """Orders what one seed shuffles together, or a part of it.
-
-        Args:
-            size: examples an epoch, >= 1.
-            seed: integer in 0 .. 2**63 - 1.
-            first: examples of other orders of this seed that come before, so that no two parts
-                are shuffled alike.
-        """
-        self._size = size
-        self._seed = seed
-        self._first = first
-        self._lock = threading.Lock()
-        self._cached_permutation = functools.lru_cache(_CACHED_EPOCHS)(self._permutation)
-
-    def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """int64 [n] positions >= 0 in the stream -> int64 [n] indices of examples."""
-        epochs, offsets = np.divmod(positions, self._size)
-        indices = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            rows = epochs == epoch
-            with self._lock:  # at a new epoch one thread sorts, the others wait for it
-                permutation = self._cached_permutation(int(epoch))
-            indices[rows] = permutation[offsets[rows]]
-        return indices
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        examples = np.arange(self._first, self._first + self._size)
-        words = hash64(examples, seed=self._seed, purpose=SHUFFLE, epoch=epoch)
-        return np.argsort(words, kind="stable")
 
 
 def _splitmix64(words: np.ndarray) -> np.ndarray:

@@ -1,137 +1,88 @@
-"""Sources: a data set that reads any set of examples, with randomness fixed by position."""
+"""From config.data to a data set: scikit-learn's digits, CIFAR-10, cached latents."""
 
+import dataclasses
+import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
 
-from flowdcn_jax.data import randomness
-from flowdcn_jax.data.errors import DataError
-from flowdcn_jax.data.manifest import Encoder
-from flowdcn_jax.data.prepared import parse_record
+from flowdcn_jax.autoencoders import PUBLISHED_DOWNSAMPLING
+from flowdcn_jax.data import cifar10, prepared, randomness
+from flowdcn_jax.data.aspect_buckets import AspectBuckets, aspect_buckets
+from flowdcn_jax.data.batches import Batch, BucketedSource, DataSource
+from flowdcn_jax.data.latents import ImagenetLatents, moment_names
+from flowdcn_jax.data.prepared import DataError, DataNotFoundError, Encoder
 
-Batch = dict[str, np.ndarray]  # {"image": [n, H, W, C], "label": int32 [n]}
-
-
-def moment_names(*, stochastic: bool, mirrored: bool) -> tuple[str, ...]:
-    """Features of cached latents: of the image, then, if there, the same of its mirror image."""
-    moments = ("mean", "std") if stochastic else ("mean",)
-    return moments + tuple(f"{name}_flipped" for name in moments) * mirrored
+_DIGITS_SIZES = range(8, 257)
+_DIGITS_MAX_INK = 16.0
+_LATENTS = ImagenetLatents.name
 
 
-class Source(Protocol):
-    """What `make_batches` needs of a data set, and what a training run may ask of it.
+def make_source(
+    data_config: ConfigDict, *, channels: int | None = None
+) -> DataSource | BucketedSource:
+    """Opens the data set that config.data names.
 
-    Attributes:
-        image_shape: (H, W, C) of one example.
-        image_dtype: of `image` in a batch.
-        num_classes: number of classes; labels are 0 .. num_classes - 1.
-        class_names: their names in that order, or None where the data set holds none.
-        flips: whether half of the visits show the mirror image.
-        encoder: what made the latents; None for pixels.
-        identity: what tells the data set from others, in the types of JSON.
+    Args:
+        data_config: config.data; its values are of the types and within the ranges that
+            configs/default.py gives.
+        channels: chooses among latents of several autoencoders in one folder; None: there are
+            those of one.  Unused for pixels.
+
+    Returns:
+        The data set, for `make_batches`.  CIFAR-10 is decoded into memory (154 MB), latents stay
+        on disk.
+
+    Raises:
+        DataNotFoundError: the data set is not prepared; the message says how to prepare it.
+        DataError: no such data set, one that has no such images, or files that are not this one.
     """
+    name = data_config.name
+    if name not in SOURCES:
+        raise DataError(f"unknown data set {name!r}; choose from {sorted(SOURCES)}")
+    if data_config.aspect_buckets.count and name != "latents":
+        raise DataError(f"aspect_buckets are for latents, not {name}: count=0")
+    return SOURCES[name](data_config, channels)
 
-    image_shape: tuple[int, int, int]
-    image_dtype: np.dtype
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PixelSource:
+    """8-bit images held in memory; a `DataSource`."""
+
+    images: np.ndarray  # uint8 [N, H, W, C]
+    labels: np.ndarray  # int32 [N]
     num_classes: int
     class_names: tuple[str, ...] | None
     flips: bool
-    encoder: Encoder | None
     identity: dict[str, Any]
-
-    def __len__(self) -> int:
-        """Number of examples in one epoch."""
-        ...
-
-    def read(self, indices: np.ndarray, positions: np.ndarray, seed: int) -> Batch:
-        """Reads a batch; thread-safe.
-
-        Args:
-            indices: int64 [n], which examples (0 .. len - 1).
-            positions: int64 [n], where each stands in the stream.  Together with `seed` it
-                decides all that is random about the example.
-            seed: integer in 0 .. 2**63 - 1.
-
-        Returns:
-            {"image": uint8 pixels 0 .. 255 or float32 latents, shifted and
-             scaled, [n, H, W, C];
-             "label": int32 [n]}.
-        """
-        ...
-
-
-class BucketedSource:
-    """Data sets of several shapes, of which each batch holds one.
-
-    Attributes:
-        buckets: the data sets.
-        num_classes: see `Source`; the same in all buckets, like the others.
-        class_names: see `Source`.
-        flips: see `Source`.
-        encoder: see `Source`.
-        identity: see `Source`; of all buckets together.
-    """
-
-    def __init__(self, buckets: Sequence[Source]):
-        """`buckets`: at least one, with the same classes, none empty."""
-        self.buckets = tuple(buckets)
-        self.num_classes = buckets[0].num_classes
-        self.class_names = buckets[0].class_names
-        self.flips = buckets[0].flips
-        self.encoder = buckets[0].encoder
-        self.identity = buckets[0].identity
-
-    def __len__(self) -> int:
-        """Number of examples in one epoch, of all buckets."""
-        return sum(map(len, self.buckets))
-
-
-def buckets_of(source: Source | BucketedSource) -> tuple[Source, ...]:
-    """The data sets of one shape each that `source` consists of."""
-    return source.buckets if isinstance(source, BucketedSource) else (source,)
-
-
-class PixelSource:
-    """8-bit images held in memory."""
 
     image_dtype = np.dtype(np.uint8)
     encoder = None
 
-    def __init__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        *,
-        num_classes: int,
-        class_names: tuple[str, ...] | None,
-        flips: bool,
-        identity: dict[str, Any],
-    ):
-        """Holds (does not copy) `images`, uint8 [N, H, W, C], and `labels`, int [N]."""
-        self._images = images
-        self._labels = labels.astype(np.int32)
-        self.image_shape = tuple(images.shape[1:])
-        self.num_classes = num_classes
-        self.class_names = class_names
-        self.flips = flips
-        self.identity = identity
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.images.shape[1:]
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.images)
 
     def read(self, indices: np.ndarray, positions: np.ndarray, seed: int) -> Batch:
-        """See `Source.read`; images are uint8."""
-        images = self._images[indices]
+        """See `DataSource.read`; images are uint8."""
+        images = self.images[indices]
         if self.flips:
             mirrored = randomness.random_bits(positions, seed=seed, purpose=randomness.FLIP)
             images[mirrored] = images[mirrored, :, ::-1]
-        return {"image": images, "label": self._labels[indices]}
+        return {"image": images, "label": self.labels[indices]}
 
 
 class LatentSource:
-    """Cached moments of an autoencoder's posterior, sampled anew at each visit.
+    """Cached moments of an autoencoder's posterior, sampled anew at each visit; a `DataSource`.
 
     A visit draws x = (mean + std * noise - shift) * scale, noise ~ N(0, 1) in float32, with the
     encoder's shift and scale; with `flips` half of the visits use the moments of the mirror image.
@@ -145,24 +96,15 @@ class LatentSource:
         records: Sequence[bytes],
         features: Any,
         *,
-        class_names: tuple[str, ...] | None,
         flips: bool,
         encoder: Encoder,
         identity: dict[str, Any],
     ):
-        """Reads from records that TFDS wrote.
-
-        Args:
-            records: serialised examples, random access, thread-safe.
-            features: the `tfds.features.FeaturesDict` they were written with.
-            class_names: names of the classes, or None.
-            flips: whether half of the visits use the mirror image.
-            encoder: what made them; see `manifest.find_encoder`.
-            identity: see `Source`.
+        """Reads from `records`, serialised examples that TFDS wrote with `features`.
 
         Raises:
-            DataError: the features are not those of `builders.ImagenetLatents`, or have no mirror
-                images and `flips` wants them.
+            DataError: the features are not those of `ImagenetLatents`, or have no mirror images and
+                `flips` wants them.
         """
         self._stochastic = "std" in features
         mirrored = "mean_flipped" in features
@@ -176,14 +118,14 @@ class LatentSource:
         self.encoder = encoder
         self.identity = identity
         self.num_classes = int(features["label"].num_classes)
-        self.class_names = class_names
+        self.class_names = prepared.known_class_names(features["label"])
         self.flips = flips
 
     def __len__(self) -> int:
         return len(self._records)
 
     def read(self, indices: np.ndarray, positions: np.ndarray, seed: int) -> Batch:
-        """See `Source.read`; images are float32 latents."""
+        """See `DataSource.read`; images are float32 latents."""
         count = len(indices)
         moments = np.empty((len(self._moments), count, math.prod(self.image_shape)), np.float16)
         labels = np.empty(count, np.int32)
@@ -192,7 +134,7 @@ class LatentSource:
             mirrored = randomness.random_bits(positions, seed=seed, purpose=randomness.FLIP)
         # Record by record: the batched read of array_record starts a thread a shard each call.
         for row, (index, mirror) in enumerate(zip(indices, mirrored, strict=True)):
-            feature = parse_record(self._records[int(index)])
+            feature = prepared.parse_record(self._records[int(index)])
             for moment, name in enumerate(self._mirrored_moments if mirror else self._moments):
                 encoded = feature[name].bytes_list.value[0]
                 moments[moment, row] = np.frombuffer(encoded, np.float16)
@@ -222,3 +164,160 @@ def _latent_shape(features: Any, names: Sequence[str]) -> tuple[int, int, int]:
     if len(shapes) > 1 or len(shape) != 3 or None in shape or dtypes != {np.dtype(np.float16)}:
         raise DataError(f"latents must be float16 [h, w, c], all of one shape; found {found}")
     return shape
+
+
+def _pixels_identity(images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    digest = hashlib.sha256(np.ascontiguousarray(images))
+    digest.update(np.ascontiguousarray(labels, np.int32))
+    return {"num_examples": len(labels), "sha256": digest.hexdigest()}
+
+
+def _open_digits(data_config: ConfigDict, channels: int | None) -> PixelSource:
+    if data_config.random_flip:
+        raise DataError("digits are never flipped (a mirrored digit is none): random_flip=False")
+    if data_config.split != "train":
+        raise DataError(f"digits have only the split 'train', got {data_config.split!r}")
+    size = data_config.image_size
+    if size not in _DIGITS_SIZES:
+        raise DataError(f"image_size of digits must be 8 .. 256 pixels, got {size}")
+    from sklearn.datasets import load_digits  # a second to import, wanted here only
+
+    digits = load_digits()
+    return PixelSource(
+        np.stack([_resize_digit(image, size) for image in digits.images]),
+        digits.target.astype(np.int32),
+        num_classes=10,
+        class_names=tuple(str(name) for name in digits.target_names),
+        flips=False,
+        identity=_pixels_identity(digits.images, digits.target),  # whatever Pillow makes of them
+    )
+
+
+def _resize_digit(ink: np.ndarray, size: int) -> np.ndarray:
+    """[8, 8] of 0 .. 16, black to white, -> uint8 [size, size, 1]."""
+    image = Image.fromarray((ink * (255.0 / _DIGITS_MAX_INK)).astype(np.float32))
+    resized = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    return np.clip(np.rint(resized), 0, 255).astype(np.uint8)[..., None]  # bicubic overshoots
+
+
+def _open_cifar10(data_config: ConfigDict, channels: int | None) -> PixelSource:
+    side = cifar10.IMAGE_SHAPE[0]
+    if data_config.image_size != side:
+        raise DataError(f"image_size of cifar10 is {side} pixels, got {data_config.image_size}")
+    images, labels, class_names = cifar10.read_prepared(data_config.data_dir, data_config.split)
+    return PixelSource(
+        images,
+        labels,
+        num_classes=cifar10.NUM_CLASSES,
+        class_names=class_names,
+        flips=data_config.random_flip,
+        identity=_pixels_identity(images, labels),
+    )
+
+
+def _open_latents(data_config: ConfigDict, channels: int | None) -> DataSource | BucketedSource:
+    data_dir = prepared.resolve_data_dir(data_config.data_dir)
+    folders = prepared.find_prepared(data_dir, [_LATENTS])
+    if not folders:
+        raise DataNotFoundError(
+            f"latents are not prepared in {data_dir} (no {_LATENTS} there); fill it with: python "
+            "-m flowdcn_jax.tools.cache_latents --dataset=<name or folder:path> "
+            f"--autoencoder=<name> --data_dir={data_dir}"
+        )
+    buckets = aspect_buckets(data_config)
+    if buckets is None:
+        chosen = [_latents_of_size(folders, data_config.image_size, channels)]
+        return _open_together(chosen, data_config)[0]
+    chosen = _latents_of_buckets(folders, buckets, channels)
+    return BucketedSource(_open_together(chosen, data_config))
+
+
+def _open_together(folders: Sequence[Path], data_config: ConfigDict) -> list[LatentSource]:
+    """The latents in folders that were filled together."""
+    opened = [
+        prepared.open_prepared(folder, names=[_LATENTS], split=data_config.split)
+        for folder in folders
+    ]
+    counts = {
+        folder.parent.name: len(records)
+        for folder, (records, _) in zip(folders, opened, strict=True)
+    }
+    manifest = _checked_manifest(folders[0])
+    return [
+        LatentSource(
+            records,
+            info.features,
+            flips=data_config.random_flip,
+            encoder=prepared.find_encoder(manifest),
+            identity={"settings": manifest["settings"], "num_examples": counts},
+        )
+        for records, info in opened
+    ]
+
+
+def _checked_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of the latents in a data set's folder; DataError if it names no encoder."""
+    manifest = prepared.read_manifest(folder)
+    prepared.find_encoder(manifest, where=f"{folder}/metadata.json")
+    return manifest
+
+
+def _latents_of_size(folders: Sequence[Path], image_size: int, channels: int | None) -> Path:
+    """The one folder, named `<h>x<w>x<c>/<version>`, with latents of images of this size."""
+    side = image_size / PUBLISHED_DOWNSAMPLING
+    fitting = [folder for folder in folders if _is_named(folder, f"{side:g}x", channels)]
+    if len(fitting) != 1:
+        raise DataError(
+            f"{len(fitting)} of the latents prepared are of image_size={image_size} (pixels, "
+            f"{PUBLISHED_DOWNSAMPLING} times their side){_of_channels(channels)}: change it, or "
+            f"let data_dir be one of {[str(folder) for folder in folders]}"
+        )
+    return fitting[0]
+
+
+def _latents_of_buckets(
+    folders: Sequence[Path], buckets: AspectBuckets, channels: int | None
+) -> list[Path]:
+    """The folders of latents of these buckets that hold images, in the order of their sizes."""
+    starts = [
+        f"bucket_{height // PUBLISHED_DOWNSAMPLING}x{width // PUBLISHED_DOWNSAMPLING}x"
+        for height, width in buckets.sizes
+    ]
+    chosen = [f for start in starts for f in folders if _is_named(f, start, channels)]
+    wanted = dataclasses.asdict(buckets)
+    if not chosen:
+        raise DataNotFoundError(
+            f"no latents{_of_channels(channels)} are cached in the buckets {wanted}; cache them "
+            f"with --aspect_buckets. There are {sorted(folder.parent.name for folder in folders)}"
+        )
+    manifest = _checked_manifest(chosen[0])
+    for folder in chosen:
+        settings = _checked_manifest(folder)["settings"]
+        cached = settings.get("aspect_buckets")
+        if cached != wanted:
+            raise DataError(
+                f"{folder} was cached in the buckets {cached}; the config asks for {wanted}"
+            )
+        if settings != manifest["settings"]:
+            raise DataError(
+                f"{folder} and {chosen[0]} were cached with different settings, as their "
+                "metadata.json say; let data_dir hold those of one"
+            )
+    found = {folder.parent.name for folder in chosen}
+    missing = sorted(manifest.get("num_examples", {}).keys() - found)
+    if missing:
+        raise DataError(f"the latents of the buckets are not all there, {missing} are missing")
+    return chosen
+
+
+def _is_named(folder: Path, start: str, channels: int | None) -> bool:
+    """Whether the folder `<h>x<w>x<c>/<version>`, or `bucket_...`, has this start and channels."""
+    name = folder.parent.name
+    return name.startswith(start) and (channels is None or name.endswith(f"x{channels}"))
+
+
+def _of_channels(channels: int | None) -> str:
+    return "" if channels is None else f" with {channels} channels (model.in_channels)"
+
+
+SOURCES = {"digits": _open_digits, "cifar10": _open_cifar10, "latents": _open_latents}

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import ctypes
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tqdm import tqdm
@@ -22,17 +24,18 @@ from tqdm import tqdm
 from flowdcn_jax.config import validate
 from flowdcn_jax.files import atomic_folder, atomic_path
 from flowdcn_jax.models import abstract_model
-from flowdcn_jax.published_weights.checks import check_constant, check_tensors
-from flowdcn_jax.published_weights.errors import PublishedWeightsError
-from flowdcn_jax.published_weights.names import (
-    POSITIONS,
-    OfficialTensor,
-    official_tensors,
-    pop,
-    put,
+from flowdcn_jax.published_weights.names import POSITIONS, OfficialTensor, official_tensors
+from flowdcn_jax.published_weights.selection import (
+    check_constant,
+    check_tensors,
+    select_weights,
+    warn_of_unused,
 )
-from flowdcn_jax.published_weights.selection import select_weights, warn_of_unused
-from flowdcn_jax.published_weights.source import StoredTensor, open_source
+from flowdcn_jax.published_weights.weights_file import (
+    PublishedWeightsError,
+    StoredTensor,
+    open_weights_file,
+)
 from flowdcn_jax.runs import checkpoint
 from flowdcn_jax.runs.sharding import make_mesh, with_sharding
 from flowdcn_jax.version import __version__
@@ -41,6 +44,7 @@ ORIGIN_FILE = "origin.json"
 AUTHORS_MODEL = {"boundary": "truncate", "max_scale": 6.0}  # of FlowDCN: no tensor tells them
 WEIGHTS = ("ema", "model")
 WORKDIR_BYTES = 2**20  # of a workdir beside its weights, at most
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
 REMEDY = (
     "convert with the config of the training's resolution, and draw other sizes with sample.py "
     "--image_size=HxW"
@@ -57,10 +61,8 @@ def convert(
 
     Memory, after `give_back_freed_arrays`: the weights, about two of the largest tensor (one is
     copied and compressed on its way to the disk), and 0.36 GB of Python, libraries and compiled
-    code, which a model of narrow tensors takes too. For XL/2, 2476 MB of weights and 32 MB of
-    largest tensor, the command took 2877 MB: 48 to 57 MB more than the weights and the 0.36 GB; and
-    32 s of CPU time, 26 to 35 s by the clock (python -m tests.published_weights.measure xl2; jax
-    0.10.2, two CPU cores, 2026-11-23).
+    code. XL/2, 2476 MB of weights, took 2877 MB and 32 s of CPU time (python -m
+    tests.published_weights.measure xl2; jax 0.10.2, two CPU cores, 2026-11-23).
 
     Args:
         source: a state dict (.pth, .pt), a Lightning checkpoint of FlowDCN's training, one of SiT's
@@ -89,15 +91,15 @@ def convert(
     _check_free(Path(workdir))
     warn_of_dit(source.name)
     _warn_of_side(source.name, config)
-    opened = open_source(source)
+    file = open_weights_file(source)
     official = official_tensors(config.model, tokens_per_side=_config_side(config))
-    chosen = select_weights(opened, weights, official)
+    chosen = select_weights(file, weights, official)
     _check_side(chosen.tensors, config)
     check_tensors(chosen.tensors, official, config.model)
     warn_of_unused(chosen)
     _check_space("workdir", Path(workdir), _size_bytes(official) + WORKDIR_BYTES)
 
-    params: dict = {}
+    params = {}
     for name, tensor in tqdm(official.items(), unit="tensor", disable=not progress):
         value = chosen.tensors[name].read()
         if not np.isfinite(value).all():
@@ -105,19 +107,19 @@ def convert(
         if tensor.path is None:
             check_constant(tensor, value)
         else:
-            put(params, tensor.path, jax.device_put(tensor.to_ours(value)))
+            params[tensor.path] = jax.device_put(tensor.to_ours(value))
     if progress:
         print(f"writing {workdir}", file=sys.stderr)
     origin = {
         "file": source.name,
         "sha256": _sha256(source),
-        "format": f"{chosen.format} ({opened.kind})",
+        "format": f"{chosen.format} ({file.kind})",
         "weights": chosen.which,
         "image_size": config.data.image_size,
         "flowdcn_jax": __version__,
     }
     with _as_one_line("workdir", workdir), atomic_folder(Path(workdir)) as folder:
-        checkpoint.save_weights(folder, params, config)
+        checkpoint.save_weights(folder, traverse_util.unflatten_dict(params), config)
         text = json.dumps(origin, indent=2) + "\n"
         (folder / ORIGIN_FILE).write_text(text, encoding="utf-8")
     return origin
@@ -155,7 +157,8 @@ def export(
     saved = restore(
         str(workdir), step, lambda config: with_sharding(abstract_model(config.model)[1], mesh)
     )
-    model = saved.config.model
+    model, params = saved.config.model, traverse_util.flatten_dict(saved.params)
+    saved.params.clear()  # so that `params` alone holds the arrays, each of which goes when written
     official = official_tensors(model, tokens_per_side=_config_side(saved.config))
     for key, value in AUTHORS_MODEL.items():
         if model.name == "flowdcn" and model[key] != value:
@@ -172,7 +175,7 @@ def export(
         if tensor.path is None:
             tensors[name] = tensor.constant
         else:
-            tensors[name] = tensor.to_theirs(np.asarray(pop(saved.params, tensor.path)))
+            tensors[name] = tensor.to_theirs(np.asarray(params.pop(tensor.path)))
     with _as_one_line("export", file), atomic_path(Path(file)) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     return saved.step
@@ -292,3 +295,16 @@ def _warn_of_side(name: str, config) -> None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def give_back_freed_arrays() -> None:
+    """Has glibc return every freed array to the system, for as long as the process runs.
+
+    By itself it keeps those of up to 32 MB, in pieces: 0.2 GB in a conversion of XL/2. And it keeps
+    smaller blocks apart for each thread, of which TensorStore fills 0.1 GB more. With another C
+    library nothing changes. It is for commands: a library does not set its user's allocator.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 2**20)
+        mallopt(M_ARENA_MAX, 1)

@@ -7,13 +7,14 @@ PyTorch Linear's weight is [out,in] and a convolution's [out,in,p,p]; a Linear's
 
 import dataclasses
 
-import jax
 import numpy as np
+from flax import traverse_util
 
-from flowdcn_jax.models import abstract_model, model_options
-from flowdcn_jax.models.flowdcn import SCALE_PRIORS, direction_prior
+from flowdcn_jax.models import abstract_model, read_options
+from flowdcn_jax.models.flowdcn import SCALE_PRIORS, FlowDCNOptions, direction_prior
 from flowdcn_jax.models.sit import position_embedding
-from flowdcn_jax.published_weights.errors import PublishedWeightsError
+from flowdcn_jax.models.velocity_network import NetworkOptions
+from flowdcn_jax.published_weights.weights_file import PublishedWeightsError
 
 # The models that the authors published, as options of config.model.
 PUBLISHED = {
@@ -109,7 +110,7 @@ def official_tensors(config, *, tokens_per_side: int) -> dict[str, OfficialTenso
     """
     options = _published_options(config)
     _, params = abstract_model(config)
-    flat = {_keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    flat = traverse_util.flatten_dict(params)
     tensors: list[OfficialTensor] = []
     if config.name == "sit":
         positions = position_embedding(tokens_per_side, tokens_per_side, config.width)
@@ -126,45 +127,31 @@ def official_tensors(config, *, tokens_per_side: int) -> dict[str, OfficialTenso
     return {tensor.name: tensor for tensor in tensors}
 
 
-def put(tree: dict, path: tuple[str | int, ...], leaf) -> None:
-    """tree[path[0]][path[1]]... = leaf, with the dicts that it takes."""
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = leaf
-
-
-def pop(tree: dict, path: tuple[str | int, ...]):
-    """Takes tree[path[0]][path[1]]... out."""
-    for key in path[:-1]:
-        tree = tree[key]
-    return tree.pop(path[-1])
-
-
-def _published_options(config) -> dict:
-    """config.model with its defaults; raises PublishedWeightsError if nobody published it."""
+def _published_options(config) -> NetworkOptions:
+    """The options of config.model; raises PublishedWeightsError if nobody published it."""
     if config.name not in PUBLISHED:
         raise PublishedWeightsError(
             f"config.model.name is {config.name!r}; expected one of those with published weights: "
             f"{', '.join(PUBLISHED)}"
         )
-    options = model_options(config.name) | dict(config.items())
+    options = read_options(config)
     for key, value in PUBLISHED[config.name].items():
-        if options[key] != value:
+        if getattr(options, key) != value:
             raise PublishedWeightsError(
-                f"config.model.{key} is {options[key]!r}; expected {value!r}, as in the weights "
-                f"published for {config.name!r}"
+                f"config.model.{key} is {getattr(options, key)!r}; expected {value!r}, as in the "
+                f"weights published for {config.name!r}"
             )
     return options
 
 
-def _fixed_priors(module: str, options: dict) -> list[OfficialTensor]:
+def _fixed_priors(module: str, options: FlowDCNOptions) -> list[OfficialTensor]:
     """The priors that are constants: of the directions, and of the scales if they are not learned.
 
     The authors' module holds both as parameters.
     """
     priors = [_constant(f"{module}.{DIRECTION_PRIOR}", direction_prior()[None, None, None, None])]
-    if not options["learn_scale_prior"]:
-        scales = SCALE_PRIORS[options["scale_prior"]](options["num_groups"])
+    if not options.learn_scale_prior:
+        scales = SCALE_PRIORS[options.scale_prior](options.num_groups)
         shape = (1, 1, 1, len(scales), 1, 1)
         priors.append(_constant(f"{module}.{LEAVES['scale_prior']}", scales.reshape(shape)))
     return priors
@@ -192,7 +179,3 @@ def _module_tensors(
             shape = (1, 1, 1, *shape, 1, 1)
         tensors.append(OfficialTensor(f"{module}.{theirs}", shape, (*path, ours), leaf.shape))
     return tensors
-
-
-def _keys(path) -> tuple[str | int, ...]:
-    return tuple(entry.key for entry in path)

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from flowdcn_jax.config import modernise
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.runs.state import TrainState
 
@@ -344,7 +345,7 @@ def _restore_run(manager: ocp.CheckpointManager, step: int) -> SavedRun:
         raise CheckpointError("checksum mismatch in run")
     names = restored.run["class_names"]
     return SavedRun(
-        config=restored.run["config"],
+        config=modernise(restored.run["config"]),
         class_names=tuple(names) if names else None,
         data_identity=restored.run.get("data_identity"),
         weights_only="state" not in restored.checksums,

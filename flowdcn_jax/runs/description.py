@@ -32,7 +32,8 @@ def describe(config, changed: dict[str, Any], mesh: Mesh, params: Any) -> dict[s
         "changed": json.loads(json.dumps(changed)),
         "mesh": dict(mesh.shape),
         "parameters": parameter_count(params),
-        "machine": describe_machine(),
+        "machine": describe_machine()
+        | {"devices": [device.device_kind for device in mesh.devices.flat]},
     }
 
 

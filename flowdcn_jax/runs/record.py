@@ -4,9 +4,10 @@ import json
 from typing import Any
 
 from flowdcn_jax.config import fixed_keys, flatten, model_config, modernise
-from flowdcn_jax.data import BucketedSource, Source
+from flowdcn_jax.data import BucketedSource, DataSource
 from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.runs.checkpoint import SavedRun
+from flowdcn_jax.runs.folder import differences
 
 # Keys that were added after runs had been saved, with the values that mean what those did. (The
 # defaults of config.model are such values for its own; the other fixed keys were always there.)
@@ -30,16 +31,16 @@ def check_resumable(saved: dict, config, *, weights_only: bool = False) -> None:
             {key: value for key, value in values.items() if key.startswith("model.")}
             for values in (before, now)
         )
-    differences = _differences(before, now, prefix="config.")
-    if differences:
+    found = differences(before, now, "config")
+    if found:
         raise ConfigError(
             "the workdir holds a run whose config differs in what cannot change: "
-            + "; ".join(differences)
+            + "; ".join(found)
             + ". Use the old values, or another --workdir"
         )
 
 
-def check_same_data(saved: SavedRun, source: Source | BucketedSource) -> None:
+def check_same_data(saved: SavedRun, source: DataSource | BucketedSource) -> None:
     """Refuses to go on with a run on other data, whatever the names of folders.
 
     A run that was saved before data sets had identities may go on with any data; but its latents
@@ -54,18 +55,17 @@ def check_same_data(saved: SavedRun, source: Source | BucketedSource) -> None:
     """
     if saved.weights_only:
         return
-    differences = []
+    found = []
     if saved.data_identity is not None:
-        before, now = flatten(saved.data_identity), flatten(source.identity)
-        differences = _differences(before, now, prefix="data.")
+        found = differences(saved.data_identity, source.identity, "data")
     elif source.encoder is not None and "latent_scale" in saved.config["data"]:
         before = {"scale": saved.config["data"]["latent_scale"], "shift": 0}
         now = {"scale": source.encoder.scale, "shift": source.encoder.shift}
-        differences = _differences(before, now, prefix="latents.")
-    if differences:
+        found = differences(before, now, "latents")
+    if found:
         raise ConfigError(
             "the workdir holds a run on other data than config.data.data_dir gives: "
-            + "; ".join(differences)
+            + "; ".join(found)
             + ". Use the old data, or another --workdir"
         )
 
@@ -79,12 +79,3 @@ def _fixed_values(config: dict) -> dict[str, Any]:
         values = {k: v for k, v in values.items() if not k.startswith("data.aspect_buckets.")}
         values["data.aspect_buckets.count"] = 0
     return {key: values[key] for key in sorted(fixed_keys(name) & values.keys())}
-
-
-def _differences(before: dict, now: dict, *, prefix: str) -> list[str]:
-    """What differs between two flat dicts: "KEY: old -> new" each."""
-    return [
-        f"{prefix}{key}: {before.get(key)} -> {now.get(key)}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]

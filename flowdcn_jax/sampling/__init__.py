@@ -1,34 +1,33 @@
 """From a training run to pictures: what sample.py, the grids in training and Python users share."""
 
-from flowdcn_jax.sampling.classes import labels_in_turn, parse_classes
-from flowdcn_jax.sampling.compare import compare_to_png
-from flowdcn_jax.sampling.generator import (
-    generate_images,
-    initial_noise,
-    load_model,
-    load_weights,
-    make_generator,
-)
-from flowdcn_jax.sampling.request import Request
-from flowdcn_jax.sampling.run import generate, sample_to_folder
-from flowdcn_jax.sampling.settings import SamplingError, Settings, parse_interval
-from flowdcn_jax.sampling.trained_model import TrainedModel, load_trained
+import importlib
 
-__all__ = [
-    "Request",
-    "SamplingError",
-    "Settings",
-    "TrainedModel",
-    "compare_to_png",
-    "generate",
-    "generate_images",
-    "initial_noise",
-    "labels_in_turn",
-    "load_model",
-    "load_trained",
-    "load_weights",
-    "make_generator",
-    "parse_classes",
-    "parse_interval",
-    "sample_to_folder",
-]
+_MODULES = {  # of each name; loaded when it is asked for, since sample.py --help needs no JAX
+    "ModelChoice": "settings",
+    "Output": "settings",
+    "Request": "settings",
+    "SamplingError": "settings",
+    "Settings": "settings",
+    "TrainedModel": "trained_model",
+    "count_evaluations": "generator",
+    "fill_settings": "generator",
+    "generate": "drawing",
+    "generate_images": "generator",
+    "grid_drawer": "generator",
+    "labels_in_turn": "classes",
+    "load_model": "trained_model",
+    "load_trained": "trained_model",
+    "make_generator": "generator",
+    "sample_to_folder": "drawing",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -4,13 +4,12 @@ import difflib
 import functools
 import importlib.resources
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from flowdcn_jax.sampling.settings import SamplingError
 
-LABEL_ORDERS = ("balanced", "random")
 IMAGENET_FILE = (
     "imagenet_classes.txt"  # a class a line: its name, then WordNet's other words for it
 )
@@ -46,7 +45,7 @@ def class_words(
 
 
 def parse_classes(
-    classes: Sequence[str | int] | str | int,
+    classes: Sequence[str],
     num_classes: int,
     words: tuple[tuple[str, ...], ...] | None,
 ) -> list[int]:
@@ -56,18 +55,15 @@ def parse_classes(
     underscore is a space. A number that is also a name is the name.
 
     Args:
-        classes: numbers and names, one alone, or a text with commas between them.
+        classes: `Request.classes`.
         num_classes: of the model.
         words: see `class_words`.
 
     Raises:
-        SamplingError: no class at all, a number out of range, or a name that is unknown or stands
-            for several classes; the message gives the nearest names.
+        SamplingError: a number out of range, or a name that is unknown or stands for several
+            classes; the message gives the nearest names.
     """
-    texts = class_texts(classes)
-    if not any(texts):
-        raise SamplingError("classes is empty; expected names and numbers of classes, or all")
-    if texts == ["all"]:
+    if list(classes) == ["all"]:
         return list(range(num_classes))
     names, others = {}, {}
     for number, (name, *rest) in enumerate(words or ()):
@@ -75,7 +71,7 @@ def parse_classes(
         for word in rest:
             others.setdefault(_folded(word), []).append(number)
     numbers = []
-    for text in texts:
+    for text in classes:
         word = _folded(text)
         if word in names:
             numbers.append(names[word])
@@ -86,15 +82,6 @@ def parse_classes(
         else:
             raise SamplingError(_unknown_class(text, word, num_classes, words, others))
     return numbers
-
-
-def class_texts(classes: Sequence[str | int] | str | int) -> list[str]:
-    """Names and numbers as texts, whatever the form in which `parse_classes` takes them."""
-    if isinstance(classes, str):
-        classes = classes.split(",")
-    elif not isinstance(classes, Iterable):
-        classes = [classes]
-    return [str(each).strip() for each in classes]
 
 
 def _folded(name: str) -> str:
@@ -140,18 +127,8 @@ def make_labels(
         num_images: how many.
         num_classes: of the model.
         seed: of the random order.
-
-    Raises:
-        SamplingError: an unknown order.
     """
-    check_order(order)
     if order == "balanced":
         return labels_in_turn(classes, num_images, num_classes)
     chosen = labels_in_turn(classes, len(classes) or num_classes, num_classes)
     return np.random.default_rng(seed).choice(chosen, num_images)
-
-
-def check_order(order: str) -> None:
-    """Raises SamplingError unless it is one of LABEL_ORDERS."""
-    if order not in LABEL_ORDERS:
-        raise SamplingError(f"labels is {order!r}; expected one of {', '.join(LABEL_ORDERS)}")

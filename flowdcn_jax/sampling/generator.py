@@ -1,150 +1,102 @@
-"""From weights to arrays: restoring a model, and the compiled function that draws with it."""
+"""From parameters to arrays: settings fitted to a model, and the compiled function that draws."""
 
-import collections
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from flowdcn_jax import samplers
 from flowdcn_jax.autoencoders import Autoencoder, check_fits, decode_images, load_autoencoder
-from flowdcn_jax.flow.guidance import guided_velocity
+from flowdcn_jax.flow.guidance import guided_at, guided_velocity
+from flowdcn_jax.images import grid_columns, make_grid
 from flowdcn_jax.models import abstract_model, apply_model, takes_max_scale_factor
 from flowdcn_jax.models.resolution import max_scale_factor
-from flowdcn_jax.runs import checkpoint
-from flowdcn_jax.runs.sharding import batch_sharding, make_mesh, replicated
+from flowdcn_jax.runs.sharding import batch_sharding, replicated
+from flowdcn_jax.sampling.classes import labels_in_turn
 from flowdcn_jax.sampling.settings import SamplingError, Settings
 
 
-def load_weights(workdir: str, step: int | None, mesh: Mesh) -> checkpoint.Weights:
-    """The EMA weights of a training run, copied to every device of `mesh`.
+class Guide(NamedTuple):
+    """The weaker model of autoguidance."""
 
-    Raises:
-        flowdcn_jax.runs.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
-    """
-
-    def abstract_params(config: ConfigDict):
-        _, params = abstract_model(config.model)
-        sharding = replicated(mesh)
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), params
-        )
-
-    return checkpoint.restore_ema(workdir, step, abstract_params)
+    config: ConfigDict  # of its training run
+    params: Any
 
 
-def load_model(workdir: str | Path, step: int | None = None) -> tuple[nnx.Module, ConfigDict]:
-    """The model of a training run with its EMA weights, and the run's config.
+def fill_settings(
+    settings: Settings, config: ConfigDict, *, guide: ConfigDict | None = None
+) -> Settings:
+    """The settings with what is None filled in, once they are known to go together and to fit.
 
     Args:
-        workdir: the --workdir of the run.
-        step: the checkpoint to read; the newest by default.
-
-    Returns:
-        (model, config): model(x [B,H,W,C], t [B], y [B]) -> velocity [B,H,W,C].
+        settings: what was asked for.
+        config: of the run.
+        guide: config of the guide's run, if there is one.
 
     Raises:
-        flowdcn_jax.runs.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
+        SamplingError: values that do not go together, a size that the model cannot make, an
+            adjustment that it cannot use, or a guide that is not used or of another kind.
     """
-    mesh = make_mesh(devices=jax.local_devices()[:1])
-    weights = load_weights(str(workdir), step, mesh)
-    graphdef, _ = abstract_model(weights.config.model)
-    return nnx.merge(graphdef, weights.params), weights.config
-
-
-def stream_keys(seed: int) -> tuple[jax.Array, jax.Array]:
-    """(initial noise's key, the steps' noise's key): image i's keys are folds of these by i."""
-    initial, steps = jax.random.split(jax.random.key(seed))
-    return initial, steps
-
-
-def initial_noise(seed: int, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Noise [n,*shape]: image i's depends on the seed and on i alone."""
-    key, _ = stream_keys(seed)
-    return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
-
-
-def step_noise_keys(seed: int, indices: jax.Array) -> jax.Array:
-    """Keys [n] of the SDE samplers' noise: image i's depends on the seed and on i alone."""
-    _, key = stream_keys(seed)
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
-
-
-def make_generator(
-    config: ConfigDict,
-    mesh: Mesh,
-    settings: Settings,
-    *,
-    guide: checkpoint.Weights | None = None,
-    autoencoder: Autoencoder | None = None,
-) -> Callable:
-    """A compiled function (params, indices [n], labels [n]) -> (x [n,h,w,C], images uint8).
-
-    x is in the model's space; images are decoded by `autoencoder`, by default the one that
-    config.autoencoder names. n is a multiple of the number of devices; rows are split over them.
-    `guide` is the weaker model of autoguidance. The function is a functools.partial of a
-    jitted one, so that its program can be looked at.
-
-    Raises:
-        SamplingError: settings that are out of range, or not for this model or this guide.
-        flowdcn_jax.errors.UserError: the autoencoder's weights are not there, or do not fit.
-    """
-    if autoencoder is None:
-        autoencoder = load_autoencoder(config.autoencoder)
-    check_fits(autoencoder, config)
-    settings = settings.for_model(config)
-    network = _network(config, settings)
-    guide_params, guide_network = None, None
+    defaults = dict(
+        image_size=(config.data.image_size,) * 2,
+        sampler="euler",
+        num_steps=config.sampling.num_steps,
+        guidance=config.sampling.guidance,
+        resolution_adjustment="none",
+        seed=config.sampling.seed,
+    )
+    unset = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
+    settings = dataclasses.replace(settings, **unset)
+    try:
+        _evaluation_times(settings)
+        samplers.check_diffusion(settings.sampler, settings.diffusion)
+    except ValueError as error:
+        raise SamplingError(str(error)) from error
+    height, width = settings.image_size
+    stride = config.autoencoder.downsampling * config.model.patch_size
+    if height % stride or width % stride:
+        raise SamplingError(
+            f"image_size is {height}x{width}; expected HxW, both multiples of {stride} "
+            f"(autoencoder.downsampling={config.autoencoder.downsampling} times "
+            f"model.patch_size={config.model.patch_size})"
+        )
+    adjustment = settings.resolution_adjustment
+    if adjustment != "none" and not takes_max_scale_factor(config.model):
+        raise SamplingError(
+            f"resolution_adjustment is {adjustment!r}; expected none, since the model "
+            f"{config.model.name!r} has no deformable blocks"
+        )
     if guide is not None:
-        check_guide(config, guide.config, settings)
-        guide_params, guide_network = guide.params, _network(guide.config, settings)
-    height, width = (side // config.autoencoder.downsampling for side in settings.image_size)
-    shape = (height, width, config.model.in_channels)
-    rows = batch_sharding(mesh)
-
-    def generate(guide_params, decoder_params, params, indices, labels):
-        velocity_fn = guided_velocity(
-            functools.partial(network, params),
-            jax.lax.with_sharding_constraint(labels, rows),
-            null_class=config.model.num_classes,
-            scale=settings.guidance,
-            channels=settings.guidance_channels,
-            interval=settings.guidance_interval,
-            schedule=settings.guidance_schedule,
-            guide=guide_network and functools.partial(guide_network, guide_params),
-        )
-        noise = initial_noise(settings.seed, indices, shape)
-        x = samplers.solve(
-            velocity_fn,
-            jax.lax.with_sharding_constraint(noise, rows),
-            sampler=settings.sampler,
-            num_steps=settings.num_steps,
-            last_step=settings.last_step,
-            time_shift=settings.time_shift,
-            diffusion=settings.diffusion,
-            key=step_noise_keys(settings.seed, indices),
-        )
-        return x, decode_images(autoencoder, decoder_params, x, mesh=mesh)
-
-    compiled = jax.jit(generate, out_shardings=replicated(mesh))
-    return functools.partial(compiled, guide_params, copy_to_devices(autoencoder.params, mesh))
+        _check_guide(config, guide, settings)
+    return settings
 
 
-def copy_to_devices(params: dict, mesh: Mesh) -> dict:
-    """`params` whole on every device; as they are if they lie there."""
-    copied = replicated(mesh)
-    if all(getattr(leaf, "sharding", None) == copied for leaf in jax.tree.leaves(params)):
-        return params
-    return jax.jit(lambda tree: tree, out_shardings=copied)(params)
+def count_evaluations(settings: Settings) -> tuple[int, int]:
+    """(velocities, passes of one image through a model): guidance takes two passes.
+
+    `settings` are filled.
+    """
+    times = _evaluation_times(settings)
+    options = dict(scale=settings.guidance, interval=settings.guidance_interval)
+    return len(times), sum(1 + guided_at(t, **options) for t in times)
 
 
-def check_guide(config: ConfigDict, guide: ConfigDict, settings: Settings) -> None:
+def _evaluation_times(settings: Settings) -> np.ndarray:
+    return samplers.evaluation_times(
+        settings.sampler,
+        settings.num_steps,
+        last_step=settings.last_step,
+        time_shift=settings.time_shift,
+    )
+
+
+def _check_guide(config: ConfigDict, guide: ConfigDict, settings: Settings) -> None:
     """Raises SamplingError unless the guide is used, and on the model's kind of images."""
     if settings.guidance == 1:
         raise SamplingError("guidance is 1; expected another number, since a guide is given")
@@ -167,6 +119,82 @@ def check_guide(config: ConfigDict, guide: ConfigDict, settings: Settings) -> No
         )
 
 
+def image_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(keys of the initial noise, keys of the steps' noise), [n] each.
+
+    Image i's depend on the seed and on i alone.
+    """
+    initial, steps = jax.random.split(jax.random.key(seed))
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    return fold(initial, indices), fold(steps, indices)
+
+
+def make_generator(
+    config: ConfigDict,
+    mesh: Mesh,
+    settings: Settings,
+    *,
+    guide: Guide | None = None,
+    autoencoder: Autoencoder | None = None,
+) -> Callable:
+    """A compiled function (params, indices [n], labels [n]) -> (x [n,h,w,C], images uint8).
+
+    x is in the model's space; images are decoded by `autoencoder`, by default the one that
+    config.autoencoder names. n is a multiple of the number of devices; rows are split over them.
+    The function is a functools.partial of a jitted one, so that its program can be looked at.
+
+    Raises:
+        SamplingError: settings that are out of range, or not for this model or this guide.
+        flowdcn_jax.errors.UserError: the autoencoder's weights are not there, or do not fit.
+    """
+    if autoencoder is None:
+        autoencoder = load_autoencoder(config.autoencoder)
+    check_fits(autoencoder, config)
+    settings = fill_settings(settings, config, guide=guide and guide.config)
+    network = _network(config, settings)
+    guide_network = guide and _network(guide.config, settings)
+    height, width = (side // config.autoencoder.downsampling for side in settings.image_size)
+    shape = (height, width, config.model.in_channels)
+    rows = batch_sharding(mesh)
+
+    def generate(guide_params, decoder_params, params, indices, labels):
+        velocity_fn = guided_velocity(
+            functools.partial(network, params),
+            jax.lax.with_sharding_constraint(labels, rows),
+            null_class=config.model.num_classes,
+            scale=settings.guidance,
+            channels=settings.guidance_channels,
+            interval=settings.guidance_interval,
+            schedule=settings.guidance_schedule,
+            guide=guide_network and functools.partial(guide_network, guide_params),
+        )
+        initial_keys, step_keys = image_keys(settings.seed, indices)
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(initial_keys)
+        x = samplers.solve(
+            velocity_fn,
+            jax.lax.with_sharding_constraint(noise, rows),
+            sampler=settings.sampler,
+            num_steps=settings.num_steps,
+            last_step=settings.last_step,
+            time_shift=settings.time_shift,
+            diffusion=settings.diffusion,
+            key=step_keys,
+        )
+        return x, decode_images(autoencoder, decoder_params, x, mesh=mesh)
+
+    compiled = jax.jit(generate, out_shardings=replicated(mesh))
+    decoder_params = copy_to_devices(autoencoder.params, mesh)
+    return functools.partial(compiled, guide and guide.params, decoder_params)
+
+
+def copy_to_devices(params: dict, mesh: Mesh) -> dict:
+    """`params` whole on every device; as they are if they lie there."""
+    copied = replicated(mesh)
+    if all(getattr(leaf, "sharding", None) == copied for leaf in jax.tree.leaves(params)):
+        return params
+    return jax.jit(lambda tree: tree, out_shardings=copied)(params)
+
+
 def _network(config: ConfigDict, settings: Settings) -> Callable:
     """(params, x, t, y) -> velocity; deformable blocks get the resolution adjustment at t."""
     graphdef, _ = abstract_model(config.model)
@@ -187,14 +215,6 @@ def _network(config: ConfigDict, settings: Settings) -> Callable:
     return apply
 
 
-def device_batch_size(batch_size: int, num_images: int) -> int:
-    """Images that a device draws at a time: the same for any number of devices, as rounding is.
-
-    So a last round may draw copies, on devices that would have nothing to do.
-    """
-    return min(batch_size, num_images)
-
-
 def draw_batches(
     generator: Callable,
     params,
@@ -202,40 +222,77 @@ def draw_batches(
     *,
     ranges: list[tuple[int, int]],
     batch_size: int,
+    progress: bool = True,
 ) -> Iterator[tuple[int, int, jax.Array, jax.Array]]:
     """(start, stop, x, images) of the images start ... stop - 1 of each range, a batch at a time.
 
     Image i has index i and class labels[i]. x and images may have more rows, copies that fill the
     last batch, so that nothing compiles twice. The next batch is under way on the devices while one
-    is used.
+    is used. Process 0 alone shows progress.
     """
-    ahead = collections.deque()
-    for first, end in ranges:
-        for start in range(first, end, batch_size):
-            stop = min(start + batch_size, end)
-            rows = np.minimum(np.arange(start, start + batch_size), stop - 1)
-            x, images = generator(params, rows.astype(np.uint32), labels[rows])
-            ahead.append((start, stop, x, images))
-            if len(ahead) > 1:
-                yield ahead.popleft()
-    yield from ahead
+
+    def batches():
+        for first, end in ranges:
+            for start in range(first, end, batch_size):
+                stop = min(start + batch_size, end)
+                rows = np.minimum(np.arange(start, start + batch_size), stop - 1)
+                yield start, stop, *generator(params, rows.astype(np.uint32), labels[rows])
+
+    count = sum(end - first for first, end in ranges)
+    with tqdm(
+        total=len(labels),
+        initial=len(labels) - count,
+        unit="image",
+        disable=not (progress and count) or jax.process_index() != 0,
+        dynamic_ncols=True,
+    ) as bar:
+        for start, stop, x, images in _one_ahead(batches()):
+            yield start, stop, x, images
+            bar.update(stop - start)
+
+
+def _one_ahead(items: Iterable) -> Iterator:
+    """The items, each of them once the next one is made."""
+    made = []
+    for item in items:
+        yield from made
+        made = [item]
+    yield from made
 
 
 def generate_images(
-    generator: Callable, params, labels: np.ndarray, *, batch_size: int, progress: bool
+    generator: Callable, params, labels: np.ndarray, *, batch_size: int, progress: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """(x, images) for labels [n], image i having index i, in batches of one size.
 
-    batch_size is that of all devices together. Process 0 alone shows progress.
+    batch_size is that of all devices together.
     """
-    parts = []
-    whole = [(0, len(labels))]
-    hidden = not progress or jax.process_index() != 0
-    with tqdm(total=len(labels), unit="image", disable=hidden, dynamic_ncols=True) as bar:
-        for start, stop, *arrays in draw_batches(
-            generator, params, labels, ranges=whole, batch_size=batch_size
-        ):
-            parts.append([np.asarray(array)[: stop - start] for array in arrays])
-            bar.update(stop - start)
+    options = dict(ranges=[(0, len(labels))], batch_size=batch_size, progress=progress)
+    parts = [
+        [np.asarray(array)[: stop - start] for array in arrays]
+        for start, stop, *arrays in draw_batches(generator, params, labels, **options)
+    ]
     x, images = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return x, images
+
+
+def grid_drawer(
+    config: ConfigDict, mesh: Mesh, autoencoder: Autoencoder
+) -> Callable[[Any], np.ndarray]:
+    """A function of EMA parameters that draws a training run's grid, uint8 [H,W,3].
+
+    Its seed, classes and number of images are config.sampling's. Every process calls it.
+    """
+    options = config.sampling
+    generator = make_generator(config, mesh, Settings(), autoencoder=autoencoder)
+    labels = labels_in_turn(options.classes, options.num_images, config.model.num_classes)
+    batch_size = -(-len(labels) // mesh.size) * mesh.size
+    columns = grid_columns(len(labels), len(options.classes) or config.model.num_classes)
+
+    def draw(params) -> np.ndarray:
+        _, images = generate_images(
+            generator, params, labels, batch_size=batch_size, progress=False
+        )
+        return make_grid(images, columns=columns)
+
+    return draw

@@ -1,197 +1,222 @@
-"""What the images of a sampling run depend on, and the checks made before any work."""
+"""Every option of sampling, declared once.
 
+sample.py's flags, the keywords of `generate` and `load_trained` and the tables of docs/sampling.md
+follow from here. Imports no JAX, so that --help and usage errors come at once.
+"""
+
+import csv
 import dataclasses
-import numbers
-import re
+import operator
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
-from ml_collections import ConfigDict
-
-from flowdcn_jax import samplers
 from flowdcn_jax.errors import UserError
-from flowdcn_jax.flow.guidance import check_guidance, guided_at
-from flowdcn_jax.models import takes_max_scale_factor
-from flowdcn_jax.models.resolution import RESOLUTION_ADJUSTMENTS
+from flowdcn_jax.options import (
+    POSITIVE,
+    SEED,
+    Range,
+    at_least,
+    checked,
+    name_in,
+    one_of,
+    option,
+)
+
+COMPARED_IMAGES = 4  # rows of a strip, by default
 
 
 class SamplingError(UserError, ValueError):
     """A request that the model cannot serve; the message names the value and the choices."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What image i depends on, besides the weights, its class and i. sample.py's flags, by name.
+def _parse_size(given: Any) -> tuple[int, int]:
+    """(height, width) of "HxW", or of two whole numbers."""
+    if isinstance(given, str):
+        height, width = map(int, given.split("x"))
+    else:
+        height, width = map(operator.index, given)
+    return height, width
 
-    None is a value that `for_model` fills in, from the run's config or with what is named here.
 
-    Attributes:
-        image_size: (height, width) in image pixels, or "HxW"; None: that of training.
-        sampler: one of samplers.SAMPLERS; None: "euler".
-        num_steps: steps of the time grid; None: config.sampling.num_steps.
-        last_step: length of the last step; None: as long as the others.
-        time_shift: above 1 it moves the times towards the noise.
-        diffusion: of the SDE samplers; None: "sigma".
-        guidance: weight w; 1: none; None: config.sampling.guidance.
-        guidance_channels: "all" or "three".
-        guidance_interval: (low, high) in t; None: everywhere.
-        guidance_schedule: "constant", "linear" or "cosine".
-        resolution_adjustment: "none", "paper" or "released"; None: "none".
-        seed: of the noise, below 2**32; None: config.sampling.seed.
+def _parse_interval(given: Any) -> tuple[float, float]:
+    """(low, high) of "LOW,HIGH", or of two numbers."""
+    low, high = map(float, given.split(",") if isinstance(given, str) else given)
+    return low, high
 
-    Raises:
-        SamplingError: a value of another type, or out of range whatever the model.
-    """
 
-    image_size: tuple[int, int] | str | None = None
-    sampler: str | None = None
-    num_steps: int | None = None
-    last_step: float | None = None
-    time_shift: float = 1.0
-    diffusion: str | None = None
-    guidance: float | None = None
-    guidance_channels: str = "all"
-    guidance_interval: tuple[float, float] | None = None
-    guidance_schedule: str = "constant"
-    resolution_adjustment: str | None = None
-    seed: int | None = None
+def _parse_classes(given: Any) -> tuple[str, ...]:
+    """Names and numbers: of one, of a sequence of them, or of a text with commas between them."""
+    if isinstance(given, str):
+        try:
+            given = next(csv.reader([given], skipinitialspace=True))  # "..." around commas
+        except csv.Error as error:
+            raise ValueError from error
+    elif not isinstance(given, Iterable):
+        given = [given]
+    return tuple(str(each).strip() for each in given)
+
+
+def _parse_autoencoder(given: Any) -> Any:
+    """A name, by which it is known today."""
+    from flowdcn_jax.config import RENAMED  # here, since it imports JAX
+
+    return RENAMED["autoencoder.name"].get(given, given)
+
+
+class _Options:
+    """A value of another type, or out of range whatever the model, is a SamplingError."""
 
     def __post_init__(self):
-        _check_choice("sampler", self.sampler, samplers.SAMPLERS)
-        _check_choice("diffusion", self.diffusion, samplers.DIFFUSIONS)
-        _check_choice("resolution_adjustment", self.resolution_adjustment, RESOLUTION_ADJUSTMENTS)
-        for name in ("last_step", "time_shift"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, numbers.Real):
-                raise SamplingError(f"{name} is {value!r}; expected a number")
-        if self.seed is not None:
-            check_integer("seed", self.seed, minimum=0)
-            if self.seed >= 2**32:
-                raise SamplingError(f"seed is {self.seed}; expected a number below 2**32")
-        try:
-            if self.num_steps is not None:
-                self.evaluation_times()
-            if self.sampler is not None:
-                samplers.check_diffusion(self.sampler, self.diffusion)
-            check_guidance(
-                scale=1 if self.guidance is None else self.guidance,
-                channels=self.guidance_channels,
-                interval=self.guidance_interval,
-                schedule=self.guidance_schedule,
-            )
-        except ValueError as error:
-            raise SamplingError(str(error)) from error
-        self._put_in_one_form()
-
-    def for_model(self, config: ConfigDict) -> "Settings":
-        """These settings with what is None filled in, once they are known to fit the model.
-
-        Raises:
-            SamplingError: a size that the model cannot make, an adjustment that it cannot use, or
-                values that do not go together.
-        """
-        defaults = dict(
-            image_size=(config.data.image_size,) * 2,
-            sampler="euler",
-            num_steps=config.sampling.num_steps,
-            guidance=config.sampling.guidance,
-            resolution_adjustment="none",
-            seed=config.sampling.seed,
-        )
-        unset = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        settings = dataclasses.replace(self, **unset)
-        height, width = settings.image_size
-        stride = config.autoencoder.downsampling * config.model.patch_size
-        if min(height, width) < 1 or height % stride or width % stride:
-            raise SamplingError(
-                f"image_size is {height}x{width}; expected HxW, both multiples of {stride} "
-                f"(autoencoder.downsampling={config.autoencoder.downsampling} times "
-                f"model.patch_size={config.model.patch_size})"
-            )
-        adjustment = settings.resolution_adjustment
-        if adjustment != "none" and not takes_max_scale_factor(config.model):
-            raise SamplingError(
-                f"resolution_adjustment is {adjustment!r}; expected none, since the model "
-                f"{config.model.name!r} has no deformable blocks"
-            )
-        return settings
-
-    def evaluation_times(self):
-        """The t of each evaluation of the velocity; see samplers.evaluation_times."""
-        return samplers.evaluation_times(
-            self.sampler or "euler",
-            self.num_steps,
-            last_step=self.last_step,
-            time_shift=self.time_shift,
-        )
-
-    def num_evaluations(self) -> tuple[int, int]:
-        """(velocities, passes of one image through a model): guidance takes two passes."""
-        times = self.evaluation_times()
-        options = dict(scale=self.guidance, interval=self.guidance_interval)
-        return len(times), sum(1 + guided_at(t, **options) for t in times)
-
-    def _put_in_one_form(self) -> None:
-        """Plain ints, floats and tuples, so that equal settings are written to files alike."""
-        forms = dict(
-            image_size=parse_size,
-            num_steps=int,
-            last_step=float,
-            time_shift=float,
-            guidance=float,
-            guidance_interval=lambda interval: tuple(map(float, interval)),
-            seed=int,
-        )
-        for name, form in forms.items():
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, form(value))
+        checked(self, error=SamplingError)
 
 
-def check_integer(name: str, value: int, *, minimum: int) -> None:
-    """Raises SamplingError unless `value` is a whole number of at least `minimum`."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise SamplingError(f"{name} is {value!r}; expected a whole number")
-    if value < minimum:
-        raise SamplingError(f"{name} is {value}; expected at least {minimum}")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request(_Options):
+    """Which images, how many and how many at a time."""
+
+    classes: tuple[str, ...] | None = option(
+        None,
+        "which classes, such as 'golden retriever,207'",
+        Range(any, lambda: "names and numbers of classes, or all"),
+        parse=_parse_classes,
+        unset="config.sampling.classes",
+    )
+    labels: str = option(
+        "balanced",
+        "order of the classes: in turn, or drawn evenly from the seed",
+        one_of("balanced", "random"),
+    )
+    num_images: int | None = option(
+        None,
+        "images in all",
+        at_least(1),
+        unset=f"config.sampling.num_images, and {COMPARED_IMAGES} to compare",
+    )
+    batch_size: int = option(
+        16,
+        "images that a device draws at a time, if there are as many; few enough for several "
+        "devices to share a small job",
+        at_least(1),
+    )
 
 
-def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
-    if value is not None and value not in choices:
-        raise SamplingError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(_Options):
+    """What image i depends on, besides the weights, its class and i.
 
-
-def parse_size(image_size: str | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) in pixels of "HxW", or of two whole numbers.
-
-    Raises:
-        SamplingError: not of that form.
+    `generator.fill_settings` puts values in the place of None, and checks what depends on several
+    options or on the model.
     """
-    if isinstance(image_size, str):
-        match = re.fullmatch(r"(\d+)x(\d+)", image_size)
-        sides = map(int, match.groups()) if match else ()
-    else:
-        sides = image_size if isinstance(image_size, Iterable) else ()
-    sides = tuple(sides)
-    if len(sides) != 2 or not all(isinstance(side, numbers.Integral) for side in sides):
-        raise SamplingError(
-            f"image_size is {image_size!r}; expected HxW in pixels, as in 256x384, or two whole "
-            "numbers"
-        )
-    return int(sides[0]), int(sides[1])
+
+    image_size: tuple[int, int] | None = option(
+        None,
+        "height and width in pixels, multiples of the patch, such as 256x384",
+        Range(lambda size: min(size) >= 1, lambda: "HxW or two positive whole numbers"),
+        parse=_parse_size,
+        unset="the size of training",
+    )
+    sampler: str | None = option(
+        None, "the solver", name_in("flowdcn_jax.samplers:SAMPLERS"), unset="euler"
+    )
+    num_steps: int | None = option(
+        None, "steps from noise to image", at_least(1), unset="config.sampling.num_steps"
+    )
+    last_step: float | None = option(
+        None,
+        "length of the last step",
+        Range(lambda length: 0 < length <= 1, lambda: "a length in (0, 1]"),
+        unset="as long as the others",
+    )
+    time_shift: float = option(
+        1.0, "above 1, steps are shorter near the noise, for high resolutions", POSITIVE
+    )
+    diffusion: str | None = option(
+        None,
+        "beta(t) of the SDE samplers, 1 - t for sigma",
+        name_in("flowdcn_jax.samplers:DIFFUSIONS"),
+        unset="sigma",
+    )
+    guidance: float | None = option(
+        None, "guidance weight, 1 for none", at_least(0), unset="config.sampling.guidance"
+    )
+    guidance_channels: str = option(
+        "all",
+        "whether all channels are guided, or the first three alone",
+        name_in("flowdcn_jax.flow.guidance:CHANNELS"),
+    )
+    guidance_interval: tuple[float, float] | None = option(
+        None,
+        "times t with guidance; t=0 is noise, t=1 the image",
+        Range(
+            lambda times: 0 <= times[0] <= times[1] <= 1,
+            lambda: "two times LOW,HIGH in order, in [0, 1]",
+        ),
+        parse=_parse_interval,
+        unset="all t",
+    )
+    guidance_schedule: str = option(
+        "constant",
+        "guidance weight over t; linear and cosine rise from 1 at t=0 to guidance at t=1",
+        name_in("flowdcn_jax.flow.guidance:SCHEDULES"),
+    )
+    resolution_adjustment: str | None = option(
+        None,
+        "how much further deformable blocks reach in larger images",
+        name_in("flowdcn_jax.models.resolution:RESOLUTION_ADJUSTMENTS"),
+        unset="none",
+    )
+    seed: int | None = option(
+        None, "image i depends on it and on i alone", SEED, unset="config.sampling.seed"
+    )
 
 
-def parse_interval(texts: list[str] | None) -> tuple[float, float] | None:
-    """(low, high) of two texts that are numbers; None for None.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelChoice(_Options):
+    """Which weights of a run draw, guide and decode."""
 
-    Raises:
-        SamplingError: not two numbers. Settings checks their range.
-    """
-    if texts is None:
-        return None
-    try:
-        low, high = map(float, texts)
-    except ValueError as error:
-        raise SamplingError(
-            f"guidance_interval is {','.join(texts)!r}; expected two times, as in 0.2,0.8"
-        ) from error
-    return low, high
+    step: int | None = option(None, "checkpoint to use", at_least(0), unset="the newest")
+    guide_workdir: Path | None = option(
+        None,
+        "autoguidance: a run whose weaker model guides instead of no class",
+        unset="the run itself, if there is a guide_step",
+    )
+    guide_step: int | None = option(
+        None,
+        "autoguidance: checkpoint of the guide",
+        at_least(0),
+        unset="the newest, if there is a guide_workdir",
+    )
+    autoencoder: str | None = option(
+        None,
+        "what decodes",
+        name_in("flowdcn_jax.autoencoders:AUTOENCODERS"),
+        parse=_parse_autoencoder,
+        unset="config.autoencoder.name",
+    )
+    autoencoder_weights: Path | None = option(
+        None,
+        "its safetensors file, or the folder",
+        unset="config.autoencoder.weights, if the run names this autoencoder",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output(_Options):
+    """What is written where."""
+
+    out: Path | None = option(
+        None, "output folder", unset="one in WORKDIR/samples for these settings"
+    )
+    save_images: bool = option(False, "write every image as a PNG of its own, too")
+    compare: str | None = option(
+        None,
+        "draw one strip instead, across the values of an option",
+        name_in("flowdcn_jax.sampling.pictures:COMPARISONS"),
+        unset="no strip",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.compare is not None and self.save_images:
+            raise SamplingError("save_images is True; expected False, for a strip is one picture")

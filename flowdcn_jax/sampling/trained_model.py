@@ -2,31 +2,38 @@
 
 import dataclasses
 import functools
+import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flowdcn_jax.autoencoders import Autoencoder, check_fits, load_autoencoder
-from flowdcn_jax.data.manifest import Encoder, find_encoder
-from flowdcn_jax.runs import checkpoint
-from flowdcn_jax.runs.sharding import make_mesh
+from flowdcn_jax.data.prepared import Encoder, find_encoder
+from flowdcn_jax.models import abstract_model
+from flowdcn_jax.options import takes_options
+from flowdcn_jax.precision import compute_dtype
+from flowdcn_jax.runs.checkpoint import Weights, checksum, read_run, restore_ema
+from flowdcn_jax.runs.sharding import make_mesh, replicated
 from flowdcn_jax.sampling.classes import class_words, make_labels, parse_classes
 from flowdcn_jax.sampling.generator import (
-    check_guide,
+    Guide,
     copy_to_devices,
-    load_weights,
+    fill_settings,
+    generate_images,
     make_generator,
 )
-from flowdcn_jax.sampling.request import Request
-from flowdcn_jax.sampling.settings import Settings
+from flowdcn_jax.sampling.settings import ModelChoice, Request, Settings
 
 
-class Source(NamedTuple):
-    """Where weights come from, and what their checkpoint tells without them."""
+class ChosenCheckpoint(NamedTuple):
+    """Where weights lie, and what their checkpoint tells without them."""
 
     workdir: str
     step: int | None  # None: the newest that is whole
@@ -43,8 +50,8 @@ class TrainedModel:
     """
 
     mesh: Mesh
-    source: Source
-    guide_source: Source | None  # of the weaker model of autoguidance
+    checkpoint: ChosenCheckpoint
+    guide_checkpoint: ChosenCheckpoint | None  # of the weaker model of autoguidance
     config: ConfigDict  # the run's, with the autoencoder that decodes
     words: tuple[tuple[str, ...], ...] | None  # of each class
     _generators: dict[Settings, Callable] = dataclasses.field(default_factory=dict, repr=False)
@@ -53,21 +60,25 @@ class TrainedModel:
     def autoencoder(self) -> Autoencoder:
         """What decodes, on every device."""
         autoencoder = load_autoencoder(self.config.autoencoder)
-        check_fits(autoencoder, self.config, origin=self.source.encoder)
+        check_fits(autoencoder, self.config, origin=self.checkpoint.encoder)
         copied = copy_to_devices(autoencoder.params, self.mesh)
         return dataclasses.replace(autoencoder, params=copied)
 
     @functools.cached_property
-    def weights(self) -> checkpoint.Weights:
+    def weights(self) -> Weights:
         """The EMA weights, on every device."""
-        return load_weights(self.source.workdir, self.source.step, self.mesh)
+        return _read_weights(self.checkpoint.workdir, self.checkpoint.step, self.mesh)
 
     @functools.cached_property
-    def guide(self) -> checkpoint.Weights | None:
+    def guide(self) -> Weights | None:
         """The guide's EMA weights, on every device."""
-        if self.guide_source is None:
-            return None
-        return load_weights(self.guide_source.workdir, self.guide_source.step, self.mesh)
+        chosen = self.guide_checkpoint
+        return chosen and _read_weights(chosen.workdir, chosen.step, self.mesh)
+
+    @functools.cached_property
+    def record(self) -> dict[str, Any]:
+        """What of the model images depend on; see `describe`."""
+        return describe(self.weights, self.guide, self.autoencoder, self.config.autoencoder)
 
     def fill_settings(self, settings: Settings) -> Settings:
         """The settings with what is None filled in, once they are known to fit model and guide.
@@ -75,10 +86,8 @@ class TrainedModel:
         Raises:
             SamplingError: a value that the model or the guide cannot serve.
         """
-        settings = settings.for_model(self.config)
-        if self.guide_source is not None:
-            check_guide(self.source.config, self.guide_source.config, settings)
-        return settings
+        chosen = self.guide_checkpoint  # compared with the model as it was trained
+        return fill_settings(settings, self.checkpoint.config, guide=chosen and chosen.config)
 
     def labels(self, request: Request, *, seed: int) -> np.ndarray:
         """Labels of the images asked for, int32 [num_images]; `seed` is of a random order.
@@ -97,21 +106,40 @@ class TrainedModel:
         """`make_generator`'s function for filled settings: compiled once, however often asked."""
         if settings not in self._generators:
             autoencoder = self.autoencoder  # its errors come before the weights are read
+            guide = self.guide and Guide(self.guide_checkpoint.config, self.guide.params)
             self._generators[settings] = make_generator(
-                self.source.config, self.mesh, settings, guide=self.guide, autoencoder=autoencoder
+                self.checkpoint.config, self.mesh, settings, guide=guide, autoencoder=autoencoder
             )
         return self._generators[settings]
 
+    def round_size(self, num_images: int, *, batch_size: int) -> int:
+        """Images that all devices together draw at a time.
 
+        A device's part is the same for any number of devices, as rounding is. So a last round may
+        draw copies, on devices that would have nothing to do.
+        """
+        return min(batch_size, num_images) * self.mesh.size
+
+    def draw(
+        self, settings: Settings, labels: np.ndarray, *, batch_size: int, progress: bool = True
+    ) -> np.ndarray:
+        """Images of `labels` [n], uint8 [n,H,W,C], batch_size or fewer at a time on each device.
+
+        `settings` are filled; image i has index i.
+        """
+        _, images = generate_images(
+            self.generator(settings),
+            self.weights.params,
+            labels,
+            batch_size=self.round_size(len(labels), batch_size=batch_size),
+            progress=progress,
+        )
+        return images
+
+
+@takes_options
 def load_trained(
-    workdir: str | Path,
-    *,
-    step: int | None = None,
-    guide_workdir: str | Path | None = None,
-    guide_step: int | None = None,
-    autoencoder: str | None = None,
-    autoencoder_weights: str | Path | None = None,
-    mesh: Mesh | None = None,
+    workdir: str | Path, choice: ModelChoice, *, mesh: Mesh | None = None
 ) -> TrainedModel:
     """The EMA weights of a run, and of a guide if one is named, on every device of `mesh`.
 
@@ -119,36 +147,106 @@ def load_trained(
 
     Args:
         workdir: the --workdir of the training run.
-        step: its checkpoint; None: the newest.
-        guide_workdir: the run of the guide; None: `workdir`, if guide_step is given.
-        guide_step: the guide's checkpoint; None: the newest, if guide_workdir is given.
-        autoencoder: what decodes; None: the run's.
-        autoencoder_weights: its file or folder; None: the run's, if the run names this autoencoder.
         mesh: all devices of all processes by default.
+        OPTIONS
+
+    Raises:
+        SamplingError: a value out of range.
+        flowdcn_jax.runs.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
+    """
+    chosen, guide = _choose_checkpoint(workdir, choice.step), None
+    if choice.guide_workdir is not None or choice.guide_step is not None:
+        guide = _choose_checkpoint(choice.guide_workdir or workdir, choice.guide_step)
+    return TrainedModel(
+        mesh=make_mesh() if mesh is None else mesh,
+        checkpoint=chosen,
+        guide_checkpoint=guide,
+        config=_with_autoencoder(chosen.config, choice.autoencoder, choice.autoencoder_weights),
+        words=class_words(chosen.config.model.num_classes, chosen.class_names),
+    )
+
+
+def load_model(workdir: str | Path, step: int | None = None) -> tuple[nnx.Module, ConfigDict]:
+    """The model of a training run with its EMA weights, and the run's config.
+
+    Args:
+        workdir: the --workdir of the run.
+        step: the checkpoint to read; the newest by default.
+
+    Returns:
+        (model, config): model(x [B,H,W,C], t [B], y [B]) -> velocity [B,H,W,C].
 
     Raises:
         flowdcn_jax.runs.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
-    source, guide_source = _read_source(workdir, step), None
-    if guide_workdir is not None or guide_step is not None:
-        guide_source = _read_source(guide_workdir or workdir, guide_step)
-    return TrainedModel(
-        mesh=make_mesh() if mesh is None else mesh,
-        source=source,
-        guide_source=guide_source,
-        config=_with_autoencoder(source.config, autoencoder, autoencoder_weights),
-        words=class_words(source.config.model.num_classes, source.class_names),
-    )
+    weights = _read_weights(str(workdir), step, make_mesh(devices=jax.local_devices()[:1]))
+    graphdef, _ = abstract_model(weights.config.model)
+    return nnx.merge(graphdef, weights.params), weights.config
 
 
-def _read_source(workdir: str | Path, step: int | None) -> Source:
-    run = checkpoint.read_run(str(workdir), step)
+def describe(
+    weights: Weights,
+    guide: Weights | None,
+    autoencoder: Autoencoder,
+    autoencoder_config: ConfigDict,
+) -> dict[str, Any]:
+    """What of a model images depend on, as JSON takes it: the same record, the same images."""
+
+    def network(weights: Weights) -> dict[str, Any]:
+        return {
+            "step": weights.step,
+            "checksum": digest(checksum(weights.params)),
+            "config": _resolved(weights.config.model),
+            "image_size": weights.config.data.image_size,  # resolution adjustments start from it
+        }
+
+    decoder = _resolved(autoencoder_config)
+    decoder.pop("weights", None)  # where they lie; their digest says which they are
+    return {
+        "model": network(weights),
+        "guide": guide and network(guide),
+        "autoencoder": decoder
+        | {
+            "weights_sha256": autoencoder.weights_sha256,
+            "scale": autoencoder.scale,
+            "shift": autoencoder.shift,
+        },
+    }
+
+
+def digest(tree: Any) -> str:
+    """Eight hexadecimal digits that tell a JSON value from others."""
+    return f"{zlib.crc32(json.dumps(tree, sort_keys=True).encode()):08x}"
+
+
+def _resolved(section: ConfigDict) -> dict[str, Any]:
+    """A section of a config with the dtype that "auto" stands for on these devices."""
+    dtype = np.dtype(compute_dtype(section.dtype)).name
+    return json.loads(section.to_json()) | {"dtype": dtype}
+
+
+def _read_weights(workdir: str, step: int | None, mesh: Mesh) -> Weights:
+    """EMA weights, copied to every device of `mesh`."""
+
+    def abstract_params(config: ConfigDict):
+        _, params = abstract_model(config.model)
+        sharding = replicated(mesh)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), params
+        )
+
+    return restore_ema(workdir, step, abstract_params)
+
+
+def _choose_checkpoint(workdir: str | Path, step: int | None) -> ChosenCheckpoint:
+    run = read_run(str(workdir), step)
+    config = ConfigDict(run.config)
     identity = run.data_identity
     encoder = find_encoder(identity) if identity and "settings" in identity else None
-    return Source(str(workdir), step, ConfigDict(run.config), run.class_names, encoder)
+    return ChosenCheckpoint(str(workdir), step, config, run.class_names, encoder)
 
 
-def _with_autoencoder(config: ConfigDict, name: str | None, weights) -> ConfigDict:
+def _with_autoencoder(config: ConfigDict, name: str | None, weights: Path | None) -> ConfigDict:
     """A copy of a run's config that decodes with another autoencoder, or with weights elsewhere.
 
     Another `name` has its own weights: those of the config are then left out.

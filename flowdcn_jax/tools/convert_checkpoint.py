@@ -50,7 +50,7 @@ def main() -> None:
     which = "its only weights" if origin["weights"] == "only" else f"its {_WEIGHTS.value} weights"
     print(f"{_WORKDIR.value}: {origin['file']}, a {origin['format']}, {which}")
     decoder = ["--autoencoder=sd_vae", "--autoencoder_weights=sd-vae-ft-ema"]
-    latents = config.autoencoder.name == "none" and config.model.in_channels == 4
+    latents = config.autoencoder.name == "preview" and config.model.in_channels == 4
     _print_command("to sample:    ", "sample.py", *(decoder if latents else []))
     keys = [f"--config.{key}={value}" for key, value in (config_flag.overrides() | changed).items()]
     file = flags.FLAGS["config"].config_filename

@@ -1,6 +1,7 @@
 """The training run: stages in the order in which they happen, then the loop."""
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from flowdcn_jax.images import save_png
 from flowdcn_jax.runs import checkpoint, description, record
 from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.runs.state import TrainState, abstract_state, initial_state, state_from_weights
+from flowdcn_jax.runs.workdir import workdir_lock
 from flowdcn_jax.training import inputs
 from flowdcn_jax.training.metrics import (
     MetricWriter,
@@ -32,7 +34,6 @@ from flowdcn_jax.training.metrics import (
 )
 from flowdcn_jax.training.preemption import Preemption
 from flowdcn_jax.training.step import make_train_step
-from flowdcn_jax.training.workdir_lock import workdir_lock
 
 SAMPLES_FOLDER = "samples"
 
@@ -103,27 +104,34 @@ def train(
         if saved is not None:
             record.check_resumable(saved.config, config, weights_only=saved.weights_only)
             record.check_same_data(saved, source)
-        params = abstract_state(config, mesh).params
-        told = description.describe(config, changed or {}, mesh, params)
+        abstract = abstract_state(config, mesh)
+        told = description.describe(config, changed or {}, mesh, abstract.params)
         say(description.as_text(told))
-        if dry_run:
-            compile_steps(config, source, mesh, say=say)
-            return True
 
         # The state to go on from.
-        keep, keep_every_steps = config.checkpoint.keep, config.checkpoint.keep_every_steps
-        checkpointer = checkpoint.Checkpointer(
-            workdir, keep=keep, keep_every_steps=keep_every_steps
-        )
-        stack.callback(checkpointer.close)
-        state = starting_state(config, mesh, checkpointer)
-        step = start_step = int(state.step)
+        step = start_step = 0
+        if not dry_run:
+            keep, keep_every_steps = config.checkpoint.keep, config.checkpoint.keep_every_steps
+            checkpointer = checkpoint.Checkpointer(
+                workdir, keep=keep, keep_every_steps=keep_every_steps
+            )
+            stack.callback(checkpointer.close)
+            state = starting_state(config, mesh, checkpointer)
+            step = start_step = int(state.step)
         if start_step >= num_steps:
             logging.warning("step %d of %d is done: nothing to do", start_step, num_steps)
             return True
 
-        # The step, compiled for each shape of batch; and what reports of it.
-        train_steps = compile_steps(config, source, mesh, say=say)
+        # The step, compiled for each shape of batch.
+        say(f"compiling the train step for mesh {dict(mesh.shape)}")
+        lower = functools.partial(make_train_step(config, mesh).lower, abstract)
+        train_steps = compile_steps(
+            list(map(lower, inputs.batch_shapes(config, source, mesh))), source, say=say
+        )
+        if dry_run:
+            return True
+
+        # What reports of it.
         draw_grid = make_grid_drawer(config, mesh, autoencoder)
         flops_per_image = train_flops_per_image(config, source)
         if main:
@@ -194,24 +202,23 @@ def starting_state(config, mesh: Mesh, checkpointer: checkpoint.Checkpointer) ->
     return state
 
 
-def compile_steps(config, source, mesh: Mesh, *, say: Callable) -> dict[tuple, Callable]:
-    """The train step, compiled for each shape [B,H,W,C] of batches, by that shape.
+def compile_steps(
+    lowered: list[jax.stages.Lowered], source, *, say: Callable
+) -> dict[tuple, Callable]:
+    """The train step, lowered for each shape [B,H,W,C] of batches, compiled, by that shape.
 
-    The shapes are compiled side by side: one after the other takes minutes on a GPU.
+    They are compiled side by side: one after the other takes minutes on a GPU.
     """
-    say(f"compiling the train step for mesh {dict(mesh.shape)}")
-    train_step, state = make_train_step(config, mesh), abstract_state(config, mesh)
-    shapes = inputs.batch_shapes(config, source, mesh)
-    buckets = buckets_of(source)
     start_s = time.perf_counter()
     compiled = {}
     with ThreadPoolExecutor() as pool:  # a compilation keeps one core busy, and no more
-        compiling = [pool.submit(train_step.lower(state, batch).compile) for batch in shapes]
-        for bucket, batch, program in zip(buckets, shapes, compiling, strict=True):
+        compiling = [pool.submit(each.compile) for each in lowered]
+        for bucket, program, each in zip(buckets_of(source), compiling, lowered, strict=True):
+            _, batch = each.args_info[0]
             compiled[batch["image"].shape] = program.result()
-            if len(buckets) > 1:
+            if len(lowered) > 1:
                 say(
-                    f"compiled {len(compiled)} of {len(buckets)} shapes: {bucket.image_shape}, "
+                    f"compiled {len(compiled)} of {len(lowered)} shapes: {bucket.image_shape}, "
                     f"{len(bucket)} images (after {time.perf_counter() - start_s:.0f} s)"
                 )
     return compiled

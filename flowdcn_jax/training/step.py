@@ -32,10 +32,12 @@ def make_train_step(config, mesh: Mesh):
     schedule = learning_rate_schedule(config.optimizer)
     shardings = state_sharding(abstract_state(config, mesh), mesh)
     batch_keys = jax.random.fold_in(jax.random.key(config.seed), STEP_KEY_SALT)
-    loss_fn = functools.partial(
-        velocity_loss,
-        velocity_fn=functools.partial(apply_model, graphdef),
-        null_class=config.model.num_classes,
+    value_and_grad = jax.value_and_grad(
+        functools.partial(
+            velocity_loss,
+            velocity_fn=functools.partial(apply_model, graphdef),
+            null_class=config.model.num_classes,
+        )
     )
 
     def train_step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -46,10 +48,11 @@ def make_train_step(config, mesh: Mesh):
             time_distribution=config.flow.time_distribution,
             label_dropout=config.flow.label_dropout,
         )
-        rows = (data, batch["label"], draws)
-        loss, grads = accumulated_gradients(
-            loss_fn, state.params, rows, config.train.accumulation_steps, mesh
-        )
+        rows, num_parts = (data, batch["label"], draws), config.train.accumulation_steps
+        if num_parts == 1:
+            loss, grads = value_and_grad(state.params, *rows)
+        else:
+            loss, grads = accumulate(value_and_grad, state.params, rows, num_parts, mesh)
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         grad_norm = optax.tree.norm(grads)
         if config.optimizer.clip_norm is not None:
@@ -73,16 +76,12 @@ def make_train_step(config, mesh: Mesh):
     )
 
 
-def accumulated_gradients(loss_fn, params, rows, num_parts: int, mesh: Mesh):
-    """(loss, grads) of loss_fn(params, *rows) over the whole batch, taken in num_parts parts.
+def accumulate(value_and_grad, params, rows, num_parts: int, mesh: Mesh):
+    """value_and_grad(params, *rows) of the whole batch, taken in num_parts parts.
 
     The parts interleave (part i holds rows i, i + num_parts, ...), so that each device keeps the
     rows it has.
     """
-    value_and_grad = jax.value_and_grad(loss_fn)
-    if num_parts == 1:
-        return value_and_grad(params, *rows)
-
     split = NamedSharding(mesh, PartitionSpec(None, AXES))
 
     def to_parts(x):

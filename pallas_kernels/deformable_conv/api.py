@@ -1,9 +1,12 @@
 """The public deformable aggregation: checks its arguments and picks an implementation."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.deformable_conv.points import Multiscale, Offsets, Points
+from pallas_kernels.deformable_conv.limits import MAX_ELEMENTS, MAX_SIDE
+from pallas_kernels.deformable_conv.points import Multiscale, Offsets
 from pallas_kernels.deformable_conv.xla import deformable_aggregate_xla
 from pallas_kernels.devices import why_no_nvidia_kernels
 
@@ -24,28 +27,34 @@ def deformable_aggregate(
     """out[b, q, g] = sum over k of weights[b, q, g, k] * sample(values[b, :, :, g], q + offset k).
 
     The operator of FlowDCN (arXiv 2410.22655) between its projections. `sample` is bilinear;
-    `reference.py` says what it does at the border, and with coordinates that are not finite (they
-    add nothing). Differentiable once, in reverse mode; works under jit, vmap and remat; a batch
-    axis sharded over a mesh stays so.
+    `reference.py` says what it does at the border, and with numbers that are not finite: points
+    with such a coordinate add nothing and have gradients of zero. Differentiable once, in reverse
+    mode; works under jit, vmap and remat; a batch axis sharded over a mesh stays so.
 
     Args:
-      values: [B, h, w, G, C], float32, bfloat16 or float16.
+      values: [B, h, w, G, C], float32, bfloat16 or float16. h and w are at most 2^24, and h w is
+        below 2^31.
       offsets: [B, h, w, G, K, 2], each sampling point from its query, (dx, dy) in tokens; float32
         or the dtype of `values`.
       weights: [B, h, w, G, K], of each sampling point; float32 or the dtype of `values`.
       boundary: "zeros" (the image is padded with zeros; for new training) or "truncate" (as in the
         kernels released with the paper; for released weights).
-      implementation: "pallas", kernels for NVIDIA GPUs; "xla", plain JAX for any platform; None
-        takes "pallas" where the default device can run it, and else "xla".
+      implementation: "pallas", kernels for NVIDIA GPUs, whose arrays have less than 2^31 elements;
+        "xla", plain JAX for any platform; None takes "pallas" where the default device can run it
+        and the arrays are not too large (the parts that a device has, if they are sharded), and
+        else "xla".
       deterministic: whether two runs must give the same bits. Both implementations always do.
 
     Returns:
       [B, h, w, G, C] in the dtype of `values`. Coordinates and sums are float32 inside, and each
-      gradient has the dtype of its input.
+      gradient has the dtype of its input. What a query's weights give to a token may be rounded to
+      16 bits before it is multiplied: to bfloat16 if `values` are bfloat16, and to float16 if
+      `values` and `weights` both are. It then has to be less than 65504, and loses bits below 6e-5;
+      float32 `weights` of float16 `values` may be of any size.
 
     Raises:
       ValueError: a shape, `boundary` or `implementation` is not one of those above, or "pallas" is
-        asked for where there is no NVIDIA GPU.
+        asked for where there is no NVIDIA GPU, or for larger arrays.
       TypeError: an argument is not an array, or its dtype is not one of those above.
       NotImplementedError: the result is differentiated twice.
     """
@@ -54,7 +63,8 @@ def deformable_aggregate(
     _check_per_point("weights", weights, values, "K")
     _check_per_point("offsets", offsets, values, "K, 2", weights)
     points = Offsets(jnp.asarray(offsets), jnp.asarray(weights))
-    return _aggregate(jnp.asarray(values), points, boundary, implementation)
+    aggregate, options = _implementation(boundary, implementation)
+    return aggregate(jnp.asarray(values), points, *options)
 
 
 def multiscale_deformable_aggregate(
@@ -74,6 +84,11 @@ def multiscale_deformable_aggregate(
 
     offsets = (directions + direction_prior) * sigmoid(scales + scale_prior) * max_scale, in float32
     (paper section 3.2). Differentiable in all positional arguments.
+
+    A point whose offset is not finite, whichever of these numbers is the cause, adds nothing to the
+    output; the gradients of its direction, scale and weight are zero, and it adds nothing to that
+    of the scale prior. Scales of plus or minus infinity mean fractions of 1 and 0. The gradient of
+    the scale prior is the float32 sum of those of the scales, each possibly rounded to their dtype.
 
     Args:
       values: [B, h, w, G, C], float32, bfloat16 or float16.
@@ -115,24 +130,25 @@ def multiscale_deformable_aggregate(
         jax.lax.stop_gradient(direction_prior),
         jax.lax.stop_gradient(jnp.broadcast_to(max_scale, (2,))),
     )
-    return _aggregate(jnp.asarray(values), points, boundary, implementation)
+    aggregate, options = _implementation(boundary, implementation)
+    return aggregate(jnp.asarray(values), points, *options)
 
 
-def _aggregate(values, points: Points, boundary: str, implementation: str | None) -> jax.Array:
+def _implementation(boundary: str, implementation: str | None) -> tuple[Callable, tuple]:
+    """What gives the result from (values, points, *options), and the options."""
     _check_choice("boundary", boundary, BOUNDARIES)
-    if implementation is None:
+    left_to_us = implementation is None
+    if left_to_us:
         implementation = "xla" if why_not_pallas() else "pallas"
     _check_choice("implementation", implementation, IMPLEMENTATIONS)
-    if implementation == "pallas":
-        if reason := why_not_pallas():
-            raise ValueError(f"implementation is 'pallas', which can't run here: {reason}")
-        # Imported here: it needs private modules of JAX, on which plain JAX shall not depend.
-        from pallas_kernels.deformable_conv.pallas import deformable_aggregate_pallas
+    if implementation == "xla":
+        return deformable_aggregate_xla, (boundary,)
+    if reason := why_not_pallas():
+        raise ValueError(f"implementation is 'pallas', which can't run here: {reason}")
+    # Imported here: it needs private modules of JAX, on which plain JAX shall not depend.
+    from pallas_kernels.deformable_conv.pallas import deformable_aggregate_pallas
 
-        return deformable_aggregate_pallas(values, points, boundary)
-    if isinstance(points, Multiscale):
-        points = points.to_offsets()
-    return deformable_aggregate_xla(values, *points, boundary)
+    return deformable_aggregate_pallas, (boundary, False, left_to_us)
 
 
 def why_not_pallas() -> str | None:
@@ -156,6 +172,12 @@ def _check_values(values: jax.Array) -> None:
     if len(values.shape) != 5 or 0 in values.shape:
         raise ValueError(
             f"values has shape {values.shape}; expected [B, h, w, G, C] with no axis empty"
+        )
+    h, w = values.shape[1:3]
+    if max(h, w) > MAX_SIDE or h * w > MAX_ELEMENTS:
+        raise ValueError(
+            f"values has shape {values.shape}; expected h and w of at most {MAX_SIDE}, and at most"
+            f" {MAX_ELEMENTS} tokens h w"
         )
     if values.dtype.name not in VALUE_DTYPES:
         raise TypeError(

@@ -13,7 +13,10 @@ from pallas_kernels.deformable_conv import (
     row_products,
     row_slices,
     sparse_matrix,
+    tent,
 )
+from pallas_kernels.deformable_conv.limits import product_dtype, why_not_indexable
+from pallas_kernels.deformable_conv.points import Points
 from pallas_kernels.deformable_conv.tiles import Grid
 
 LOAD_BYTES = 16  # of one load instruction of one thread
@@ -88,8 +91,39 @@ class Blocks(NamedTuple):
     values_gradient: PointLists | SparseMatrix | TransposedProduct
 
 
-def choose(h: int, w: int, channels: int, num_points: int, dtype, *, hopper: bool) -> Blocks:
-    """The block sizes for images of h x w tokens, on a Hopper GPU or another one."""
+def choose(
+    h: int, w: int, channels: int, num_points: int, dtype, weights_dtype=None, *, hopper: bool
+) -> Blocks:
+    """The block sizes for images of h x w tokens, on a Hopper GPU or another one.
+
+    Values are of `dtype`, and so are the weights by default.
+    """
+    sizes = h, w, channels, num_points
+    blocks = _choose(*sizes, dtype, hopper)
+    product = product_dtype(dtype, weights_dtype or dtype)
+    if product != jnp.dtype(dtype):  # as for float32, where kernels multiply by weights
+        others = _choose(*sizes, product, hopper)
+        blocks = blocks._replace(forward=others.forward, values_gradient=others.values_gradient)
+    return blocks
+
+
+def why_not_forward(values, points: Points) -> str | None:
+    """Why the kernels can't do a forward pass of arrays of such shapes; None if they can."""
+    return why_not_indexable(array.shape for array in (values, *points))
+
+
+def why_not_backward(values, points: Points, blocks: Blocks) -> str | None:
+    """The same of a backward pass with the kernels of `blocks`."""
+    tiling, (batch, h, w, groups, _) = blocks.values_gradient, values.shape
+    if reason := why_not_forward(values, points):
+        return reason
+    if isinstance(tiling, TransposedProduct) and tiling.skip:
+        queries, tokens = Grid(h, w, *tiling.query_tile), Grid(h, w, *tiling.token_tile)
+        return why_not_indexable([tent.connections_shape(batch, groups, queries, tokens)])
+    return None
+
+
+def _choose(h: int, w: int, channels: int, num_points: int, dtype, hopper: bool) -> Blocks:
     blocks = _choose_triton(h, w, channels, num_points, dtype)
     few_tokens, wide = h * w <= FEW_TOKENS, jnp.dtype(dtype).itemsize > 2
     slices = None

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pallas_kernels.deformable_conv.interpolation import corners, discard_non_finite
+from pallas_kernels.deformable_conv.interpolation import corners
 from pallas_kernels.deformable_conv.points import Points
 
 
@@ -34,7 +34,7 @@ def image_of(values, points: Points, h: int, w: int, boundary: str) -> Image:
 def located(points: Points, query_x, query_y, image: Image):
     """(the lane's point, its corners along x, along y)."""
     point = points.point(lambda field, k, *index: field[index[0]] if index else field, 0)
-    x, y = discard_non_finite(point.dx + query_x, point.dy + query_y)
+    x, y, point = point.seen_from(query_x, query_y)
     return point, corners(x, image.w, image.boundary), corners(y, image.h, image.boundary)
 
 

@@ -28,9 +28,14 @@ class Corners(NamedTuple):
     slope: tuple[jax.Array, jax.Array]  # d weight / d coordinate: -1, +1; 0 where outside
 
 
+def are_finite(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Whether neither coordinate is NaN or infinite."""
+    return (jnp.abs(x) < jnp.inf) & (jnp.abs(y) < jnp.inf)
+
+
 def discard_non_finite(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The coordinates, moved to where nothing is sampled if either is NaN or infinite."""
-    finite = (jnp.abs(x) < jnp.inf) & (jnp.abs(y) < jnp.inf)
+    finite = are_finite(x, y)
     return jnp.where(finite, x, NOWHERE), jnp.where(finite, y, NOWHERE)
 
 

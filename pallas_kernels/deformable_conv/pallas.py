@@ -5,11 +5,13 @@ gathers (`gather.py`) elsewhere. Backward, the gradient of the values is a produ
 transposed matrix (`tent.py`), and those of the sampling points come from products of rows
 (`products.py`). On Hopper most of it is done in shared memory, by gathers (`row_products.py`,
 `row_slices.py`, `row_gather.py`) or by the interpolation matrix (`sparse_matrix.py`,
-`sparse_transpose.py`), or from sorted points (`list_gradient.py`). `blocks.choose` decides. Nothing
-is added up in an order that changes from run to run.
+`sparse_transpose.py`), or from sorted points (`list_gradient.py`). `blocks.choose` decides. Arrays
+with more elements than int32 counts are left to plain JAX. Nothing is added up in an order that
+changes from run to run.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -39,8 +41,11 @@ from pallas_kernels.deformable_conv.blocks import (
     RowSlices,
     SparseMatrix,
     choose,
+    why_not_backward,
+    why_not_forward,
 )
 from pallas_kernels.deformable_conv.derivatives import differentiable_no_more
+from pallas_kernels.deformable_conv.limits import product_dtype
 from pallas_kernels.deformable_conv.points import (
     Multiscale,
     Offsets,
@@ -49,29 +54,36 @@ from pallas_kernels.deformable_conv.points import (
     flatten_tokens,
 )
 from pallas_kernels.deformable_conv.tiles import Grid
+from pallas_kernels.deformable_conv.xla import deformable_aggregate_xla
 from pallas_kernels.devices import is_hopper
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def deformable_aggregate_pallas(
-    values: jax.Array, points: Points, boundary: str, interpret: bool = False
+    values: jax.Array,
+    points: Points,
+    boundary: str,
+    interpret: bool = False,
+    or_xla: bool = False,
 ) -> jax.Array:
     """`api.deformable_aggregate` without its checks.
 
-    `interpret` runs the kernels on any platform, slowly, for tests.
+    `interpret` runs the kernels on any platform, slowly, for tests. With `or_xla` plain JAX does
+    what is too large for them on a device, which otherwise is a ValueError.
     """
-    (out,) = _sharded(_forward, type(points), boundary, interpret)(values, *points)
+    (out,) = _sharded(_forward, type(points), boundary, interpret, or_xla)(values, *points)
     return out
 
 
-def _vjp_forward(values, points, boundary, interpret):
-    out = deformable_aggregate_pallas(values, points, boundary, interpret)
+def _vjp_forward(values, points, *options):
+    (out,) = _sharded(_forward, type(points), *options)(values, *points)
     return out, (values, points)
 
 
-def _vjp_backward(boundary, interpret, residuals, d_out):
+def _vjp_backward(boundary, interpret, or_xla, residuals, d_out):
     (values, points), d_out = differentiable_no_more((residuals, d_out))
-    gradients = _sharded(_backward, type(points), boundary, interpret)(values, *points, d_out)
+    backward = _sharded(_backward, type(points), boundary, interpret, or_xla)
+    gradients = backward(values, *points, d_out)
     d_values, *d_points = gradients
     rest = [jnp.zeros_like(field) for field in points[len(d_points) :]]
     if isinstance(points, Multiscale):
@@ -86,7 +98,10 @@ deformable_aggregate_pallas.defvjp(_vjp_forward, _vjp_backward)
 # --- one device --------------------------------------------------------------------------------
 
 
-def _forward(values, *fields, form: type, boundary: str, interpret: bool) -> tuple[jax.Array]:
+def _forward(form: type, boundary: str, interpret: bool, or_xla: bool, values, *fields):
+    """(out,)."""
+    if _too_large(why_not_forward(values, form(*fields)), or_xla):
+        return (deformable_aggregate_xla(values, form(*fields), boundary),)
     values_flat, points, blocks = _prepare(values, form(*fields), interpret)
     h, w = values.shape[1:3]
     tiling = blocks.forward
@@ -108,16 +123,22 @@ def _forward(values, *fields, form: type, boundary: str, interpret: bool) -> tup
             tokens=Grid(h, w, *tiling.token_tile),
             **options,
         )
-    parts = [forward(part, points) for part in _channel_parts(values_flat)]
+    parts = list(map(forward, _channel_parts(values_flat), itertools.repeat(points)))
     return (jnp.concatenate(parts, axis=-1).reshape(values.shape),)
 
 
-def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: bool):
+def _backward(form: type, boundary: str, interpret: bool, or_xla: bool, values, *fields_and_d_out):
     """(d values, gradients of the per-query fields of the points)."""
     *fields, d_out = fields_and_d_out
-    inputs = (values, *form(*fields).per_query)
+    points = form(*fields)
+    inputs = (values, *points.per_query)
     h, w = values.shape[1:3]
-    values, points, blocks = _prepare(values, form(*fields), interpret)
+    values_flat, points_flat, blocks = _prepare(values, points, interpret)
+    if _too_large(why_not_backward(values, points, blocks), or_xla):
+        plain = functools.partial(deformable_aggregate_xla, boundary=boundary)
+        d_values, d_points = jax.vjp(plain, values, points)[1](d_out)
+        return d_values, *d_points.per_query
+    values, points = values_flat, points_flat
     d_out_parts = _channel_parts(flatten_tokens(d_out))
     options = dict(boundary=boundary, interpret=interpret)
 
@@ -161,7 +182,7 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
             sparse_transpose.values_gradient, extents=extents, h=h, w=w, window=tiling.window
         )
     else:
-        if tiling.skip and isinstance(points, Multiscale):
+        if tiling.skip:
             points = points.to_offsets()  # each is wanted by several tiles of tokens
         values_gradient = functools.partial(
             tent.values_gradient,
@@ -170,8 +191,10 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
             tiles_per_program=tiling.tiles_per_program,
             skip=tiling.skip,
         )
+    dtype = product_dtype(values.dtype, points.weights.dtype)
     d_values = [
-        values_gradient(points, part, num_warps=tiling.num_warps, **options) for part in d_out_parts
+        values_gradient(points, part.astype(dtype), num_warps=tiling.num_warps, **options)
+        for part in d_out_parts
     ]
     gradients = (jnp.concatenate(d_values, axis=-1), *d_points)
     return tuple(
@@ -182,8 +205,19 @@ def _backward(values, *fields_and_d_out, form: type, boundary: str, interpret: b
 def _prepare(values, points: Points, interpret: bool) -> tuple[jax.Array, Points, Blocks]:
     h, w, _, channels = values.shape[1:]
     num_points, hopper = points.weights.shape[-1], is_hopper() and not interpret
-    blocks = choose(h, w, channels, num_points, values.dtype, hopper=hopper)
+    dtypes = values.dtype, points.weights.dtype
+    blocks = choose(h, w, channels, num_points, *dtypes, hopper=hopper)
     return flatten_tokens(values), flatten_points(points), blocks
+
+
+def _too_large(reason: str | None, or_xla: bool) -> bool:
+    """Whether plain JAX has to do what the kernels can't, for a reason."""
+    if reason and not or_xla:
+        raise ValueError(
+            f"implementation is 'pallas', whose kernels can't take such arrays: {reason}. Split "
+            "the batch, or leave the choice of an implementation out"
+        )
+    return reason is not None
 
 
 def _channel_parts(array: jax.Array) -> list[jax.Array]:
@@ -204,7 +238,9 @@ _SHARDABLE = ("b", "g")  # images and groups have nothing to do with one another
 
 
 @functools.cache
-def _sharded(function: Callable, form: type, boundary: str, interpret: bool) -> Callable:
+def _sharded(
+    function: Callable, form: type, boundary: str, interpret: bool, or_xla: bool
+) -> Callable:
     """`function` of (values, *points, *others), run by each device on its images and groups.
 
     Under vmap the mapped axis becomes a part of the batch.
@@ -212,8 +248,8 @@ def _sharded(function: Callable, form: type, boundary: str, interpret: bool) -> 
     backward = function is _backward
     arguments = (_VALUES, *_FIELDS[form], *((_VALUES,) if backward else ()))
     results = (_VALUES, *(_FIELDS[form][: _PER_QUERY[form]] if backward else ()))
-    local = functools.partial(function, form=form, boundary=boundary, interpret=interpret)
-    split = custom_partitioning(lambda *args: local(*args))
+    local = functools.partial(function, form, boundary, interpret, or_xla)
+    split = custom_partitioning(local)
 
     def shardings(mesh, arg_infos, axes):
         spec = tuple(arg_infos[0].sharding.spec) + (None,) * 5

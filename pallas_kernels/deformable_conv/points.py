@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.deformable_conv.interpolation import are_finite, discard_non_finite
+
 
 class Point(NamedTuple):
     """One sampling point of many queries; arrays are float32, an entry a query."""
@@ -21,6 +23,23 @@ class Point(NamedTuple):
     weight: jax.Array
     # (d dx, d dy, d weight) -> gradients of the per-query fields, of a pair (x, y) as a tuple.
     pull_back: Callable
+
+    def seen_from(self, query_x, query_y) -> tuple[jax.Array, jax.Array, "Point"]:
+        """(x, y, point): its coordinates, for queries that are there, all finite.
+
+        A point whose coordinates are not has neither weight nor gradients, and samples nothing.
+        """
+        x, y = self.dx + query_x, self.dy + query_y
+        finite = are_finite(x, y)
+
+        def keep(number):
+            return jnp.where(finite, number, 0.0)
+
+        def pull_back(*gradients):
+            return jax.tree.map(keep, self.pull_back(*gradients))
+
+        point = self._replace(weight=keep(self.weight), pull_back=pull_back)
+        return *discard_non_finite(x, y), point
 
 
 class Offsets(NamedTuple):
@@ -48,6 +67,9 @@ class Offsets(NamedTuple):
         """Point k; read(field, *index) gives the queries' entries of a per-query field."""
         dx, dy = read(self.offsets, k, 0), read(self.offsets, k, 1)
         return Point(dx, dy, read(self.weights, k), lambda dx, dy, weight: ((dx, dy), weight))
+
+    def to_offsets(self) -> "Offsets":
+        return self
 
 
 class Multiscale(NamedTuple):
@@ -87,17 +109,28 @@ class Multiscale(NamedTuple):
         return Point(dx, dy, read(self.weights, k), pull_back)
 
     def to_offsets(self) -> Offsets:
-        """The same sampling points by their offsets, in float32."""
+        """The same sampling points by their offsets, in float32.
+
+        One whose offset is not finite has no gradients, or 0 times infinity would be in them.
+        """
         scales = self.scales.astype(jnp.float32) + self.scale_prior[:, None]
-        radius = jax.nn.sigmoid(scales)[..., None] * self.max_scale
         directions = self.directions.astype(jnp.float32) + self.direction_prior
-        return Offsets(directions * radius, self.weights)
+
+        def offsets_of(directions, scales):
+            return directions * (jax.nn.sigmoid(scales)[..., None] * self.max_scale)
+
+        offsets = offsets_of(directions, scales)
+        finite = are_finite(offsets[..., 0], offsets[..., 1])
+        scales = jnp.where(finite, scales, jax.lax.stop_gradient(scales))
+        directions = jnp.where(finite[..., None], directions, jax.lax.stop_gradient(directions))
+        return Offsets(offsets_of(directions, scales), self.weights)
 
 
 def _sigmoid(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(sigmoid(x), 1 - sigmoid(x)), each to full precision."""
-    # exp2 is an instruction, exp is ten. Beyond -80, the last product would be 0 times infinity.
-    e = jnp.exp2(jnp.maximum(x, -80.0) * -1.4426950408889634)
+    # Beyond -80, the last product would be 0 times infinity. Triton's maximum would lose a NaN.
+    x = jnp.where(x < -80.0, -80.0, x)
+    e = jnp.exp2(x * -1.4426950408889634)  # an instruction; exp is ten
     # GPUs have an instruction for rsqrt, but divide in a dozen.
     sigmoid = jnp.square(jax.lax.rsqrt(1 + e))
     return sigmoid, e * sigmoid

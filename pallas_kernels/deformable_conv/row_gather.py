@@ -38,6 +38,7 @@ from pallas_kernels.deformable_conv.inner_corners import (
     weights_of_three,
 )
 from pallas_kernels.deformable_conv.launch import launch
+from pallas_kernels.deformable_conv.limits import MAX_ELEMENTS
 from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD, exchange_bytes
 from pallas_kernels.deformable_conv.points import Points
 from pallas_kernels.deformable_conv.warp import LANES, Warp
@@ -57,6 +58,8 @@ def why_not(h: int, w: int, channels: int, num_points: int) -> str | None:
         return f"there are {channels} channels; expected a multiple of {SHARERS} to {MAX_CHANNELS}"
     if num_points > MAX_POINTS:
         return f"there are {num_points} points; expected at most {MAX_POINTS}"
+    if h * w * channels * WORD > MAX_ELEMENTS:  # places are in bytes
+        return f"the images are {h} x {w}; expected such that int32 counts their bytes"
     return None
 
 

@@ -30,8 +30,7 @@ class SimulatedWarp:
         return np.full(self.lane.shape, number, kind)
 
     def apply(self, function: Callable, *args):
-        with np.errstate(invalid="ignore", over="ignore"):
-            return evaluate(function, args, _SCALARS, lambda x: x.dtype)
+        return evaluate(function, args, _SCALARS, lambda x: x.dtype)
 
     def select(self, condition, a, b):
         return np.where(condition, a, b)
@@ -235,14 +234,13 @@ class SimulatedWarp:
         left, right = ([_matrix(x, dtype) for x in fragment] for fragment in (left, right))
         rows = [np.concatenate(left[i::2], axis=-1) for i in range(2)]
         right = np.concatenate(right, axis=-1).swapaxes(-1, -2)
-        with np.errstate(invalid="ignore", over="ignore"):  # in branches that are not taken
-            product = np.concatenate(rows, axis=-2) @ right
-            product = product.reshape(*product.shape[:-2], 2, 8, 4, 2)
-            return [
-                total[2 * i + j] + product[..., i, :, :, j].reshape(self.lane.shape)
-                for i in range(2)
-                for j in range(2)
-            ]
+        product = np.concatenate(rows, axis=-2) @ right
+        product = product.reshape(*product.shape[:-2], 2, 8, 4, 2)
+        return [
+            total[2 * i + j] + product[..., i, :, :, j].reshape(self.lane.shape)
+            for i in range(2)
+            for j in range(2)
+        ]
 
     def when(self, condition, body: Callable, carry=()):
         outside, self._active = self._active, self._active & condition

@@ -26,10 +26,10 @@ from pallas_kernels.deformable_conv.matrix_rows import (
     pitch,
 )
 from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD
-from pallas_kernels.deformable_conv.points import Multiscale, Points
+from pallas_kernels.deformable_conv.points import Points
 from pallas_kernels.deformable_conv.warp import LANES, Warp
 
-NOWHERE = 1 << 24  # a token that no window has
+NOWHERE = 1 << 28  # a token that no image has: of eight channels there are 2^31 - 1 at most
 WINDOWS = 2  # of a block: a visit's points are evaluated once for them
 
 
@@ -72,7 +72,7 @@ def extents_of(points: Points, *, h: int, w: int, boundary: str) -> Extents:
 
     Coordinates may be rounded otherwise here than in the kernels, hence a margin.
     """
-    offsets = (points.to_offsets() if isinstance(points, Multiscale) else points).offsets
+    offsets = points.to_offsets().offsets
     batch, tokens, groups = offsets.shape[:3]
     query = jnp.arange(tokens)
     x = offsets[..., 0].astype(jnp.float32) + (query % w).astype(jnp.float32)[:, None, None]

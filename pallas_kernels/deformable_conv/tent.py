@@ -198,6 +198,11 @@ def _values_gradient_kernel(
             token_tile.write_channels(d_values, first, totals[i * len(blocks) + j])
 
 
+def connections_shape(batch: int, groups: int, queries: Grid, tokens: Grid) -> tuple[int, ...]:
+    """Of what `values_gradient` finds beforehand."""
+    return batch, queries.tiles, groups, tokens.tiles
+
+
 def _connections(points, queries: Grid, tokens: Grid, boundary: str, interpret: bool) -> jax.Array:
     """[B, query tiles, G, token tiles] int32: bit k says whether point k connects the two tiles."""
     batch, _, groups, num_points = points.weights.shape
@@ -213,7 +218,7 @@ def _connections(points, queries: Grid, tokens: Grid, boundary: str, interpret: 
     )
     left, top = (first.astype(jnp.float32) for first in tokens.first(jnp.arange(tokens.tiles)))
     ahead = _AHEAD[boundary]
-    bits = jnp.zeros((batch, queries.tiles, groups, tokens.tiles), jnp.int32)
+    bits = jnp.zeros(connections_shape(batch, groups, queries, tokens), jnp.int32)
     for k in range(num_points):
         low_x, high_x, low_y, high_y = (reach[:, :, :, k, i, None] for i in range(4))
         over_x = (low_x < left + tokens.tile_w) & (high_x > left - ahead)

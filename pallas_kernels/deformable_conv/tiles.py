@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.deformable_conv import triton as backend
-from pallas_kernels.deformable_conv.interpolation import discard_non_finite
 
 
 class Grid(NamedTuple):
@@ -76,12 +75,8 @@ class Tile(NamedTuple):
             at = ref.at[(self.token[axes], *index)]
             return backend.load(at, mask=self.inside[axes], other=0.0).astype(jnp.float32)
 
-        point = points.point(read, k)
-        x, y = discard_non_finite(
-            point.dx + self.x.astype(jnp.float32)[axes],
-            point.dy + self.y.astype(jnp.float32)[axes],
-        )
-        return x, y, point
+        x, y = (z.astype(jnp.float32)[axes] for z in (self.x, self.y))
+        return points.point(read, k).seen_from(x, y)
 
     def all_points(self, points) -> list:
         """[(x, y, weight)] of all sampling points, [queries] each."""

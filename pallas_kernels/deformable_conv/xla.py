@@ -29,8 +29,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.deformable_conv.derivatives import differentiable_no_more
-from pallas_kernels.deformable_conv.interpolation import BASES
-from pallas_kernels.deformable_conv.points import flatten_tokens
+from pallas_kernels.deformable_conv.interpolation import BASES, are_finite
+from pallas_kernels.deformable_conv.limits import product_dtype
+from pallas_kernels.deformable_conv.points import Points, flatten_tokens
 
 
 class _Corner(NamedTuple):
@@ -44,11 +45,13 @@ class _Corner(NamedTuple):
     slope_y: int
 
 
+def deformable_aggregate_xla(values: jax.Array, points: Points, boundary: str) -> jax.Array:
+    """`api.deformable_aggregate` without its checks."""
+    return _by_offsets(values, *points.to_offsets(), boundary)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def deformable_aggregate_xla(
-    values: jax.Array, offsets: jax.Array, weights: jax.Array, boundary: str
-) -> jax.Array:
-    """`deformable_aggregate` without its checks; the arguments are as there."""
+def _by_offsets(values, offsets, weights, boundary):
     return _aggregate(values, offsets, weights, boundary)
 
 
@@ -61,7 +64,7 @@ def _backward(boundary, residuals, d_out):
     return _gradients(*residuals, d_out, boundary)
 
 
-deformable_aggregate_xla.defvjp(_forward, _backward)
+_by_offsets.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.jit, static_argnames="boundary")
@@ -76,8 +79,8 @@ def _aggregate(values, offsets, weights, boundary: str) -> jax.Array:
         image = _slice_group(values, group)
 
         def chunk_step(i, out):
-            x, y = _coordinates(_chunk(offsets, group, i * size, size), i * size, w)
-            share = _chunk(weights, group, i * size, size).astype(jnp.float32)
+            offset, share = (_chunk(array, group, i * size, size) for array in (offsets, weights))
+            x, y, share = _located(offset, share, i * size, w)
             total = jnp.zeros((), jnp.float32)
             for corner in _corners(x, y, h, w, boundary):
                 factor = share * corner.weight_x * corner.weight_y
@@ -104,6 +107,7 @@ def _gradients(values, offsets, weights, d_out, boundary: str) -> tuple[jax.Arra
 def _values_gradient(offsets, weights, d_out, w: int, boundary: str) -> jax.Array:
     """d values[j] = sum over q of A[q, j] d out[q], for a chunk of tokens j at a time."""
     b, tokens, groups, channels = d_out.shape
+    dtype = product_dtype(d_out.dtype, weights.dtype)
     query_size = _tokens_per_step(d_out, w, _point_floats(weights) + channels)
     token_size = _tokens_per_step(d_out, w, query_size + 2 * channels)
 
@@ -113,10 +117,9 @@ def _values_gradient(offsets, weights, d_out, w: int, boundary: str) -> jax.Arra
                 _chunk(array, group, j * query_size, query_size)
                 for array in (offsets, weights, d_out)
             )
-            x, y = _coordinates(offset, j * query_size, w)
-            share = share.astype(jnp.float32)
+            x, y, share = _located(offset, share, j * query_size, w)
             matrix = _interpolation_matrix(x, y, share, i * token_size, token_size, w, boundary)
-            return total + _matmul("bqn,bqc->bnc", matrix.astype(d_rows.dtype), d_rows)
+            return total + _matmul("bqn,bqc->bnc", matrix.astype(dtype), d_rows.astype(dtype))
 
         init = jnp.zeros_like(d_out, jnp.float32, shape=(b, token_size, channels))
         total = lax.fori_loop(0, tokens // query_size, query_step, init)
@@ -141,9 +144,8 @@ def _point_gradients(values, offsets, weights, d_out, h: int, w: int, boundary: 
             offset, share, d_rows = (
                 _chunk(array, group, i * size, size) for array in (offsets, weights, d_out)
             )
-            x, y = _coordinates(offset, i * size, w)
+            x, y, share = _located(offset, share, i * size, w)
             d_matrix = _matmul("bqc,bnc->bqn", d_rows, image)
-            share = share.astype(jnp.float32)
             d_offset, d_share = _gradients_from_matrix(d_matrix, x, y, share, h, w, boundary)
             d_offsets, d_weights = gradients
             d_offsets = _update(d_offsets, d_offset, group, i * size)
@@ -176,12 +178,15 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _coordinates(offsets: jax.Array, start: jax.Array, w: int) -> tuple[jax.Array, jax.Array]:
-    """x and y [B, queries, K] in float32, of the queries from `start` on, row by row."""
+def _located(offsets: jax.Array, weights: jax.Array, start: jax.Array, w: int) -> tuple:
+    """x, y and weights [B, queries, K] in float32, of the queries from `start` on, row by row.
+
+    A point whose coordinates are not finite has no weight.
+    """
     query = start + jnp.arange(offsets.shape[1])[:, None]
     x = offsets[..., 0].astype(jnp.float32) + (query % w).astype(jnp.float32)
     y = offsets[..., 1].astype(jnp.float32) + (query // w).astype(jnp.float32)
-    return x, y
+    return x, y, jnp.where(are_finite(x, y), weights.astype(jnp.float32), 0)
 
 
 def _corners(x: jax.Array, y: jax.Array, h: int, w: int, boundary: str) -> Iterator[_Corner]:
@@ -190,8 +195,10 @@ def _corners(x: jax.Array, y: jax.Array, h: int, w: int, boundary: str) -> Itera
         for column, weight_x, slope_x in ((x0, 1 - (x - x0), -1), (x0 + 1, x - x0, 1)):
             # False for NaN and infinity too, which hence sample nothing.
             inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
+            # In integers: float32 counts tokens up to 2^24.
+            j, i = (jnp.where(inside, z, 0).astype(jnp.int32) for z in (row, column))
             yield _Corner(
-                token=jnp.where(inside, row * w + column, 0).astype(jnp.int32),
+                token=j * w + i,
                 inside=inside,
                 weight_x=jnp.where(inside, weight_x, 0),
                 weight_y=jnp.where(inside, weight_y, 0),

@@ -1,5 +1,7 @@
 """Weights to test with: the golden SD-VAE, and random tiny autoencoders as files."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,8 +34,9 @@ def load():
     return load
 
 
-def random_tensors(name: str, seed: int = 0) -> dict[str, np.ndarray]:
-    """A tiny autoencoder's tensors by the names of taesd.py, with "encoder." or "decoder."."""
+@functools.cache
+def parameter_shapes(name: str) -> dict[tuple, tuple[int, ...]]:
+    """Of a tiny autoencoder's parameters, by path."""
     sizes = tiny.TinySizes(
         image_channels=3,
         latent_channels=CHANNELS[name],
@@ -44,9 +47,14 @@ def random_tensors(name: str, seed: int = 0) -> dict[str, np.ndarray]:
         lambda: tiny.AutoencoderTiny(sizes, dtype=jnp.float32, rngs=nnx.Rngs(0))
     )
     flat = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(abstract)))
+    return {path: leaf.shape for path, leaf in flat.items()}
+
+
+def random_tensors(name: str, seed: int = 0) -> dict[str, np.ndarray]:
+    """A tiny autoencoder's tensors by the names of taesd.py, with "encoder." or "decoder."."""
     generator, tensors = np.random.default_rng(seed), {}
-    for path, leaf in flat.items():
-        shape = leaf.shape if len(leaf.shape) == 1 else (*leaf.shape[:-3:-1], *leaf.shape[:-2])
+    for path, shape in parameter_shapes(name).items():
+        shape = shape if len(shape) == 1 else (*shape[:-3:-1], *shape[:-2])
         values = 0.5 * generator.normal(size=shape) * np.prod(shape[1:]) ** -0.5
         tensors[tiny.taesd_name(path)] = values.astype(np.float32)
     tensors["decoder.19.bias"][:] = 0.5  # most pixels are then within the range

@@ -15,7 +15,7 @@ from flowdcn_jax.autoencoders import (
     check_fits,
     load_autoencoder,
 )
-from flowdcn_jax.data.manifest import Encoder
+from flowdcn_jax.data.prepared import Encoder
 from flowdcn_jax.errors import ConfigError
 from tests.autoencoders.conftest import SD_VAE, decode, encode, random_tensors, write_pair
 
@@ -33,17 +33,17 @@ def test_identity_passes_pixels(load):
     assert (identity.scale, identity.shift, identity.downsampling) == (1, 0, 1)
 
 
-def test_none_previews_latents_and_encodes_nothing(load):
-    none = load("none", downsampling=16)
-    assert none.downsampling == 16
-    images = decode(none, np.full((1, 2, 3, 4), -1.5, np.float32))
+def test_preview_shows_three_channels_of_latents_and_encodes_nothing(load):
+    preview = load("preview", downsampling=16)
+    assert preview.downsampling == 16
+    images = decode(preview, np.full((1, 2, 3, 4), -1.5, np.float32))
     np.testing.assert_array_equal(images, np.full((1, 2, 3, 3), -0.5))
-    with pytest.raises(AutoencoderError, match="'none', which cannot encode"):
-        none.encode({}, np.zeros((1, 8, 8, 3)))
+    with pytest.raises(AutoencoderError, match="'preview', which cannot encode"):
+        preview.encode({}, np.zeros((1, 8, 8, 3)))
 
 
-def test_identity_and_none_need_no_other_keys():
-    for name, downsampling in (("identity", 1), ("none", 8)):
+def test_identity_and_preview_need_no_other_keys():
+    for name, downsampling in (("identity", 1), ("preview", 8)):
         load_autoencoder(ConfigDict(dict(name=name, downsampling=downsampling)))
 
 
@@ -171,7 +171,7 @@ def test_weights_of_another_name_are_refused(load, taesd_folder, tmp_path):
 
 def test_name_and_downsampling_are_checked(load, taesd_folder):
     with pytest.raises(
-        ConfigError, match="name is 'sdvae'; expected one of identity, none, sd_vae"
+        ConfigError, match="name is 'sdvae'; expected one of identity, preview, sd_vae"
     ):
         load("sdvae")
     for name, weights, expected in (("taesd", str(taesd_folder), 8), ("identity", None, 1)):
@@ -192,7 +192,7 @@ def test_the_model_must_have_the_channels_of_the_latents(load):
     config.model.in_channels = 32
     with pytest.raises(ConfigError, match="in_channels is 32; expected 4, the latent channels of"):
         check_fits(sd_vae, config)
-    check_fits(load("none"), config)
+    check_fits(load("preview"), config)
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_an_autoencoder_decodes_its_own_latents_and_those_of_its_space(
         for other in (taesd, sd_vae):
             check_fits(one, config, origin=other)
     check_fits(rescaled, config, origin=rescaled)
-    check_fits(load("none"), config, origin=rescaled)
+    check_fits(load("preview"), config, origin=rescaled)
     for one, other in ((rescaled, sd_vae), (sd_vae, rescaled)):
         with pytest.raises(
             ConfigError,
@@ -230,7 +230,7 @@ def test_an_autoencoder_decodes_its_own_latents_and_those_of_its_space(
 
 def test_latents_of_an_unknown_autoencoder_are_not_decoded(load, taesd_folder):
     origin = Encoder("mine", None, 1.0, 0.0)
-    with pytest.raises(ConfigError, match="which mine with scale 1 and shift 0 encoded.*'none'"):
+    with pytest.raises(ConfigError, match="which mine with scale 1 and shift 0 encoded.*'preview'"):
         check_fits(load("taesd", str(taesd_folder)), default.get_config(), origin=origin)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from PIL import Image
 
 from flowdcn_jax import data, sampling
 from flowdcn_jax.autoencoders import WeightsNotFoundError
-from flowdcn_jax.errors import ConfigError
+from flowdcn_jax.errors import ConfigError, UserError
 from tests import tiny
 from tests.autoencoders.conftest import SD_VAE
 
@@ -19,8 +18,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 def latents_config(data_dir, **overrides):
     config = tiny.config(train__num_steps=2, model__in_channels=4, **overrides)
-    config.data.update(name="imagenet_latents", data_dir=str(data_dir), image_size=64)
-    config.autoencoder.update(name="none", downsampling=8)
+    config.data.update(name="latents", data_dir=str(data_dir), image_size=64)
+    config.autoencoder.update(name="preview", downsampling=8)
     return config
 
 
@@ -58,10 +57,12 @@ def test_runs_draw_pictures_with_the_decoder(trained, taesd_folder, tmp_path):
         assert grid.size == (2 * (64 + 2) + 2,) * 2
     (tmp_path / "moved").symlink_to(taesd_folder)
     grid = sampling.sample_to_folder(
-        sampling.load_trained(trained, autoencoder_weights=str(tmp_path / "moved")),
-        sampling.Settings(num_steps=1, image_size=(16, 32)),
-        sampling.Request(num_images=3),
-        out=str(tmp_path / "out"),
+        trained,
+        autoencoder_weights=tmp_path / "moved",
+        num_steps=1,
+        image_size=(16, 32),
+        num_images=3,
+        out=tmp_path / "out",
     )
     with np.load(grid.parent / "samples.npz", allow_pickle=False) as file:
         assert file["arr_0"].shape == (3, 16, 32, 3) and file["arr_0"].dtype == np.uint8
@@ -70,9 +71,11 @@ def test_runs_draw_pictures_with_the_decoder(trained, taesd_folder, tmp_path):
 
 def test_latents_are_written_without_a_decoder(trained, tmp_path):
     grid = sampling.sample_to_folder(
-        sampling.load_trained(trained, autoencoder="none"),
-        sampling.Settings(num_steps=1, image_size=(64, 128)),
-        sampling.Request(num_images=3),
+        trained,
+        autoencoder="preview",
+        num_steps=1,
+        image_size=(64, 128),
+        num_images=3,
         out=str(tmp_path),
     )
     with np.load(grid.parent / "samples.npz", allow_pickle=False) as file:
@@ -80,11 +83,13 @@ def test_latents_are_written_without_a_decoder(trained, tmp_path):
         assert "arr_0" not in file.files
 
 
-def test_sample_command_without_weights_prints_one_error_and_writes_nothing(trained, tmp_path):
-    command = [sys.executable, "sample.py", f"--workdir={trained}", f"--out={tmp_path / 'out'}"]
-    code, output = tiny.run([*command, "--autoencoder=sd_vae"])
-    assert code != 0 and "Traceback" not in output
-    assert "config.autoencoder.weights is None" in output and "sd-vae-ft-ema" in output
+def test_sampling_without_weights_is_one_error_and_writes_nothing(trained, tmp_path):
+    """A UserError, which the commands print as a line."""
+    model = sampling.load_trained(trained, autoencoder="sd_vae")
+    with pytest.raises(UserError, match="config.autoencoder.weights is None.*sd-vae-ft-ema"):
+        sampling.sample_to_folder(
+            model, sampling.Settings(), sampling.Request(), out=tmp_path / "out"
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -137,7 +142,7 @@ def test_an_old_run_goes_on_if_its_latents_were_scaled_alike(
     if latent_scale == 1.0:
         resume(old, trained.parent)
         assert "step 2 of 2 is done" in caplog.text
-        assert sampling.load_trained(old, autoencoder="none").weights.step == 2
+        assert sampling.load_trained(old, autoencoder="preview").weights.step == 2
     else:
         with pytest.raises(ConfigError, match="other data .*latents.scale: 0.18215 -> 1.0. Use"):
             resume(old, trained.parent)

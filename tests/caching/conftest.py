@@ -1,6 +1,7 @@
 """A small autoencoder whose latents can be foretold, small images, and what was cached of them."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from flowdcn_jax import caching
 from flowdcn_jax.autoencoders import Autoencoder
-from flowdcn_jax.caching import encoding, parts
+from flowdcn_jax.caching.parts import Parts
 from flowdcn_jax.data.aspect_buckets import AspectBuckets
 from flowdcn_jax.data.labelled_images import FolderImages
 from flowdcn_jax.data.prepared import find_prepared, open_prepared, parse_record
@@ -35,7 +36,7 @@ def _encode(params, images):
     return mean * params["gain"], (0.25 + mean**2 / 8) * params["spread"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def autoencoder():
     return Autoencoder(
         name="fake",
@@ -68,68 +69,96 @@ def photos(tmp_path_factory):
     return root
 
 
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch):
-    monkeypatch.setattr(parts, "_MIN_IMAGES", 6)  # of 20 images: 6, 6, 6 and 2
+class Images(FolderImages):
+    """The images of a folder; `were_read` holds the places of those that were.
+
+    `error` is raised when image `fatal` is due: KeyboardInterrupt ends a job as a kill does.
+    """
+
+    def __init__(self, root, *, fatal=None, error=KeyboardInterrupt):
+        super().__init__(root)
+        self.were_read = set()
+        self._fatal = fatal
+        self._error = error
+
+    def read(self, index):
+        if index == self._fatal:
+            raise self._error
+        self.were_read.add(index)
+        return super().read(index)
 
 
 BUCKETS = AspectBuckets(image_size=24, count=3, min_aspect=0.5, max_aspect=2.0, side_multiple=8)
 
 
-@pytest.fixture
-def make_job(autoencoder, photos, tmp_path):
-    """A caching job on the photos; any field of Job can be given."""
+@pytest.fixture(scope="session")
+def default_job(autoencoder, photos):
+    """A caching job on the photos; any field of Job can be given, `data_dir` must be."""
 
-    def make_job(*, root=photos, params=None, **overrides):
-        fields = dict(
+    def make_job(*, root=photos, fatal=None, error=KeyboardInterrupt, params=None, **fields):
+        defaults = dict(
             dataset=f"folder:{root}",
             split="train",
-            images=FolderImages(root),
+            images=Images(root, fatal=fatal, error=error),
             autoencoder=autoencoder,
             autoencoder_dtype="float32",
             image_size=16,
             buckets=None,
-            data_dir=tmp_path / "data",
         )
         if params:
             changed = autoencoder.params | params
-            fields["autoencoder"] = dataclasses.replace(autoencoder, params=changed)
-        return caching.Job(**fields | overrides)
+            defaults["autoencoder"] = dataclasses.replace(autoencoder, params=changed)
+        return caching.Job(**defaults | fields)
 
     return make_job
 
 
 @pytest.fixture
-def cache():
-    """caching.cache_latents with every option at a default."""
-
-    def cache(job, **overrides):
-        options = dict(batch_size=1, num_threads=2, max_bad=0, shard_index=0, num_shards=1)
-        return caching.cache_latents(job, **options | overrides)
-
-    return cache
+def make_job(default_job, tmp_path):
+    """As `default_job`, in a place of the test's own."""
+    return functools.partial(default_job, data_dir=tmp_path / "data")
 
 
-@pytest.fixture
-def expected(make_job, cache, tmp_path):
+def cache(job, **overrides):
+    """caching.cache_latents, every option with a default; of 20 images a part has 6, 6, 6 and 2."""
+    options = dict(batch_size=1, num_threads=2, max_bad=0, shard_index=0, num_shards=1)
+    return caching.cache_latents(job, **options | dict(images_per_part=6) | overrides)
+
+
+@pytest.fixture(scope="session")
+def finished(default_job, tmp_path_factory):
+    """A job that no test changes, its manifest, and its latents as `read_back` gives them."""
+    job = default_job(data_dir=tmp_path_factory.mktemp("finished"))
+    return job, cache(job), read_back(job.data_dir)
+
+
+@pytest.fixture(scope="session")
+def expected(finished):
     """What an uninterrupted call caches."""
-    folder = tmp_path / "expected"
-    cache(make_job(data_dir=folder))
-    return read_back(folder)
+    return finished[2]
 
 
-def stop_after(monkeypatch, count):
-    """The encoder ends the process, in a manner of speaking, at its batch `count`."""
-    real, started = encoding.LatentEncoder.start, []
+@pytest.fixture(scope="session")
+def finished_buckets(default_job, tmp_path_factory):
+    """The same of a job with BUCKETS."""
+    folder = tmp_path_factory.mktemp("finished_buckets")
+    job = default_job(buckets=BUCKETS, image_size=24, data_dir=folder)
+    return job, cache(job), read_back(folder)
 
-    def start(self, images):
-        if len(started) == count:
-            raise KeyboardInterrupt
-        started.append(len(images))
-        return real(self, images)
 
-    monkeypatch.setattr(encoding.LatentEncoder, "start", start)
-    return started
+def while_joining(monkeypatch, action):
+    """Calls action(size, row) before each latent that a join takes from the parts.
+
+    That method is public, and nothing of its own accord happens at such a moment.
+    """
+    real = Parts.examples
+
+    def examples(parts, size, moments):
+        for row, example in enumerate(real(parts, size, moments)):
+            action(size, row)
+            yield example
+
+    monkeypatch.setattr(Parts, "examples", examples)
 
 
 def read_back(data_dir):

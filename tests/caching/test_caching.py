@@ -11,19 +11,20 @@ from PIL import Image
 
 from flowdcn_jax import caching
 from flowdcn_jax.autoencoders import load_autoencoder
-from flowdcn_jax.caching import encoding, joining
-from flowdcn_jax.caching.statistics import LatentStatistics
+from flowdcn_jax.caching.encoding import LatentEncoder
+from flowdcn_jax.caching.parts import LatentStatistics
 from flowdcn_jax.data import DataError, DataExistsError, make_batches, make_source
 from flowdcn_jax.data.aspect_buckets import AspectBuckets
-from flowdcn_jax.data.cropping import centre_crop
+from flowdcn_jax.data.image_files import centre_crop
 from tests.caching.conftest import (
     BUCKETS,
     STRIDE,
     assert_same,
+    cache,
     latent_moments,
     photo,
     read_back,
-    stop_after,
+    while_joining,
 )
 from tests.data.image_files import JPEG, bomb
 
@@ -34,14 +35,13 @@ def config(data_dir, **overrides):
     from configs import default
 
     section = default.get_config().data.to_dict()
-    section |= dict(name="imagenet_latents", data_dir=str(data_dir), image_size=16)
+    section |= dict(name="latents", data_dir=str(data_dir), image_size=16)
     return ml_collections.ConfigDict(section | overrides)
 
 
-def test_latents_are_those_of_each_image_and_of_its_mirror_image(make_job, cache, tmp_path):
-    job = make_job()
-    manifest = cache(job)
-    (examples,) = read_back(job.data_dir).values()
+def test_latents_are_those_of_each_image_and_of_its_mirror_image(finished):
+    job, manifest, latents = finished
+    (examples,) = latents.values()
     assert len(examples) == 20
     crops = np.stack([centre_crop(Image.fromarray(photo(index)), 16) for index in range(20)])
     views = {"": latent_moments(crops), "_flipped": latent_moments(crops[:, :, ::-1])}
@@ -60,16 +60,15 @@ def test_latents_are_those_of_each_image_and_of_its_mirror_image(make_job, cache
 
 
 def test_a_batch_has_as_many_pixels_as_the_default(autoencoder):
-    encoder = encoding.LatentEncoder(autoencoder, mirrored=True, batch_size=None)
+    encoder = LatentEncoder(autoencoder, mirrored=True, batch_size=None)
     devices = len(jax.local_devices())
     rows = [encoder.rows(side, side) // devices for side in (256, 512, 4096)]
     assert rows == [16, 4, 1]  # as --help says
 
 
-def test_statistics_are_those_of_the_drawn_latents(make_job, cache):
-    job = make_job()
-    manifest = cache(job)
-    (examples,) = read_back(job.data_dir).values()
+def test_statistics_are_those_of_the_drawn_latents(finished):
+    _, manifest, latents = finished
+    (examples,) = latents.values()
     views = [(e[f"mean{s}"], e[f"std{s}"]) for e in examples for s in ("", "_flipped")]
     mean, std = (np.stack(moment).astype(np.float64) for moment in zip(*views, strict=True))
     axes = (0, 1, 2)
@@ -82,64 +81,62 @@ def test_statistics_keep_their_digits_over_many_images():
     statistics = LatentStatistics()
     large = np.full((1000, 8, 8, 1), 300.0, np.float16)
     for _ in range(50):
-        statistics.add(large, np.full_like(large, 0.001))
-    saved = LatentStatistics.from_json(json.loads(json.dumps(statistics.to_json())))
+        statistics = statistics.and_of(large, np.full_like(large, 0.001))
     std = float(np.float16(0.001))
-    np.testing.assert_allclose(saved.summary()["std"], [std], rtol=1e-3)
+    np.testing.assert_allclose(statistics.summary()["std"], [std], rtol=1e-3)
 
 
-def test_a_stopped_job_goes_on_where_it_was(make_job, cache, expected, monkeypatch):
+def test_a_stopped_job_goes_on_where_it_was(make_job, expected):
+    with pytest.raises(KeyboardInterrupt):
+        cache(make_job(fatal=12))
     job = make_job()
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(KeyboardInterrupt):
-            cache(job)
-    assert len(list(job.parts_folder.glob("part-*.npz"))) == 2  # batches of 8: one a part
+    assert len(list(job.parts_folder.glob("part-*.npz"))) == 2
     assert not list(job.data_dir.glob("imagenet_latents/*"))
-    encoded = stop_after(monkeypatch, 100)
     cache(job)
-    assert sum(encoded) == 20 - 2 * 6
+    assert job.images.were_read == set(range(12, 20))
     assert_same(read_back(job.data_dir), expected)
 
 
-def test_what_is_cached_is_left_alone(make_job, cache, monkeypatch):
+def test_latents_do_not_depend_on_the_parts(make_job, expected):
+    """One part of several batches, more than are on their way at a time."""
     job = make_job()
-    manifest = cache(job)
-    stop_after(monkeypatch, 0)
-    assert cache(job) == manifest
+    cache(job, images_per_part=20)
+    assert_same(read_back(job.data_dir), expected)
 
 
-def test_a_stopped_join_leaves_nothing_that_looks_whole(make_job, cache, monkeypatch):
-    job = make_job(buckets=BUCKETS, image_size=24)
-    real, written = joining.write_latents, []
+def test_what_is_cached_is_left_alone(default_job, finished):
+    job, manifest, _ = finished
+    again = default_job(data_dir=job.data_dir)
+    assert cache(again) == manifest and not again.images.were_read
 
-    def write_latents(examples, **options):
-        if written:
-            next(examples)
+
+def test_a_stopped_join_leaves_nothing_that_looks_whole(make_job, monkeypatch):
+    job, written = make_job(buckets=BUCKETS, image_size=24), set()
+
+    def stop_at_the_second(size, row):
+        written.add(job.config_name(size))
+        if len(written) == 2:
             raise KeyboardInterrupt
-        written.append(options["config_name"])
-        return real(examples, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(joining, "write_latents", write_latents)
-        with pytest.raises(KeyboardInterrupt):
-            cache(job)
-    (first,) = written
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        while_joining(patch, stop_at_the_second)
+        cache(job)
     folder = job.data_dir / "imagenet_latents"
-    assert [path.parent.name for path in folder.glob("*/1.0.0")] == [first]
+    (first,) = [path.parent.name for path in folder.glob("*/1.0.0")]
+    assert first in written
     with pytest.raises(DataError, match="not all there"):
         make_source(config(job.data_dir, image_size=24, random_flip=False, aspect_buckets=SECTION))
 
     remains = folder / "bucket_2x4x4" / "incomplete.ABCDEF_1.0.0"  # as a kill leaves it
     remains.mkdir(parents=True)
-    encoded = stop_after(monkeypatch, 100)
+    job.images.were_read.clear()
     manifest = cache(job)
-    assert not encoded and not remains.exists()
+    assert not job.images.were_read and not remains.exists()
     assert read_back(job.data_dir).keys() == manifest["num_examples"].keys()
 
 
 @pytest.mark.parametrize("num_shards", [2, 3, 7])
-def test_shares_are_joined_by_the_last(make_job, cache, expected, num_shards):
+def test_shares_are_joined_by_the_last(make_job, expected, num_shards):
     job = make_job()
     for index in reversed(range(1, num_shards)):
         assert cache(job, shard_index=index, num_shards=num_shards) is None
@@ -153,40 +150,28 @@ def test_shares_are_joined_by_the_last(make_job, cache, expected, num_shards):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(image_size=24), "image_size: 16 -> 24|parts"),
         (dict(autoencoder_dtype="bfloat16"), "autoencoder.dtype: 'float32' -> 'bfloat16'"),
         (dict(dataset="folder:/elsewhere"), "dataset: .* -> 'folder:/elsewhere'"),
     ],
 )
-def test_other_latents_are_not_mixed_in(make_job, cache, change, message, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1)
-        with pytest.raises(KeyboardInterrupt):
-            cache(make_job())
-    if "image_size" not in change:  # which has a folder of its own
-        with pytest.raises(DataExistsError, match=f"beginning of other latents .*{message}"):
-            cache(make_job(**change))
+def test_other_latents_are_not_mixed_in(make_job, change, message):
+    with pytest.raises(KeyboardInterrupt):
+        cache(make_job(fatal=6))
+    begun = f"holds another run's latents .settings.{message}.; .* or another --data_dir"
+    with pytest.raises(DataError, match=begun):
+        cache(make_job(**change))
     cache(make_job())
-    if "image_size" in change:
-        assert cache(make_job(**change))["num_examples"] == {"3x3x4": 20}
-    else:
-        other = f"holds other latents .*{message}.*: name another --data_dir, one for each split"
-        with pytest.raises(DataExistsError, match=other):
-            cache(make_job(**change))
+    other = f"holds other latents .{message}.: name another --data_dir, one for each split"
+    with pytest.raises(DataExistsError, match=other):
+        cache(make_job(**change))
 
 
-def test_a_damaged_part_is_named(make_job, cache):
-    job = make_job()
-    assert cache(job, shard_index=1, num_shards=2) is None
-    part = job.parts_folder / "part-00001.npz"
-    data = bytearray(part.read_bytes())
-    middle = slice(len(data) // 2, len(data) // 2 + 300)  # more than any header
-    data[middle] = bytes(300)
-    part.write_bytes(data)
-    with pytest.raises(DataError, match="part-00001.npz is damaged: remove it and run again"):
-        cache(job)
-    part.unlink()
-    assert cache(job)["num_examples"] == {"2x2x4": 20}
+def test_latents_of_two_sizes_lie_side_by_side(make_job):
+    with pytest.raises(KeyboardInterrupt):
+        cache(make_job(fatal=6))
+    assert cache(make_job(image_size=24))["num_examples"] == {"3x3x4": 20}
+    assert cache(make_job())["num_examples"] == {"2x2x4": 20}
+    assert read_back(make_job().data_dir).keys() == {"2x2x4", "3x3x4"}
 
 
 def hostile(root):
@@ -210,7 +195,7 @@ def hostile(root):
     return [f"a/{name}" for name in (*bad, "50.jpg")]
 
 
-def test_bad_images_are_listed_and_skipped(make_job, cache, tmp_path, capsys):
+def test_bad_images_are_listed_and_skipped(make_job, tmp_path, capsys):
     bad = hostile(tmp_path / "hostile")
     job = make_job(root=tmp_path / "hostile")
     manifest = cache(job, max_bad=5)
@@ -227,7 +212,7 @@ def test_bad_images_are_listed_and_skipped(make_job, cache, tmp_path, capsys):
     np.testing.assert_allclose(found, latent_moments(crops)[0], atol=1e-3)
 
 
-def test_too_many_bad_images_stop_the_job_and_a_higher_limit_goes_on(make_job, cache, tmp_path):
+def test_too_many_bad_images_stop_the_job_and_a_higher_limit_goes_on(make_job, tmp_path):
     hostile(tmp_path / "hostile")
     job = make_job(root=tmp_path / "hostile")
     for _ in range(2):
@@ -236,7 +221,7 @@ def test_too_many_bad_images_stop_the_job_and_a_higher_limit_goes_on(make_job, c
     assert len(cache(job, max_bad=5)["skipped"]) == 5
 
 
-def test_the_limit_holds_over_all_shares(make_job, cache, tmp_path):
+def test_the_limit_holds_over_all_shares(make_job, tmp_path):
     root = tmp_path / "root"
     for index in range(14):
         path = root / "a" / f"{index:02d}.png"
@@ -252,21 +237,21 @@ def test_the_limit_holds_over_all_shares(make_job, cache, tmp_path):
     assert cache(job, shard_index=1, num_shards=2, max_bad=2)["num_examples"] == {"2x2x4": 12}
 
 
-def test_not_one_good_image_is_an_error(make_job, cache, tmp_path):
+def test_not_one_good_image_is_an_error(make_job, tmp_path):
     (tmp_path / "root" / "a").mkdir(parents=True)
     (tmp_path / "root" / "a" / "1.png").touch()
     with pytest.raises(DataError, match="not one image .* could be used.*the file is empty"):
         cache(make_job(root=tmp_path / "root"), max_bad=9)
 
 
-def test_values_that_float16_cannot_hold_name_the_image(make_job, cache):
+def test_values_that_float16_cannot_hold_name_the_image(make_job):
     with pytest.raises(
         DataError, match="class 0/00.png: the autoencoder gives values that float16"
     ):
         cache(make_job(params={"gain": np.float32(1e6)}))
 
 
-def test_a_deterministic_autoencoder_needs_no_std(make_job, cache):
+def test_a_deterministic_autoencoder_needs_no_std(make_job):
     job = make_job(params={"spread": np.float32(0)})
     cache(job)
     (examples,) = read_back(job.data_dir).values()
@@ -287,10 +272,8 @@ def test_a_deterministic_autoencoder_needs_no_std(make_job, cache):
 SECTION = dict(count=3, min_aspect=0.5, max_aspect=2.0, side_multiple=8)
 
 
-def test_each_image_is_cached_in_its_bucket_without_its_mirror_image(make_job, cache):
-    job = make_job(buckets=BUCKETS, image_size=24)
-    manifest = cache(job)
-    found = read_back(job.data_dir)
+def test_each_image_is_cached_in_its_bucket_without_its_mirror_image(finished_buckets):
+    _, manifest, found = finished_buckets
     nearest = [BUCKETS.nearest(*photo(index).shape[:2]) for index in range(20)]
     for height, width in BUCKETS.sizes:
         name = f"bucket_{height // STRIDE}x{width // STRIDE}x4"
@@ -301,16 +284,14 @@ def test_each_image_is_cached_in_its_bucket_without_its_mirror_image(make_job, c
         assert found[name][0]["mean"].shape == (height // STRIDE, width // STRIDE, 4)
 
 
-def test_crops_of_buckets_do_not_depend_on_who_makes_them(make_job, cache, tmp_path):
-    options = dict(buckets=BUCKETS, image_size=24)
-    cache(make_job(data_dir=tmp_path / "one", **options))
-    job = make_job(data_dir=tmp_path / "two", **options)
+def test_crops_of_buckets_do_not_depend_on_who_makes_them(make_job, finished_buckets):
+    job = make_job(buckets=BUCKETS, image_size=24)
     cache(job, shard_index=1, num_shards=2, batch_size=3)
     cache(job, shard_index=0, num_shards=2, num_threads=1)
-    assert_same(read_back(tmp_path / "two"), read_back(tmp_path / "one"))
+    assert_same(read_back(job.data_dir), finished_buckets[2])
 
 
-def test_windows_of_equal_images_lie_at_different_places(make_job, cache, tmp_path):
+def test_windows_of_equal_images_lie_at_different_places(make_job, tmp_path):
     wide = Image.fromarray(photo(0)).resize((200, 16))
     (tmp_path / "root" / "a").mkdir(parents=True)
     for index in range(6):
@@ -326,7 +307,7 @@ def test_sizes_that_do_not_fit_the_autoencoder_are_refused(make_job):
         make_job(image_size=18)
 
 
-def test_a_real_photo_gives_the_latents_of_the_reference(make_job, cache, fixture_file, tmp_path):
+def test_a_real_photo_gives_the_latents_of_the_reference(make_job, fixture_file, tmp_path):
     """TAEF2's own output for a photo, through a PNG, a bucket of its size and float16."""
     from ml_collections import ConfigDict
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flowdcn_jax.data import BucketedSource, DataError, make_batches, randomness
-from flowdcn_jax.data.bucket_schedule import BucketSchedule
+from flowdcn_jax.data.batches import BucketSchedule
 
 
 class Bucket:
@@ -15,7 +15,6 @@ class Bucket:
 
     num_classes = 1000
     class_names = None
-    flips = False
     encoder = None
 
     def __init__(self, size, width):
@@ -106,6 +105,19 @@ def test_buckets_of_one_size_are_not_shuffled_alike():
 def test_no_two_visits_share_their_noise():
     positions = np.concatenate([batch["position"] for batch in take(3 * TOTAL)])
     assert len(np.unique(positions)) == len(positions)
+
+
+def test_the_stream_does_not_change_so_that_old_runs_resume():
+    assert list(map(bucket_of, take(16))) == [0, 3, 0, 0, 0, 3, 0, 0, 0, 3, 0, 3, 0, 1, 0, 0]
+    pinned = {  # bucket, labels, first position
+        13: (1, [5, 2, 0, 4, 3, 6, 1, 0], 50),  # of two epochs: 56 is followed by 131
+        10**9 + 1: (3, [8, 5, 1, 11, 17, 22, 6, 18], 8_000_000_050),
+    }
+    for step, (bucket, labels, position) in pinned.items():
+        (batch,) = take(1, start_step=step)
+        assert (bucket_of(batch), batch["label"].tolist()) == (bucket, labels)
+        assert batch["position"][0] == position
+    assert take(14)[13]["position"][-2:].tolist() == [56, 131]
 
 
 @pytest.mark.parametrize("step", [1, 9, 10, 81, 150])

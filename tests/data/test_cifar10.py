@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +15,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from flowdcn_jax.data import DataError, DataNotFoundError, cifar10_files, prepare_cifar10
+from flowdcn_jax.data import DataError, DataNotFoundError, prepare_cifar10
+from flowdcn_jax.data.cifar10 import find_splits
 from tests.data.conftest import CLASS_NAMES, COUNTS
 
 FORMS = ("npz", "folders", "binary")
@@ -61,7 +61,7 @@ def test_each_form_gives_the_same_images(form, write_cifar10, tiny_cifar10, tmp_
 
 def test_npz_files_may_be_named_one_by_one(write_cifar10):
     folder = write_cifar10("npz")
-    splits = cifar10_files.find_splits([folder / "tiny_test.npz", folder / "tiny_train.npz"])
+    splits = find_splits([folder / "tiny_test.npz", folder / "tiny_train.npz"])
     assert {split: files.count for split, files in splits.items()} == COUNTS
 
 
@@ -158,7 +158,7 @@ def test_missing_files_other_formats_and_splits_are_named(prepared_dir, open_sou
     with pytest.raises(DataError, match="image_size of cifar10 is 32"):
         open_source("cifar10", data_dir=str(prepared_dir), image_size=64)
     with pytest.raises(DataError, match="'cifar10_local', not imagenet_latents"):
-        open_source("imagenet_latents", data_dir=str(folder))
+        open_source("latents", data_dir=str(folder))
     next(folder.glob("*train.array_record*")).unlink()
     with pytest.raises(DataNotFoundError, match="cifar10_local-train.array_record"):
         open_source("cifar10", data_dir=str(prepared_dir))
@@ -176,14 +176,14 @@ def test_pickles_are_refused_unread(name, tmp_path):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     for source in (tmp_path, tmp_path / name):
         with pytest.raises(DataError, match="fetch the binary version"):
-            cifar10_files.find_splits([source])
+            find_splits([source])
 
 
 def test_npz_with_pickled_objects_is_refused(tmp_path):
     arrays = {key: np.array([{}], dtype=object) for key in ("jpeg_bytes", "offsets", "labels")}
     np.savez(tmp_path / "train.npz", class_names=np.array(CLASS_NAMES), **arrays)
     with pytest.raises(DataError, match="Object arrays cannot be loaded"):
-        cifar10_files.find_splits([tmp_path / "train.npz"])
+        find_splits([tmp_path / "train.npz"])
 
 
 def damage_npz(folder, **arrays):
@@ -214,7 +214,7 @@ def test_damaged_sources_are_named(form, damage, message, write_cifar10):
     folder = write_cifar10(form)
     damage(folder)
     with pytest.raises((DataError, DataNotFoundError), match=message):
-        cifar10_files.find_splits([folder])
+        find_splits([folder])
 
 
 def test_a_bad_image_is_named_and_leaves_nothing_prepared(write_cifar10, tmp_path, open_source):
@@ -235,72 +235,58 @@ def test_a_bad_image_is_named_and_leaves_nothing_prepared(write_cifar10, tmp_pat
 # --- the command -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run_command(repository):
-    """Runs the command in a process of its own, for absl's flags are one table a process."""
-
-    def run(*arguments):
-        command = [sys.executable, "-m", "flowdcn_jax.tools.prepare_data", "--dataset=cifar10"]
-        return subprocess.run(
-            [*command, *arguments], capture_output=True, text=True, timeout=120, cwd=repository
-        )
-
-    return run
-
-
-def test_command_prepares_once(run_command, write_cifar10, tmp_path, open_source):
-    folder, data_dir = write_cifar10("npz"), tmp_path / "data"
-    files = f"{folder}/tiny_train.npz,{folder}/tiny_test.npz"
-    result = run_command(f"--source={files}", f"--data_dir={data_dir}")
-    assert result.returncode == 0 and "cifar10 prepared in" in result.stdout, result
-    assert sorted(path.name for path in data_dir.iterdir()) == ["cifar10_local"]
-    written = {path: path.stat().st_mtime_ns for path in data_dir.rglob("*.array_record*")}
-    result = run_command("--source=gone", f"--data_dir={data_dir}")
-    assert result.returncode == 0 and "already prepared" in result.stdout, result
-    assert written == {path: path.stat().st_mtime_ns for path in data_dir.rglob("*.array_record*")}
-    assert len(open_source("cifar10", data_dir=str(data_dir))) == COUNTS["train"]
-
-
-def test_command_reports_bad_sources_without_a_traceback(run_command, tmp_path):
-    result = run_command(f"--source={tmp_path}/gone", f"--data_dir={tmp_path}")
-    assert result.returncode == 2
-    assert result.stderr.strip() == f"error: no such file or folder: {tmp_path}/gone"
-
-
-SLOW_PREPARATION = """
-import sys, time
-import numpy as np
-from flowdcn_jax.data.builders import write_latents
-from tests import tiny
-def examples():
-    moment = np.zeros((2, 2, 1))
-    for index in range(1000):
-        yield {"mean": moment, "std": moment, "mean_flipped": moment, "std_flipped": moment,
-               "label": 0}
-        if index == 500:
-            print("half way", flush=True)
-            time.sleep(60)
-write_latents(examples(), num_examples=1000, data_dir=sys.argv[1], latent_shape=(2, 2, 1),
-              num_classes=1, metadata=tiny.manifest())
+RUN_COMMANDS = """
+import json, runpy, sys
+from absl import flags
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["prepare_data", "--dataset=cifar10", *arguments]
+    try:
+        runpy.run_module("flowdcn_jax.tools.prepare_data", run_name="__main__")
+    except SystemExit as exit:
+        print("status", exit.code or 0, flush=True)
+    for name in ("dataset", "source", "data_dir"):  # the next command defines them anew
+        delattr(flags.FLAGS, name)
 """
 
 
-def test_killed_half_way_leaves_nothing_that_looks_prepared(tmp_path, open_source, repository):
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_PREPARATION, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+def test_the_command_prepares_once_and_reports_bad_sources(
+    write_cifar10, tmp_path, open_source, repository
+):
+    """Three commands in one process: to start one takes two seconds."""
+    folder, data_dir = write_cifar10("npz"), tmp_path / "data"
+    files = f"{folder}/tiny_train.npz,{folder}/tiny_test.npz"
+    bad_dir = tmp_path / "bad"
+    arguments = [
+        [f"--source={files}", f"--data_dir={data_dir}"],
+        ["--source=gone", f"--data_dir={data_dir}"],
+        [f"--source={tmp_path}/gone", f"--data_dir={bad_dir}"],
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", RUN_COMMANDS, json.dumps(arguments)],
+        capture_output=True,
         text=True,
+        timeout=120,
         cwd=repository,
     )
-    try:
-        assert any("half way" in line for line in process.stdout)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert list(tmp_path.rglob("*.array_record*")), "it was killed before it wrote anything"
-    with pytest.raises(DataNotFoundError, match="not prepared"):
-        open_source("imagenet_latents", data_dir=str(tmp_path))
+    prepared = data_dir / "cifar10_local" / "1.0.0"
+    assert result.stdout.splitlines() == [
+        f"cifar10 prepared in {prepared}",
+        "status 0",
+        f"cifar10 was already prepared in {prepared}",
+        "status 0",
+        "status 2",
+    ], result
+    assert result.stderr.splitlines()[-1] == f"error: no such file or folder: {tmp_path}/gone"
+    assert "Traceback" not in result.stderr and not bad_dir.exists()
+    assert sorted(path.name for path in data_dir.iterdir()) == ["cifar10_local"]
+    assert len(open_source("cifar10", data_dir=str(data_dir))) == COUNTS["train"]
+
+
+def test_what_is_prepared_is_left_alone(prepared_dir, write_cifar10):
+    written = {path: path.stat().st_mtime_ns for path in prepared_dir.rglob("*")}
+    folder, anew = prepare_cifar10([write_cifar10("npz")], data_dir=prepared_dir)
+    assert not anew and folder == prepared_dir / "cifar10_local" / "1.0.0"
+    assert written == {path: path.stat().st_mtime_ns for path in prepared_dir.rglob("*")}
 
 
 # --- the real files ----------------------------------------------------------------------------
@@ -311,7 +297,7 @@ def test_real_cifar10_files():
     if not folder or not Path(folder, "cifar10_jpeg_train.npz").is_file():
         pytest.skip("set FLOWDCN_TEST_DATA to the folder of cifar10_jpeg_{train,test}.npz")
     started = time.monotonic()
-    splits = cifar10_files.find_splits([folder])
+    splits = find_splits([folder])
     assert {split: files.count for split, files in splits.items()} == {
         "train": 50_000,
         "test": 10_000,

@@ -6,8 +6,7 @@ from PIL import Image
 
 from flowdcn_jax.data import DataError
 from flowdcn_jax.data.aspect_buckets import AspectBuckets
-from flowdcn_jax.data.cropping import centre_crop, random_crop
-from flowdcn_jax.data.image_decoding import BadImageError
+from flowdcn_jax.data.image_files import BadImageError, centre_crop, random_crop
 
 
 def noise(height, width, seed=0):

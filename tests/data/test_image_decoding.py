@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, PngImagePlugin
 
-from flowdcn_jax.data.image_decoding import BadImageError, decode_rgb, open_formats
+from flowdcn_jax.data.image_files import BadImageError, decode_rgb, open_formats
 from tests.data.image_files import JPEG, bomb, colours, encoded
 
 
@@ -154,7 +154,7 @@ def test_a_message_does_not_change_from_run_to_run():
 )
 @pytest.mark.parametrize("place", ["load", "convert", "getexif"])
 def test_a_machine_that_fails_does_not_make_an_image_bad(monkeypatch, place, error):
-    def fails(*args, **kwargs):
+    def fails(*args, **kwargs):  # Pillow's own classes: no file makes a machine fail
         raise error
 
     monkeypatch.setattr(PngImagePlugin.PngImageFile, place, fails)

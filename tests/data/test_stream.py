@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from flowdcn_jax.data import DataError, make_batches, randomness
+from flowdcn_jax.data.batches import ShuffledOrder
 
 SIZE = 50
 
@@ -16,7 +17,6 @@ class IndexSource:
     image_shape = (1, 1, 1)
     num_classes = SIZE
     class_names = None
-    flips = False
 
     def __init__(self, size=SIZE):
         self._size = size
@@ -133,7 +133,7 @@ def test_an_error_in_a_reader_thread_reaches_the_caller():
 
 def test_shuffle_puts_every_example_everywhere():
     epochs = 4000
-    order = randomness.ShuffledOrder(5, seed=11)(np.arange(5 * epochs)).reshape(epochs, 5)
+    order = ShuffledOrder(5, seed=11)(np.arange(5 * epochs)).reshape(epochs, 5)
     counts = np.stack([np.bincount(column, minlength=5) for column in order.T])
     expected, deviation = epochs / 5, np.sqrt(epochs * 0.2 * 0.8)
     assert np.abs(counts - expected).max() < 5 * deviation
@@ -151,6 +151,26 @@ def test_hash_does_not_change_so_that_old_runs_resume():
     assert words.dtype == np.uint64
     expected = [583229529248944353, 3194203982304717363, 4536883445053795217]
     assert [int(word) for word in words] == expected
+
+
+def test_the_order_does_not_change_so_that_old_runs_resume():
+    pinned = {
+        0: [28, 35, 1, 11, 8, 41, 31, 15],
+        6: [21, 36, 35, 15, 2, 31, 7, 32],  # of two epochs
+        10**6: [39, 41, 23, 27, 10, 0, 2, 12],
+    }
+    for step, expected in pinned.items():
+        (batch,) = take(1, start_step=step)
+        assert batch["label"].tolist() == expected
+        (half,) = take(1, start_step=step, process_index=1, process_count=2)
+        assert half["label"].tolist() == expected[4:]
+
+
+def test_flips_and_crops_do_not_change_so_that_old_runs_resume():
+    bits = randomness.random_bits(np.arange(24), seed=3, purpose=randomness.FLIP)
+    assert "".join(map(str, bits.astype(int))) == "010110110000000100010010"
+    places = randomness.uniform(np.array([0, 1, 10**12]), seed=3, purpose=randomness.CROP)
+    assert places.tolist() == [0.2747610321593562, 0.5057329843675691, 0.9425787526133649]
 
 
 def test_noise_does_not_change_so_that_old_runs_resume():

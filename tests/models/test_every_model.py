@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flowdcn_jax import models, sampling
-from flowdcn_jax.config import load_config
+from flowdcn_jax.config import config_names, load_config
 from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.runs.state import abstract_state
 from flowdcn_jax.training.step import make_train_step
@@ -31,7 +31,7 @@ def shrunk(name, **overrides):
 FLOWDCN = shrunk("s2").to_dict()
 DISTINCT = {
     model.to_json(sort_keys=True): name
-    for name, model in ((name, shrunk(name)) for name in reversed(tiny.CONFIGS))
+    for name, model in ((name, shrunk(name)) for name in reversed(config_names()))
     if model.to_dict() | dict(patch_size=2, remat=False) != FLOWDCN
 }.values()
 

@@ -1,6 +1,5 @@
 """The Pallas kernels: interpreted on a CPU against the definition, and lowered for CUDA."""
 
-import contextlib
 import functools
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.deformable_conv import (
     blocks,
@@ -24,6 +23,7 @@ from tests.comparison import relative_error
 from tests.pallas_kernels.aggregation import (
     cast,
     check_released,
+    lowered_for_an_h100,
     output_and_gradients,
     replace_in_pallas,
 )
@@ -185,16 +185,6 @@ def test_a_sharded_batch_is_not_gathered():
         assert relative_error(a, b) < 1e-5
 
 
-def lower_for_cuda(function, *arrays) -> str:
-    """The program for an H100, on a machine without one: catches what Pallas cannot express."""
-    device = contextlib.nullcontext()
-    if jax.__version_info__ >= (0, 11):  # older versions take an H100 for granted
-        h100 = AbstractDevice("NVIDIA H100", 132, platform="gpu")
-        device = jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h100))
-    with device:
-        return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
-
-
 @pytest.mark.parametrize("hopper", [False, True], ids=["any", "hopper"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", NAMED_SHAPES.values(), ids=NAMED_SHAPES)
@@ -214,7 +204,7 @@ def test_every_named_shape_lowers_for_cuda(shape, dtype, hopper, monkeypatch):
         return deformable_aggregate_pallas(values, points, "zeros")
 
     both = functools.partial(output_and_gradients, function)
-    text = lower_for_cuda(both, full(values), points, full(cotangent))
+    text = lowered_for_an_h100(both, full(values), points, full(cotangent))
     chosen = blocks.choose(*shape[1:3], *shape[4:], dtype, hopper=hopper)
     hopper_kernels = (
         blocks.PointLists,

@@ -89,6 +89,76 @@ def test_points_that_are_not_finite_add_nothing():
         assert relative_error(np.asarray(a)[~bad], np.asarray(b)[~bad]) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("size", [16, 32, 64])
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+def test_numbers_that_are_not_finite_are_lost_with_their_points(implementation, size, dtype):
+    values, points, cotangent = cast(*model_inputs((1, size, size, 2, 72, 9)), dtype)
+    rng = np.random.default_rng(0)
+    cause = rng.integers(10, size=points.weights.shape)  # 0: directions, and weights; 1: scales
+    odd = rng.choice([np.nan, np.inf, -np.inf], points.directions.shape).astype(dtype)
+    bad = points._replace(
+        directions=jnp.where((cause == 0)[..., None], odd, points.directions),
+        scales=jnp.where(cause == 1, jnp.nan, points.scales),
+        weights=jnp.where(cause == 0, jnp.nan, points.weights),
+    )
+    lost = cause < 2
+    without = points._replace(weights=jnp.where(lost, 0, points.weights))
+    run = both(implementation, "truncate")
+    actual, expected = (jax.device_get(run(values, x, cotangent)) for x in (bad, without))
+    for n, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        if n in (2, 3, 4):  # of directions, scales and weights
+            assert not a[lost].any()
+            a, b = a[~lost], b[~lost]
+        assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["multiscale", "offsets"])
+@pytest.mark.parametrize("shape", [shape for shape, *_ in CASES[:3]] + [CASES[5][0]], ids=str)
+@pytest.mark.parametrize("size", [1e5, 1e-6])
+def test_float16_with_float32_weights_of_any_size(shape, size, form):
+    values, points, cotangent = model_inputs(shape, seed=1)
+    points = points.to_offsets() if form == "offsets" else points
+    values, cotangent = (jnp.asarray(x / size**0.5, jnp.float16) for x in (values, cotangent))
+    points = points._replace(weights=points.weights * size)
+    expected = both("xla", "truncate")(*cast(values, points, cotangent, jnp.float32))
+    for implementation in ("xla", "pallas"):
+        actual = both(implementation, "truncate")(values, points, cotangent)
+        for a, b in zip(actual, expected, strict=True):
+            assert relative_error(a, b) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(70_000, 2, 3, 1, 8, 2), (2, 2, 3, 70_000, 8, 2)], ids=str)
+def test_batches_and_groups_beyond_cudas_grid(shape, dtype):
+    arrays = cast(*model_inputs(shape, seed=1), dtype)
+    expected = both("xla", "zeros")(*cast(*arrays, jnp.float32))
+    for implementation in ("pallas", "xla"):
+        actual = both(implementation, "zeros")(*arrays)
+        for a, b in zip(actual, expected, strict=True):
+            assert relative_error(a, b) < (1e-5 if dtype == jnp.float32 else 1e-2)
+
+
+def test_more_elements_than_the_kernels_indices_reach():
+    if jax.devices()[0].memory_stats()["bytes_limit"] < 50e9:
+        pytest.skip("needs 50 GB of GPU memory")
+    small = cast(*model_inputs((3, 8, 8, 4, 64, 1), seed=1), jnp.float16)
+    copies = 2**31 // small[0][:2].size  # and one image more than 2^31 elements
+
+    def many(x):
+        return jnp.concatenate([jnp.tile(x[:2], (copies, *[1] * (x.ndim - 1))), x[2:]])
+
+    values, points, cotangent = small
+    per_query = dict(zip(points._fields, map(many, points.per_query), strict=False))
+    large = many(values), points._replace(**per_query), many(cotangent)
+    *actual, _ = both(None, "zeros")(*large)
+    *expected, _ = both("pallas", "zeros")(*small)
+    for a, b in zip(actual, expected, strict=True):
+        assert relative_error(a[-3:], b) < 2e-3
+    with pytest.raises(ValueError, match="expected at most 2147483647"):
+        jax.eval_shape(both("pallas", "zeros"), *large)
+
+
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
 def test_no_access_is_out_of_bounds(repository):
     """Offsets that lead far away, in images that no tile fits, in the offset and the fused form."""

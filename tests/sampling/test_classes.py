@@ -3,14 +3,21 @@
 import numpy as np
 import pytest
 
-from flowdcn_jax.sampling import SamplingError, labels_in_turn, parse_classes
-from flowdcn_jax.sampling.classes import class_labels, class_words, imagenet_words, make_labels
+from flowdcn_jax.sampling import Request, SamplingError, labels_in_turn
+from flowdcn_jax.sampling.classes import (
+    class_labels,
+    class_words,
+    imagenet_words,
+    make_labels,
+    parse_classes,
+)
 
 ANIMALS = (("cat", "feline"), ("dog", "pet"), ("7",), ("cow", "pet"))
 
 
 def parse(*classes, words=ANIMALS):
-    return parse_classes(list(classes), len(words) if words else 3, words)
+    request = Request(classes=list(classes))
+    return parse_classes(request.classes, len(words) if words else 3, words)
 
 
 def test_names_other_words_and_numbers():
@@ -23,20 +30,25 @@ def test_names_other_words_and_numbers():
 
 @pytest.mark.parametrize("classes", ["3,7", [3, 7], ("3", 7), np.array([3, 7]), "3, 7"])
 def test_classes_are_a_text_or_a_sequence(classes):
-    assert parse_classes(classes, 10, None) == [3, 7]
+    assert Request(classes=classes).classes == ("3", "7")
 
 
 def test_one_class_alone_may_be_given_as_it_is():
-    assert parse_classes(3, 40, None) == parse_classes("3", 40, None) == [3]
-    assert parse_classes("37", 40, None) == [37]
-    assert parse_classes("cat", 4, ANIMALS) == [0]
-    assert parse_classes("all", 3, None) == [0, 1, 2]
+    assert Request(classes=3).classes == Request(classes="3").classes == ("3",)
+    assert Request(classes="37").classes == ("37",)
+    assert Request(classes="great dane").classes == ("great dane",)
+    assert Request().classes is None
 
 
-@pytest.mark.parametrize("nothing", [[], "", [""], ()])
+def test_a_name_with_a_comma_is_put_in_quotes():
+    assert Request(classes='3, "dog, small",cat').classes == ("3", "dog, small", "cat")
+    assert Request(classes=["dog, small", "cat"]).classes == ("dog, small", "cat")
+
+
+@pytest.mark.parametrize("nothing", [[], "", [""], (), "3\n7"])
 def test_no_class_is_not_every_class(nothing):
-    with pytest.raises(SamplingError, match="classes is empty; expected names and numbers"):
-        parse_classes(nothing, 10, None)
+    with pytest.raises(SamplingError, match="^classes is .*; expected names and numbers"):
+        Request(classes=nothing)
 
 
 @pytest.mark.parametrize(
@@ -113,4 +125,4 @@ def test_labels_in_turn_and_at_random():
     assert (drawn != make_labels("random", (), 3000, 10, seed=1)).any()
     assert set(make_labels("random", (3, 7), 50, 10, seed=0)) == {3, 7}
     with pytest.raises(SamplingError, match="labels is 'sorted'"):
-        make_labels("sorted", (), 3, 10, seed=0)
+        Request(labels="sorted")

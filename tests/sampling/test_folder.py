@@ -2,12 +2,9 @@
 
 import collections
 import contextlib
-import errno
 import json
 import random
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -15,9 +12,9 @@ import pytest
 
 from flowdcn_jax.sampling import SamplingError
 from flowdcn_jax.sampling.folder import SampleFolder
-from flowdcn_jax.sampling.output_folder import OutputFolder
 from flowdcn_jax.sampling.pictures import write_pictures
-from tests import tiny
+from tests import faults
+from tests.conftest import FIXTURES
 
 RECORD = {"seed": 0, "size": (4, 6), "settings": {"guidance": 1.375, "sampler": "euler"}}
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 4, 6, 3), np.uint8)
@@ -107,27 +104,26 @@ def test_leftovers_of_killed_writes_are_removed(tmp_path, opened):
     folder = opened(tmp_path)
     assert sorted(path.name for path in tmp_path.rglob(".*")) == [".lock", ".mine.npz.swp"]
     folder.join()
-    folder._shards.mkdir()  # as if killed before the shards were deleted
-    write(folder, 0, 4)
-    assert opened(tmp_path).missing() == [] and not folder._shards.exists()
+    write(folder, 0, 4)  # as if killed before the shards were deleted
+    assert opened(tmp_path).missing() == [] and not (tmp_path / "shards").exists()
 
 
-def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path, opened, monkeypatch):
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path, opened):
     folder = opened(tmp_path)
     write(folder, 0, 5)
-    real = np.savez
-
-    def full(file, **arrays):
-        real(file, **arrays)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(SamplingError, match="No space left .* the same command goes on"):
-        write(folder, 5, 10)
-    monkeypatch.undo()
+    with faults.full_disk(free_bytes=100):
+        with pytest.raises(SamplingError, match="File too large.* the same command goes on"):
+            write(folder, 5, 10)
     assert names(tmp_path) == [".lock", "settings.json", "shards"]
     assert names(tmp_path / "shards") == ["00000000-00000005.npz"]
     assert opened(tmp_path).missing() == [(5, 10)]
+    write(folder, 5, 10)
+    with faults.full_disk(free_bytes=100):
+        with pytest.raises(SamplingError, match="File too large.* the same command goes on"):
+            folder.join()
+    assert names(tmp_path / "shards") == ["00000000-00000005.npz", "00000005-00000010.npz"]
+    folder.join()
+    check_samples(folder)
 
 
 @pytest.mark.parametrize("shard", [FIRST, SECOND])
@@ -152,62 +148,71 @@ def test_a_damaged_shard_is_deleted_and_drawn_by_the_same_call(
     check_samples(folder)
 
 
-def test_all_bytes_of_a_shard_are_checked_when_the_folder_is_opened(tmp_path):
-    """Also those that zipfile does not read together with the header."""
-    rows = ROWS | {"arr_0": jax.ShapeDtypeStruct((99, 99), np.uint8)}
-    for _ in range(2):
-        folder = SampleFolder(tmp_path, 5, rows)
-        with contextlib.closing(folder):
-            folder.open(RECORD)
-            assert folder.missing() == [(0, 5)]
-            folder.write(0, np.zeros((5, 99, 99), np.uint8), LABELS[:5])
-        content = bytearray((tmp_path / FIRST).read_bytes())
-        content[len(content) // 2] ^= 1
-        (tmp_path / FIRST).write_bytes(content)
+def test_no_flipped_bit_in_a_shard_gives_a_traceback_or_another_image(tmp_path):
+    """Of every byte of a shard, some bit: each in a shard of its own, all opened at once."""
+    row, label, bits = IMAGES[:1], LABELS[:1], random.Random(0)
+    with contextlib.closing(SampleFolder(tmp_path / "one", 1, ROWS)) as folder:
+        folder.open(RECORD)
+        folder.write(0, row, label)
+        whole = (tmp_path / "one" / "shards" / "00000000-00000001.npz").read_bytes()
+    with contextlib.closing(SampleFolder(tmp_path / "all", len(whole), ROWS)) as folder:
+        folder.open(RECORD)
+    paths = [tmp_path / "all" / f"shards/{i:08d}-{i + 1:08d}.npz" for i in range(len(whole))]
+    paths[0].parent.mkdir()
+    for index, path in enumerate(paths):
+        path.write_bytes(faults.flipped(whole, index, bits.randrange(8)))
+    with contextlib.closing(SampleFolder(tmp_path / "all", len(whole), ROWS)) as folder:
+        folder.open(RECORD)
+        there = [path for path in paths if path.exists()]
+        assert 0 < len(there) < 0.3 * len(whole)  # some bytes mean nothing, as dates
+        for path in set(paths) - set(there):
+            path.write_bytes(whole)
+        folder.join()
+        for image, found in folder.images():
+            assert (image == row[0]).all() and found == label[0]
 
 
-def test_no_flipped_bit_gives_a_traceback_or_another_image(tmp_path, opened):
-    """Of every byte of a shard and of samples.npz, some bit."""
-    folder = opened(tmp_path)
-    write(folder, 0, 5, 10)
-    path, bits = tmp_path / SECOND, random.Random(0)
-    whole, outcomes = path.read_bytes(), collections.Counter()
+def test_no_flipped_bit_that_shows_later_gives_a_traceback_or_another_image(tmp_path):
+    """In a shard that is joined after it was checked, and of every byte of samples.npz."""
+    images, labels, bits = IMAGES[:4, :2, :2], LABELS[:4], random.Random(0)
+    rows = ROWS | {"arr_0": jax.ShapeDtypeStruct((2, 2, 3), np.uint8)}
+    folder = SampleFolder(tmp_path, 4, rows)
+    with contextlib.closing(folder):
+        folder.open(RECORD)
+        folder.write(0, images[:2], labels[:2])
+        folder.write(2, images[2:], labels[2:])
+        path, outcomes = tmp_path / "shards" / "00000002-00000004.npz", collections.Counter()
+        whole = path.read_bytes()
+        for index in range(0, len(whole), 10):
+            path.write_bytes(faults.flipped(whole, index, bits.randrange(8)))
+            try:
+                folder.join()
+            except SamplingError:
+                assert not path.exists() and not folder.samples.exists()
+                outcomes["deleted"] += 1
+            else:
+                found = np.stack([image for image, _ in folder.images()])
+                np.testing.assert_array_equal(found, images)
+                folder.samples.unlink()
+                folder.write(0, images[:2], labels[:2])
+                outcomes["joined"] += 1
+        assert outcomes["deleted"] > outcomes["joined"] > 0
+        path.write_bytes(whole)
+        folder.join()
 
-    def flipped(content, index):
-        changed = bytearray(content)
-        changed[index] ^= 1 << bits.randrange(8)
-        return changed
-
-    for index in range(len(whole)):
-        path.write_bytes(flipped(whole, index))
-        folder._delete_unusable_shards()
-        outcomes[tuple(folder.missing())] += 1
-    assert outcomes.keys() == {((5, 10),), ()}  # some bytes mean nothing, as dates
-    assert outcomes[()] < 0.2 * len(whole)
-
-    for index in range(0, len(whole), 10):  # damage after the shards were checked
-        path.write_bytes(flipped(whole, index))
-        try:
-            folder.join()
-        except SamplingError:
-            assert not path.exists() and not folder.samples.exists()
-        else:
-            check_samples(folder)
-            folder.samples.unlink()
-            write(folder, 0, 5)
-
-    path.write_bytes(whole)
-    folder.join()
     whole = folder.samples.read_bytes()
     for index in range(len(whole)):
-        folder.samples.write_bytes(flipped(whole, index))
-        try:
-            folder._check_samples()
-            images = np.stack([image for image, _ in folder.images()])
-        except SamplingError as error:
-            assert "samples.npz is damaged" in str(error)
-        else:
-            np.testing.assert_array_equal(images, IMAGES)
+        folder.samples.unlink()
+        folder.samples.write_bytes(faults.flipped(whole, index, bits.randrange(8)))
+        with contextlib.closing(SampleFolder(tmp_path, 4, rows)) as folder:
+            try:
+                if index % 10 == 0:
+                    folder.open(RECORD)
+                found = np.stack([image for image, _ in folder.images()])
+            except SamplingError as error:
+                assert "samples.npz is damaged" in str(error)
+            else:
+                np.testing.assert_array_equal(found, images)
 
 
 def test_shards_that_overlap_or_are_not_what_they_are_named_are_drawn_again(
@@ -218,7 +223,7 @@ def test_shards_that_overlap_or_are_not_what_they_are_named_are_drawn_again(
         write(folder, start, stop)
     with pytest.raises(SamplingError, match="does not hold each of 10 images once"):
         folder.join()
-    assert len(names(folder._shards)) == 3 and not folder.samples.exists()
+    assert len(names(folder.path / "shards")) == 3 and not folder.samples.exists()
     folder = opened(tmp_path / "overlap")
     assert folder.missing() == [(4, 6)] and "00000002-00000006.npz cannot be" in caplog.text
     write(folder, 4, 6)
@@ -229,9 +234,11 @@ def test_shards_that_overlap_or_are_not_what_they_are_named_are_drawn_again(
     write(folder, 0, 5, 8)
     (tmp_path / "short" / "shards" / "00000005-00000008.npz").rename(tmp_path / "short" / SECOND)
     shutil.copytree(tmp_path / "short", tmp_path / "again")
-    with pytest.raises(SamplingError, match="00000010.npz was damaged .* draws its images again"):
+    with pytest.raises(SamplingError, match="00000010.npz cannot be .* made its images makes them"):
         folder.join()
-    assert names(folder._shards) == ["00000000-00000005.npz"] and not folder.samples.exists()
+    assert (
+        names(folder.path / "shards") == ["00000000-00000005.npz"] and not folder.samples.exists()
+    )
     assert opened(tmp_path / "again").missing() == [(5, 10)]
 
     folder = opened(tmp_path / "beyond")
@@ -243,48 +250,37 @@ def test_files_of_other_names_are_left_alone(tmp_path, opened):
     folder = opened(tmp_path)
     write(folder, 0, 10)
     for stray in ("copy-of.npz", "00000000-00000005 (1).npz"):
-        (folder._shards / stray).write_bytes(b"mine")
+        (tmp_path / "shards" / stray).write_bytes(b"mine")
     folder = opened(tmp_path)
     assert folder.missing() == []
     folder.join()
     check_samples(folder)
-    assert names(folder._shards) == ["00000000-00000005 (1).npz", "copy-of.npz"]
+    assert names(tmp_path / "shards") == ["00000000-00000005 (1).npz", "copy-of.npz"]
 
 
 def test_one_process_writes_at_a_time(tmp_path, opened):
-    code = (
-        "import sys, pathlib; from flowdcn_jax.sampling.output_folder import OutputFolder\n"
-        "folder = OutputFolder(pathlib.Path(sys.argv[1])); folder.open({'seed': 0})\n"
-        "print('open', flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tiny.REPOSITORY)
-    with subprocess.Popen(command, **pipes) as other:
-        try:
-            assert other.stdout.readline() == b"open\n"
-            with pytest.raises(SamplingError, match="is being written by another process; wait"):
-                opened(tmp_path, record={"seed": 0})
-        finally:
-            other.kill()
-    assert opened(tmp_path, record={"seed": 0}).missing() == [(0, 10)]
-
-
-def test_a_file_system_without_locks_is_warned_of(tmp_path, opened, monkeypatch, caplog):
-    def no_locks(*args):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("flowdcn_jax.sampling.output_folder.fcntl.flock", no_locks)
+    opened(tmp_path)
+    with pytest.raises(SamplingError, match="is in use by another run .*: wait for it, or name"):
+        SampleFolder(tmp_path, 10, ROWS).open(RECORD)
     assert opened(tmp_path).missing() == [(0, 10)]
-    assert "cannot be locked " in caplog.text and "No locks available" in caplog.text
+
+
+def test_a_folder_of_the_version_before_goes_on(tmp_path, opened):
+    """It was stopped after its first shard."""
+    shutil.copytree(FIXTURES / "stopped" / "samples", tmp_path, dirs_exist_ok=True)
+    folder = opened(tmp_path)
+    assert folder.missing() == [(5, 10)]
+    write(folder, 5, 10)
+    folder.join()
+    check_samples(folder)
 
 
 def test_folders_of_other_runs_are_refused(tmp_path, opened):
     write(opened(tmp_path / "out"), 0, 10)
-    other = {"guidance": 2.0, "sampler": "euler"}
-    with pytest.raises(SamplingError) as caught:
-        opened(tmp_path / "out", record=RECORD | {"seed": 1, "settings": other, "guide": {"a": 1}})
-    differences = "(seed: 0 -> 1; settings.guidance: 1.375 -> 2.0; guide: None -> {...})"
-    assert f"holds another run's images {differences}; use" in str(caught.value)
+    with pytest.raises(
+        SamplingError, match=r"another run's images \(seed: 0 -> 1\); .* another --out"
+    ):
+        opened(tmp_path / "out", record=RECORD | {"seed": 1})
     (tmp_path / "file").write_text("mine")
     with pytest.raises(SamplingError, match="file cannot be made a folder"):
         opened(tmp_path / "file")
@@ -301,10 +297,9 @@ def test_results_without_settings_are_refused(tmp_path, opened, found):
     assert names(tmp_path) == [found]
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"seed": ', b"\xff"])
-def test_damaged_settings_are_named(tmp_path, opened, content):
+def test_damaged_settings_are_named(tmp_path, opened):
     write(opened(tmp_path), 0, 10)
-    (tmp_path / "settings.json").write_bytes(content)
+    (tmp_path / "settings.json").write_bytes(b'{"seed": ')
     with pytest.raises(SamplingError, match="settings.json is damaged .* use another --out, or"):
         opened(tmp_path)
     assert names(tmp_path / "shards") == ["00000000-00000010.npz"]
@@ -331,35 +326,32 @@ def test_a_folder_of_other_images_is_not_taken_for_this_run(tmp_path, opened):
         opened(tmp_path)
 
 
-def test_pictures_go_on_where_a_full_disk_stopped_them(tmp_path, opened, monkeypatch):
-    folder = opened(tmp_path)
-    write(folder, 0, 10)
-    folder.join()
-    real, written = OutputFolder.save_png, []
+def test_pictures_go_on_where_a_full_disk_stopped_them(tmp_path, opened):
+    """The first three images are of one colour: their files are smaller than those of noise."""
+    rows = ROWS | {"arr_0": jax.ShapeDtypeStruct((16, 16, 3), np.uint8)}
+    images = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), np.uint8)
+    images[:3] = 0
+    with contextlib.closing(SampleFolder(tmp_path, 10, rows)) as folder:
+        folder.open(RECORD)
+        folder.write(0, images, LABELS)
+        folder.join()
+        with faults.full_disk(free_bytes=500):
+            with pytest.raises(SamplingError, match="File too large.* the same command goes on"):
+                write_pictures(folder, LABELS, None, {}, save_images=True)
+        assert names(tmp_path / "images") == ["00000.png", "00001.png", "00002.png"]
+        first = written(tmp_path)
+        write_pictures(folder, LABELS, None, {}, save_images=True)
+        pictures = written(tmp_path)
+        assert pictures.keys() == {"grid.png", *(f"{index:05d}.png" for index in range(10))}
+        assert pictures.items() > first.items()
+        folder.samples.unlink()  # it need not be read
+        write_pictures(folder, LABELS, None, {}, save_images=True)
+        assert written(tmp_path) == pictures
 
-    def count(folder, name, image, metadata):
-        written.append(name)
-        real(folder, name, image, metadata)
 
-    def full(*args):
-        if len(written) == 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return save_png(*args)
-
-    save_png = sys.modules["flowdcn_jax.sampling.output_folder"].save_png
-    monkeypatch.setattr(OutputFolder, "save_png", count)
-    with monkeypatch.context() as patch:
-        patch.setattr("flowdcn_jax.sampling.output_folder.save_png", full)
-        with pytest.raises(SamplingError, match="No space left .* the same command goes on"):
-            write_pictures(folder, LABELS, None, {}, save_images=True)
-    assert names(tmp_path / "images") == ["00000.png", "00001.png", "00002.png"]
-    written.clear()
-    write_pictures(folder, LABELS, None, {}, save_images=True)
-    assert written == [*(f"images/{i:05d}.png" for i in range(3, 10)), "grid.png"]
-    written.clear()
-    folder.samples.unlink()  # it need not be read
-    write_pictures(folder, LABELS, None, {}, save_images=True)
-    assert written == []
+def written(path):
+    """When each picture was written."""
+    return {picture.name: picture.stat().st_mtime_ns for picture in path.rglob("*.png")}
 
 
 def test_the_record_is_readable(tmp_path, opened):

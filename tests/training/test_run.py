@@ -16,10 +16,10 @@ from flax import nnx
 import flowdcn_jax
 from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.models import parameter_count
+from flowdcn_jax.runs.workdir import WorkdirError, workdir_lock
 from flowdcn_jax.training import loop
 from flowdcn_jax.training.metrics import NonFiniteError, check_finite
 from flowdcn_jax.training.preemption import Preemption
-from flowdcn_jax.training.workdir_lock import WorkdirError, workdir_lock
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -4,8 +4,8 @@ import dataclasses
 import json
 import shutil
 import threading
-from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,8 +13,7 @@ from PIL import Image
 from flowdcn_jax import data
 from flowdcn_jax.data.aspect_buckets import AspectBuckets
 from flowdcn_jax.errors import UserError
-from flowdcn_jax.runs.sharding import make_mesh
-from flowdcn_jax.training import loop
+from flowdcn_jax.training.loop import compile_steps
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -62,23 +61,23 @@ def test_the_config_means_these_buckets():
     assert BUCKETS.sizes == ((32, 16), (16, 32))
 
 
-def test_the_shapes_are_compiled_side_by_side(latents, monkeypatch):
+def test_the_shapes_are_compiled_side_by_side(latents):
     both_there = threading.Barrier(len(COUNTS), timeout=20)
+    shapes = [(16, 4, 2, 4), (16, 2, 4, 4)]
 
     class Lowered:
-        def __init__(self, batch):
-            self.shape = batch["image"].shape
+        def __init__(self, shape):
+            image = jax.ShapeDtypeStruct(shape, np.float32)
+            self.args_info = ((None, {"image": image}), {})
 
         def compile(self):
             both_there.wait()
-            return self.shape
+            return self
 
-    fake = SimpleNamespace(lower=lambda state, batch: Lowered(batch))
-    monkeypatch.setattr(loop, "make_train_step", lambda config, mesh: fake)
-    tiny_config = config(latents)
-    source = data.make_source(tiny_config.data)
-    compiled = loop.compile_steps(tiny_config, source, make_mesh(), say=lambda text: None)
-    assert compiled == {shape: shape for shape in [(16, 4, 2, 4), (16, 2, 4, 4)]}
+    lowered = [Lowered(shape) for shape in shapes]
+    source = data.make_source(config(latents).data)
+    compiled = compile_steps(lowered, source, say=lambda text: None)
+    assert compiled == dict(zip(shapes, lowered, strict=True))
 
 
 def test_a_run_resumes_exactly_and_draws_square_grids(latents, tmp_path, capsys):

@@ -1,0 +1,32 @@
+"""Draws images with a trained model's EMA weights: python sample.py --workdir=DIR [--classes=3,7]
+
+Writes grid.png and samples.npz (arr_0: uint8 NHWC, as the ADM evaluator reads it; arr_1: classes),
+and images/00000.png ... with --save_images. The same command goes on with a run that was stopped.
+--compare=steps (or samplers, image_size, resolution_adjustment) writes one strip instead. Several
+hosts: as train.py, with --distributed.
+"""
+
+from absl import flags
+
+from flowdcn_jax import command
+from flowdcn_jax.sampling import ModelChoice, Output, Request, Settings
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.", required=True)
+_OPTIONS = command.option_flags(Request, Settings, ModelChoice, Output)
+command.define_distributed_flags()
+
+
+def main() -> None:
+    command.join_processes()
+    # Imported here so that usage errors come at once.
+    import jax
+
+    from flowdcn_jax import sampling
+
+    picture = sampling.sample_to_folder(_WORKDIR.value, **_OPTIONS())
+    if jax.process_index() == 0:
+        print(picture)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,52 @@
+"""Writes today's options into the pages of docs/ that list them: python -m tests.doc_tables
+
+They stand between two comments there: in docs/sampling.md those that the sampling package declares,
+in docs/config.md those of flowdcn_jax/config.py and of the networks in flowdcn_jax/models.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from flowdcn_jax import config, models
+from flowdcn_jax.options import Option, options_of
+from flowdcn_jax.sampling import ModelChoice, Output, Request, Settings
+
+ROOT = Path(__file__).parent.parent
+BEGIN = "<!-- options: python -m tests.doc_tables -->\n"
+END = "<!-- end of options -->\n"
+
+PAGES = {
+    "docs/sampling.md": (Request, Settings, ModelChoice, Output),
+    "docs/config.md": (
+        *config.SECTIONS.values(),
+        *(model.options for model in models.MODELS.values()),
+    ),
+}
+
+
+def with_tables(page: str, classes: Iterable[type]) -> str:
+    """A page in Markdown with today's tables between its two comments."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert begin and end, f"the page has no lines {BEGIN.strip()} and {END.strip()}"
+    tables = "\n".join(map(table, classes))
+    return f"{before}{begin}\n{tables}\n{end}{after}"
+
+
+def table(kind: type) -> str:
+    """A dataclass's options, a row each."""
+    title = kind.__doc__.splitlines()[0].removesuffix(".")
+    rows = "".join(map(row, options_of(kind).values()))
+    return f"| {title} | values | by default |\n| --- | --- | --- |\n{rows}"
+
+
+def row(option: Option) -> str:
+    default = f"`{option.default}`" if option.unset is None else option.unset
+    return f"| `{option.name}`: {option.help} | {option.expected} | {default} |\n"
+
+
+if __name__ == "__main__":
+    for name, classes in PAGES.items():
+        file = ROOT / name
+        file.write_text(with_tables(file.read_text(), classes))
+        print(name)
