@@ -16,7 +16,8 @@ from jax import Array
 from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.models import layers
 from flowdcn_jax.models.flowdcn import FlowDCNBlock
-from flowdcn_jax.models.velocity_network import NetworkOptions, VelocityNetwork
+from flowdcn_jax.models.products import convolution
+from flowdcn_jax.models.velocity_network import NetworkOptions, VelocityNetwork, linear_options
 from flowdcn_jax.options import at_least, option
 
 
@@ -40,26 +41,32 @@ class GroupedConv(nnx.Module):
     """Linear, a convolution in which each group sees its own channels alone, Linear."""
 
     def __init__(self, options: FlowCNNOptions, *, rngs: nnx.Rngs):
-        width, side, dtype = options.width, options.kernel_size, options.compute_dtype
+        width, shared = options.width, linear_options(options, rngs)
         zeros = nnx.initializers.zeros_init()
-        self.values = layers.linear(width, width, bias_init=zeros, dtype=dtype, rngs=rngs)
-        self.spatial = nnx.Conv(
-            width,
-            width,
-            (side, side),
-            feature_group_count=options.num_groups,
-            use_bias=False,  # the Linear after it has one
-            dtype=dtype,
-            param_dtype=jnp.float32,
-            precision=layers.matmul_precision(dtype),
-            kernel_init=layers.uniform_fan_in(side**2 * (width // options.num_groups)),
-            rngs=rngs,
-        )
-        self.out = layers.linear(width, width, bias_init=zeros, dtype=dtype, rngs=rngs)
+        self.values = layers.Linear(width, width, bias_init=zeros, **shared)
+        self.spatial = SpatialConv(options, rngs=rngs)
+        self.out = layers.Linear(width, width, bias_init=zeros, **shared)
 
     def __call__(self, x: Array) -> Array:
         """x [B,h,w,d] -> [B,h,w,d]."""
         return self.out(self.spatial(self.values(x)))
+
+
+class SpatialConv(nnx.Module):
+    """A k x k convolution in groups, without a bias: the Linear after it has one."""
+
+    def __init__(self, options: FlowCNNOptions, *, rngs: nnx.Rngs):
+        side, channels = options.kernel_size, options.width // options.num_groups
+        init = layers.uniform_fan_in(side**2 * channels)
+        self.groups = options.num_groups
+        self.gradient_dtype = jnp.dtype(options.gradient_dtype)
+        self.kernel = nnx.Param(init(rngs.params(), (side, side, channels, options.width)))
+
+    def __call__(self, x: Array) -> Array:
+        """x [B,h,w,d] -> [B,h,w,d]."""
+        return convolution(
+            x, self.kernel[...], groups=self.groups, gradient_dtype=self.gradient_dtype
+        )
 
 
 class FlowCNN(VelocityNetwork):

@@ -13,7 +13,13 @@ from flax import nnx
 from jax import Array
 
 from flowdcn_jax.models import layers
-from flowdcn_jax.models.velocity_network import AdaLNBlock, NetworkOptions, VelocityNetwork
+from flowdcn_jax.models.velocity_network import (
+    AdaLNBlock,
+    NetworkOptions,
+    VelocityNetwork,
+    float32_options,
+    linear_options,
+)
 from flowdcn_jax.options import POSITIVE, at_least, one_of, option
 from pallas_kernels.deformable_conv import multiscale_deformable_aggregate
 
@@ -93,14 +99,14 @@ class MultiscaleDeformableConv(nnx.Module):
         self.options = options
         width, points = options.width, options.num_groups * SAMPLING_POINTS
         zeros = nnx.initializers.zeros_init()
-        shared = dict(dtype=options.compute_dtype, rngs=rngs)
-        self.values = layers.linear(width, width, bias_init=zeros, **shared)
-        self.directions = layers.linear(
+        shared = linear_options(options, rngs)
+        self.values = layers.Linear(width, width, bias_init=zeros, **shared)
+        self.directions = layers.Linear(
             width, 2 * points, kernel_init=zeros, bias_init=zeros, **shared
         )
-        self.scales = layers.linear(width, points, use_bias=False, kernel_init=zeros, **shared)
-        self.weights = layers.linear(width, points, kernel_init=zeros, **shared)
-        self.out = layers.linear(width, width, bias_init=zeros, **shared)
+        self.scales = layers.Linear(width, points, use_bias=False, kernel_init=zeros, **shared)
+        self.weights = layers.Linear(width, points, kernel_init=zeros, **shared)
+        self.out = layers.Linear(width, width, bias_init=zeros, **shared)
         prior = jnp.asarray(SCALE_PRIORS[options.scale_prior](options.num_groups))
         self.scale_prior = nnx.Param(prior) if options.learn_scale_prior else None
 
@@ -135,12 +141,12 @@ class FlowDCNBlock(AdaLNBlock):
     def __init__(
         self, make_conv: type[nnx.Module], options: NetworkOptions, *, norm: str, mlp: str, rngs
     ):
-        width, shared = options.width, dict(dtype=options.compute_dtype, rngs=rngs)
-        self.norm1 = layers.NORMS[norm](width, **shared)
+        width, dtype = options.width, options.compute_dtype
+        self.norm1 = layers.NORMS[norm](width, dtype=dtype, rngs=rngs)
         self.conv = make_conv(options, rngs=rngs)
-        self.norm2 = layers.NORMS[norm](width, **shared)
-        self.mlp = layers.MLPS[mlp](width, **shared)
-        self.modulation = layers.linear(width, 6 * width, **shared)
+        self.norm2 = layers.NORMS[norm](width, dtype=dtype, rngs=rngs)
+        self.mlp = layers.MLPS[mlp](width, **linear_options(options, rngs))
+        self.modulation = layers.Linear(width, 6 * width, rngs=rngs, **float32_options(options))
 
 
 class FlowDCN(VelocityNetwork):

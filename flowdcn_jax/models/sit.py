@@ -5,6 +5,7 @@ integer coordinates, so any h x w works; sizes beyond those of training are extr
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,13 @@ from jax import Array
 
 from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.models import layers
-from flowdcn_jax.models.velocity_network import AdaLNBlock, NetworkOptions, VelocityNetwork
+from flowdcn_jax.models.velocity_network import (
+    AdaLNBlock,
+    NetworkOptions,
+    VelocityNetwork,
+    float32_options,
+    linear_options,
+)
 from flowdcn_jax.options import at_least, one_of, option
 from pallas_kernels.devices import why_no_nvidia_kernels
 
@@ -82,10 +89,10 @@ def attention_implementation(dtype, head_dim: int) -> str:
 class Attention(nnx.Module):
     """Multi-head self-attention over all tokens of the grid; the softmax is float32."""
 
-    def __init__(self, width: int, num_heads: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, num_heads: int, **linear_options):
         self.num_heads = num_heads
-        self.qkv = layers.xavier_linear(width, 3 * width, dtype=dtype, rngs=rngs)
-        self.out = layers.xavier_linear(width, width, dtype=dtype, rngs=rngs)
+        self.qkv = layers.xavier_linear(width, 3 * width, **linear_options)
+        self.out = layers.xavier_linear(width, width, **linear_options)
 
     def __call__(self, x: Array) -> Array:
         """x [B,h,w,d] -> [B,h,w,d]."""
@@ -112,13 +119,21 @@ class SiTBlock(AdaLNBlock):
 
     def __init__(self, options: SiTOptions, *, rngs: nnx.Rngs):
         zeros = nnx.initializers.zeros_init()
-        width, shared = options.width, dict(dtype=options.compute_dtype, rngs=rngs)
-        self.norm1 = layers.NORMS[options.norm](width, **shared)
+        width, shared = options.width, linear_options(options, rngs)
+        make_norm = functools.partial(
+            layers.NORMS[options.norm], width, dtype=options.compute_dtype, rngs=rngs
+        )
+        self.norm1 = make_norm()
         self.attention = Attention(width, options.num_heads, **shared)
-        self.norm2 = layers.NORMS[options.norm](width, **shared)
+        self.norm2 = make_norm()
         self.mlp = layers.MLPS[options.mlp](width, linear=layers.xavier_linear, **shared)
-        self.modulation = layers.linear(
-            width, 6 * width, kernel_init=zeros, bias_init=zeros, **shared
+        self.modulation = layers.Linear(
+            width,
+            6 * width,
+            kernel_init=zeros,
+            bias_init=zeros,
+            rngs=rngs,
+            **float32_options(options),
         )
 
 

@@ -13,7 +13,7 @@ from jax import Array
 from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.models import layers
 from flowdcn_jax.options import at_least, checked, one_of, option
-from flowdcn_jax.precision import DTYPES, compute_dtype
+from flowdcn_jax.precision import BESIDE_BFLOAT16, DTYPES, compute_dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,12 @@ class NetworkOptions:
         True, "predict 2*in_channels and use the first half, as released", fixed=True
     )
     dtype: str = option("auto", "compute dtype; auto: bfloat16 except on CPUs", one_of(*DTYPES))
+    gradient_dtype: str = option(
+        "float32",
+        "of parameters' gradients while devices add them up; bfloat16: half as much to send, "
+        "rounded before that",
+        one_of("float32", "bfloat16"),
+    )
     remat: bool = option(
         False, "recompute blocks in the backward pass: less memory, a third more time"
     )
@@ -67,30 +73,44 @@ class AdaLNBlock(nnx.Module):
     mixer: str  # the attribute that maps [B,h,w,d] to [B,h,w,d]: there alone tokens see one another
 
     def __call__(self, x: Array, condition: Array, *mixer_options) -> Array:
-        """x [B,h,w,d], condition [B,d] -> [B,h,w,d]."""
-        modulation = self.modulation(nnx.silu(condition))
+        """x [B,h,w,d] in the compute dtype, condition [B,d] float32 -> [B,h,w,d]."""
+        modulation = self.modulation(nnx.silu(condition)).astype(x.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
         mixer = getattr(self, self.mixer)
         mixed = mixer(layers.modulate(self.norm1(x), shift1, scale1), *mixer_options)
         x = x + gate1[:, None, None, :] * mixed
-        return x + gate2[:, None, None, :] * self.mlp(
-            layers.modulate(self.norm2(x), shift2, scale2)
-        )
+        mixed = self.mlp(layers.modulate(self.norm2(x), shift2, scale2))
+        return x + gate2[:, None, None, :] * mixed
 
 
 class FinalLayer(nnx.Module):
-    """LayerNorm, adaLN and a Linear to p*p*channels; both Linears start at zero."""
+    """LayerNorm, adaLN and a Linear to p*p*channels, in float32; both Linears start at zero."""
 
-    def __init__(self, width: int, out_features: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, out_features: int, *, rngs: nnx.Rngs, **linear_options):
         zeros = nnx.initializers.zeros_init()
-        options = dict(kernel_init=zeros, bias_init=zeros, dtype=dtype, rngs=rngs)
-        self.norm = layers.layer_norm(width, dtype=dtype, rngs=rngs)
-        self.modulation = layers.linear(width, 2 * width, **options)
-        self.linear = layers.linear(width, out_features, **options)
+        options = dict(kernel_init=zeros, bias_init=zeros, rngs=rngs, **linear_options)
+        self.norm = layers.layer_norm(width, dtype=jnp.float32, rngs=rngs)
+        self.modulation = layers.Linear(width, 2 * width, **options)
+        self.linear = layers.Linear(width, out_features, **options)
 
     def __call__(self, x: Array, condition: Array) -> Array:
         shift, scale = jnp.split(self.modulation(nnx.silu(condition)), 2, axis=-1)
         return self.linear(layers.modulate(self.norm(x), shift, scale))
+
+
+def float32_options(options: NetworkOptions) -> dict:
+    """What the Linears share that act on the condition, and the last one: they are float32.
+
+    bfloat16 could not tell neighbours of a 250-step time grid from one another.
+    """
+    narrow = jnp.dtype(options.compute_dtype).itemsize == 2
+    return dict(dtype=jnp.float32, precision=BESIDE_BFLOAT16 if narrow else None)
+
+
+def linear_options(options: NetworkOptions, rngs: nnx.Rngs) -> dict:
+    """What the Linears that act on tokens share."""
+    gradient_dtype = jnp.dtype(options.gradient_dtype)
+    return dict(dtype=options.compute_dtype, gradient_dtype=gradient_dtype, rngs=rngs)
 
 
 class VelocityNetwork(nnx.Module):
@@ -104,16 +124,18 @@ class VelocityNetwork(nnx.Module):
 
     takes_max_scale_factor = False  # whether blocks have a reach that a call can change
 
-    def __init__(self, options: NetworkOptions, *, rngs: nnx.Rngs, linear=layers.linear):
+    def __init__(self, options: NetworkOptions, *, rngs: nnx.Rngs, linear=layers.Linear):
         self.options = options
         patch_features = options.patch_size**2 * options.in_channels
         out_features = patch_features * (2 if options.learn_sigma else 1)
-        width, shared = options.width, dict(dtype=options.compute_dtype, rngs=rngs)
-        self.stem = layers.xavier_linear(patch_features, width, **shared)
-        self.time_embedder = layers.TimestepEmbedder(width, linear=linear, **shared)
-        self.class_embedder = layers.ClassEmbedder(options.num_classes, width, **shared)
+        width, float32 = options.width, float32_options(options)
+        self.stem = layers.xavier_linear(patch_features, width, **linear_options(options, rngs))
+        self.time_embedder = layers.TimestepEmbedder(width, linear=linear, rngs=rngs, **float32)
+        self.class_embedder = layers.ClassEmbedder(
+            options.num_classes, width, rngs=rngs, precision=float32["precision"]
+        )
         self.blocks = nnx.List(self.make_block(options, rngs=rngs) for _ in range(options.depth))
-        self.final = FinalLayer(width, out_features, **shared)
+        self.final = FinalLayer(width, out_features, rngs=rngs, **float32)
 
     def make_block(self, options: NetworkOptions, *, rngs: nnx.Rngs) -> AdaLNBlock:
         """One of the `depth` blocks."""
@@ -156,9 +178,9 @@ class VelocityNetwork(nnx.Module):
         once = {"time_embedder", "modulation"}  # act on the condition, not on the tokens
         total = 0
         for path, module in nnx.iter_modules(self):
-            if isinstance(module, nnx.Linear | nnx.Conv):
-                uses = 1 if once.intersection(path) else tokens
-                total += uses * math.prod(module.kernel.shape)
+            kernel = getattr(module, "kernel", None)
+            if kernel is not None:  # of a Linear or a convolution
+                total += (1 if once.intersection(path) else tokens) * math.prod(kernel.shape)
         return total
 
     def _check(self, x: Array, t: Array, y: Array, max_scale_factor: Array | None) -> None:
