@@ -1,0 +1,136 @@
+"""What bfloat16 must not touch: gradients' sums, the condition and the last Linear."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flowdcn_jax import models
+from flowdcn_jax.config import model_config
+from flowdcn_jax.models import products
+from flowdcn_jax.runs.sharding import batch_sharding, make_mesh
+from flowdcn_jax.runs.state import abstract_state, initial_state
+from flowdcn_jax.training.step import make_train_step
+from tests import tiny
+from tests.comparison import relative_error
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SMALL = dict(width=16, depth=1, in_channels=1, num_classes=10, dtype="bfloat16")
+PARTS = {"flowdcn": dict(num_groups=2), "flowcnn": dict(num_groups=2), "sit": dict(num_heads=2)}
+
+
+def config(name, **overrides):
+    return tiny.config(model=model_config(name) | SMALL | PARTS[name] | overrides)
+
+
+def program(config, mesh):
+    """The optimized program of a step; a batch of 16 digits."""
+    batch = {
+        "image": jax.ShapeDtypeStruct((16, 8, 8, 1), jnp.uint8, sharding=batch_sharding(mesh)),
+        "label": jax.ShapeDtypeStruct((16,), jnp.int32, sharding=batch_sharding(mesh)),
+    }
+    lowered = make_train_step(config, mesh).lower(abstract_state(config, mesh), batch)
+    return lowered.compile().as_text()
+
+
+def rounded_sums(text: str) -> int:
+    """All-reduces of 16 bits. CPUs widen them, and rename what adds."""
+    reduces = [line for line in text.splitlines() if re.search(r" all-reduce(-start)?\(", line)]
+    assert reduces
+    return sum("promoted" in line or "bf16[" in line for line in reduces)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_devices_add_gradients_up_in_float32_unless_asked_otherwise(name):
+    mesh = make_mesh(8, 1)
+    jax.config.update("jax_disable_most_optimizations", False)  # quick programs name nothing so
+    try:
+        assert rounded_sums(program(config(name), mesh)) == 0
+        assert rounded_sums(program(config(name, gradient_dtype="bfloat16"), mesh)) > 0
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
+def test_eight_devices_give_the_gradients_of_one():
+    norms = []
+    for devices in (1, 8):
+        mesh = make_mesh(devices, 1, jax.devices()[:devices])
+        state = initial_state(config("flowdcn"), mesh)
+        batch = {
+            "image": np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), np.uint8),
+            "label": np.arange(16, dtype=np.int32) % 10,
+        }
+        step = make_train_step(config("flowdcn"), mesh)
+        _, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)))
+        norms.append(float(metrics["grad_norm"]))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_condition_and_the_last_linear_are_float32(name):
+    narrow, exact = (config(name, dtype=dtype).model for dtype in ("bfloat16", "float32"))
+    params = models.random_params(models.abstract_model(exact)[1])
+    networks = [nnx.merge(models.abstract_model(c)[0], params) for c in (narrow, exact)]
+    times = jnp.arange(250) / 250
+    embedded, right = (network.time_embedder(times) for network in networks)
+    steps = jnp.diff(right, axis=0)
+    assert embedded.dtype == jnp.float32
+    assert float(jnp.abs(embedded - right).max()) < 0.01 * float(jnp.abs(steps).mean())
+    final = networks[0].final(
+        jnp.ones((2, 4, 4, 16), jnp.bfloat16), networks[0].class_embedder(jnp.array([1, 2]))
+    )
+    assert final.dtype == jnp.float32
+    x, y = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.array([1, 2])
+    out, expected = (network(x, jnp.array([0.1, 0.9]), y) for network in networks)
+    assert relative_error(out, expected) < 5e-2
+
+
+def draw(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+CASES = {
+    "product": (lambda x, k: products.product(x, k), (4, 6, 16), (16, 8)),
+    "convolution": (
+        lambda x, k: products.convolution(x, k, groups=2),
+        (2, 5, 4, 16),
+        (3, 3, 8, 16),
+    ),
+    "bias": (lambda x, k: products.add_bias(x, k), (4, 6, 16), (16,)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_derivatives_are_those_of_float32_up_to_the_operands_rounding(name):
+    function, x_shape, k_shape = CASES[name]
+    x, k = draw(1, *x_shape).astype(jnp.bfloat16), draw(2, *k_shape)
+
+    def loss(x, k):
+        return jnp.sum(jnp.sin(function(x, k).astype(jnp.float32)))
+
+    of_x, of_k = jax.grad(loss, (0, 1))(x, k)
+    assert of_x.dtype == jnp.bfloat16 and of_k.dtype == jnp.float32
+    wide = x.astype(jnp.float32)
+    for found, expected in zip((of_x, of_k), jax.grad(loss, (0, 1))(wide, k), strict=True):
+        assert relative_error(found.astype(jnp.float32), expected) < 3e-2
+    tangents = jax.jvp(loss, (x, k), (x, k))[1], jax.jvp(loss, (wide, k), (wide, k))[1]
+    assert float(tangents[0]) == pytest.approx(float(tangents[1]), rel=5e-2)
+    rematerialised = jax.grad(jax.checkpoint(loss), 1)(x, k)
+    np.testing.assert_array_equal(rematerialised, of_k)
+    each = jax.vmap(lambda k: jax.grad(loss, 1)(x, k))(jnp.stack([k, 2 * k]))
+    assert relative_error(each[0], of_k) < 1e-2
+    mapped = jax.vmap(lambda x: function(x, k))(jnp.stack([x, x]))
+    np.testing.assert_array_equal(mapped[1], function(x, k))
+
+
+def test_a_gradients_sum_is_not_rounded():
+    """Ones of 4096 rows: bfloat16 would stop at 256 where it adds, and round where it stores."""
+    x = jnp.ones((4097, 1), jnp.bfloat16)
+    gradient = jax.grad(lambda k: jnp.sum(products.product(x, k).astype(jnp.float32)))(
+        jnp.ones((1, 1))
+    )
+    assert float(gradient[0, 0]) == 4097
