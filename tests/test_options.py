@@ -98,9 +98,9 @@ def test_a_message_has_the_name_and_the_type_that_the_class_gives():
 
 
 def test_ranges():
-    assert at_least(1, below=3).text() == "at least 1 and below 3"
+    assert SEED.text() == "at least 0 and below 2**32"
     for values, refused, given in (
-        (at_least(1, below=3), 3, 2),
+        (SEED, 2**32, 2**32 - 1),
         (at_least(0), -1, 0),
         (POSITIVE, 0, 0.1),
         (FRACTION, 1.0, 0.0),
