@@ -143,6 +143,7 @@ BAD = {
     "model.learn_sigma": 1,
     "model.dtype": "float64",
     "model.remat": "some",
+    "model.gradient_dtype": "float16",
     "model.num_groups": 5,
     "model.boundary": "reflect",
     "model.max_scale": 0.0,
@@ -180,7 +181,7 @@ def test_a_run_keeps_what_decides_it_and_nothing_else():
     for key in flatten(default_config()):
         section, _, name = key.partition(".")
         decides = section in ("seed", "model", "data") or key == "train.batch_size"
-        kept = decides and name not in (*changing, "dtype", "remat")
+        kept = decides and name not in (*changing, "dtype", "gradient_dtype", "remat")
         assert (key in fixed) == kept, key
 
 
