@@ -14,6 +14,9 @@ from flowdcn_jax import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; the newest by default.")
+_EMA = flags.DEFINE_string(
+    "ema", "ema", "EMA to draw with: ema, one of config.ema.others, or one made after training."
+)
 _CLASSES = flags.DEFINE_list(
     "classes",
     None,
@@ -127,6 +130,7 @@ def sample() -> Path:
     model = sampling.load_trained(
         _WORKDIR.value,
         step=_STEP.value,
+        ema=_EMA.value,
         guide_workdir=_GUIDE_WORKDIR.value,
         guide_step=_GUIDE_STEP.value,
         autoencoder=_AUTOENCODER.value,

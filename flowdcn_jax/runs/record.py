@@ -10,7 +10,7 @@ from flowdcn_jax.runs.checkpoint import SavedRun
 
 # Keys that were added after runs had been saved, with the values that mean what those did. (The
 # defaults of config.model are such values for its own; the other fixed keys were always there.)
-ADDED = {"data.aspect_buckets.count": 0}
+ADDED = {"data.aspect_buckets.count": 0, "optimizer.name": "adamw"}
 
 
 def check_resumable(saved: dict, config, *, weights_only: bool = False) -> None:

@@ -22,8 +22,10 @@ from flowdcn_jax.runs.sharding import batch_sharding, make_mesh, replicated
 from flowdcn_jax.sampling.settings import SamplingError, Settings
 
 
-def load_weights(workdir: str, step: int | None, mesh: Mesh) -> checkpoint.Weights:
-    """The EMA weights of a training run, copied to every device of `mesh`.
+def load_weights(
+    workdir: str, step: int | None, mesh: Mesh, *, ema: str = "ema"
+) -> checkpoint.Weights:
+    """The EMA weights of a training run, of the EMA of a name, copied to every device of `mesh`.
 
     Raises:
         flowdcn_jax.runs.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
@@ -36,7 +38,7 @@ def load_weights(workdir: str, step: int | None, mesh: Mesh) -> checkpoint.Weigh
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), params
         )
 
-    return checkpoint.restore_ema(workdir, step, abstract_params)
+    return checkpoint.restore_ema(workdir, step, abstract_params, name=ema)
 
 
 def load_model(workdir: str | Path, step: int | None = None) -> tuple[nnx.Module, ConfigDict]:

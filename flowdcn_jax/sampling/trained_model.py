@@ -33,6 +33,7 @@ class Source(NamedTuple):
     config: ConfigDict  # of the training run
     class_names: tuple[str, ...] | None
     encoder: Encoder | None  # of the latents it was trained on; None: not known, or pixels
+    ema: str = "ema"  # the name of the EMA
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,7 +61,8 @@ class TrainedModel:
     @functools.cached_property
     def weights(self) -> checkpoint.Weights:
         """The EMA weights, on every device."""
-        return load_weights(self.source.workdir, self.source.step, self.mesh)
+        source = self.source
+        return load_weights(source.workdir, source.step, self.mesh, ema=source.ema)
 
     @functools.cached_property
     def guide(self) -> checkpoint.Weights | None:
@@ -107,6 +109,7 @@ def load_trained(
     workdir: str | Path,
     *,
     step: int | None = None,
+    ema: str = "ema",
     guide_workdir: str | Path | None = None,
     guide_step: int | None = None,
     autoencoder: str | None = None,
@@ -120,6 +123,7 @@ def load_trained(
     Args:
         workdir: the --workdir of the training run.
         step: its checkpoint; None: the newest.
+        ema: the name of the EMA: ema, one of config.ema.others, or one made after training.
         guide_workdir: the run of the guide; None: `workdir`, if guide_step is given.
         guide_step: the guide's checkpoint; None: the newest, if guide_workdir is given.
         autoencoder: what decodes; None: the run's.
@@ -129,7 +133,7 @@ def load_trained(
     Raises:
         flowdcn_jax.runs.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
-    source, guide_source = _read_source(workdir, step), None
+    source, guide_source = _read_source(workdir, step, ema), None
     if guide_workdir is not None or guide_step is not None:
         guide_source = _read_source(guide_workdir or workdir, guide_step)
     return TrainedModel(
@@ -141,11 +145,11 @@ def load_trained(
     )
 
 
-def _read_source(workdir: str | Path, step: int | None) -> Source:
-    run = checkpoint.read_run(str(workdir), step)
+def _read_source(workdir: str | Path, step: int | None, ema: str = "ema") -> Source:
+    run = checkpoint.read_run(str(workdir), step, name=ema)
     identity = run.data_identity
     encoder = find_encoder(identity) if identity and "settings" in identity else None
-    return Source(str(workdir), step, ConfigDict(run.config), run.class_names, encoder)
+    return Source(str(workdir), step, ConfigDict(run.config), run.class_names, encoder, ema)
 
 
 def _with_autoencoder(config: ConfigDict, name: str | None, weights) -> ConfigDict:

@@ -19,7 +19,8 @@ from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.published_weights import convert, export
 from flowdcn_jax.runs import checkpoint
 from flowdcn_jax.runs.sharding import make_mesh
-from flowdcn_jax.runs.state import abstract_state, initial_state, make_optimizer
+from flowdcn_jax.runs.optimizer import make_optimizer
+from flowdcn_jax.runs.state import abstract_state, initial_state
 from flowdcn_jax.training import loop
 from tests import official, tiny
 from tests.comparison import relative_error
@@ -189,7 +190,7 @@ def test_fine_tuning_starts_from_the_weights_with_a_fresh_optimizer(exported, ca
     weights = params_of(exported / "run", 7)
     assert_same(state.params, weights)
     assert_same(state.ema, weights)
-    assert_same(state.opt_state, make_optimizer(config.optimizer).init(weights))
+    assert_same(state.opt_state, make_optimizer(config).init(weights))
     assert state.step == 0 and state.step.dtype == np.int32
     expected = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, make_mesh()))
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == expected

@@ -13,7 +13,7 @@ from flowdcn_jax.autoencoders import to_unit_range
 from flowdcn_jax.flow.loss import draw, velocity_loss
 from flowdcn_jax.models import abstract_model, apply_model
 from flowdcn_jax.runs.sharding import batch_sharding, make_mesh, state_sharding
-from flowdcn_jax.runs.state import initial_state, learning_rate_schedule
+from flowdcn_jax.runs.state import initial_state
 from flowdcn_jax.training.step import STEP_KEY_SALT, make_train_step
 from tests import tiny
 from tests.comparison import relative_error
