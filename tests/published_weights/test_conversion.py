@@ -18,8 +18,8 @@ from flowdcn_jax import models, sampling
 from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.published_weights import convert, export
 from flowdcn_jax.runs import checkpoint
-from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.runs.optimizer import make_optimizer
+from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.runs.state import abstract_state, initial_state
 from flowdcn_jax.training import loop
 from tests import official, tiny
