@@ -53,7 +53,7 @@ def make_posthoc_ema(
 ) -> PosthocEma:
     """Makes a power-function EMA and saves it where sampling finds it by its name.
 
-    Snapshots are read one at a time, and added up in float64: it takes 16 bytes a parameter.
+    Snapshots are read one at a time, and added up in float64: it takes less than 20 bytes a parameter.
 
     Args:
         workdir: a training run's folder; it is not locked, and training may go on.
@@ -129,14 +129,19 @@ def _weighted_sum(workdir: str, snapshots: list[Snapshot], coefficients: np.ndar
     def abstract_params(config: ConfigDict):
         return with_sharding(abstract_model(config.model)[1], mesh)
 
-    sums, structure = None, None
-    for snapshot, coefficient in zip(snapshots, coefficients, strict=True):
+    def add(sums: list[np.ndarray] | None, snapshot: Snapshot, coefficient: float):
         weights = checkpoint.restore_ema(
             workdir, snapshot.step, abstract_params, name=snapshot.name
         )
         leaves, structure = jax.tree.flatten(weights.params)
-        if sums is None:
-            sums = [np.zeros(leaf.shape, np.float64) for leaf in leaves]
+        sums = [np.zeros(leaf.shape, np.float64) for leaf in leaves] if sums is None else sums
         for total, leaf in zip(sums, leaves, strict=True):
             total += coefficient * np.asarray(leaf, np.float64)
-    return jax.tree.unflatten(structure, [total.astype(np.float32) for total in sums])
+        return sums, structure
+
+    sums, structure = None, None
+    for snapshot, coefficient in zip(snapshots, coefficients, strict=True):
+        sums, structure = add(sums, snapshot, coefficient)
+    for number, total in enumerate(sums):  # one after the other, for memory
+        sums[number] = total.astype(np.float32)
+    return jax.tree.unflatten(structure, sums)

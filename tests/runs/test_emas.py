@@ -22,9 +22,9 @@ from tests.comparison import relative_error
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-NAMES = ("power_0.05", "power_0.1", "constant_0.9")
+NAMES = ("power_0.05", "power_0.1")
 CONFIG = tiny.config(ema__others=NAMES)
-STEPS = range(10, 121, 10)  # of the checkpoints
+STEPS = range(15, 121, 15)  # of the checkpoints
 
 
 def mesh():
@@ -57,7 +57,7 @@ def trajectory() -> list[TrainState]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(a workdir with a checkpoint every ten steps, the states of all steps)"""
+    """(a workdir with a checkpoint every 15 steps, the states of all steps)"""
     workdir, states = tmp_path_factory.mktemp("run"), trajectory()
     save(workdir, *(states[step] for step in STEPS))
     return workdir, states
@@ -92,7 +92,7 @@ def assert_same(actual, expected):
 @pytest.fixture
 def workdir(run, tmp_path):
     """A copy with the last two checkpoints."""
-    for step in (110, 120):
+    for step in (105, 120):
         shutil.copytree(run[0] / "checkpoints" / str(step), tmp_path / "checkpoints" / str(step))
     return tmp_path
 
@@ -117,7 +117,7 @@ def test_sampling_takes_one_by_its_name(run):
 
 
 def test_a_name_that_is_not_there_is_answered_with_those_that_are(run):
-    expected = "step 120 of .* has no EMA 'power_0.2'; there are ema, constant_0.9, power_0.05, pow"
+    expected = "step 120 of .* has no EMA 'power_0.2'; there are ema, power_0.05, power_0.1;"
     with pytest.raises(checkpoint.EmaError, match=expected):
         load_trained(run[0], ema="power_0.2")
 
@@ -144,9 +144,9 @@ def test_one_that_is_damaged_is_passed_over(run, workdir, caplog):
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 0x10
     largest.write_bytes(content)
-    assert_same(restore_ema(workdir, "power_0.1").params, run[1][110].other_emas["power_0.1"])
+    assert_same(restore_ema(workdir, "power_0.1").params, run[1][105].other_emas["power_0.1"])
     with caplog.at_level(logging.WARNING):
-        assert restore(workdir, CONFIG).step == 110
+        assert restore(workdir, CONFIG).step == 105
 
 
 def by_brute_force(states, width, last):
@@ -166,10 +166,10 @@ def flat(tree):
 
 
 @pytest.mark.parametrize(
-    "width, last, tolerance", [(0.07, 120, 3e-4), (0.15, 120, 5e-4), (0.08, 60, 1.2e-3)]
+    "width, last, tolerance", [(0.07, 120, 7e-4), (0.12, 120, 5e-4), (0.08, 90, 1.2e-3)]
 )
 def test_another_width_is_made_after_training(run, tmp_path, width, last, tolerance):
-    """Of twelve checkpoints, or six, in which parameters have moved by a random walk's length."""
+    """Of eight checkpoints, or six, in which parameters have moved by a random walk's length."""
     workdir, states = Path(shutil.copytree(run[0], tmp_path / "run")), run[1]
     made = make_posthoc_ema(workdir, width, step=last if last != 120 else None)
     assert made.name == f"power_{width}" and made.step == last
@@ -181,7 +181,7 @@ def test_another_width_is_made_after_training(run, tmp_path, width, last, tolera
     assert error < tolerance
     # Those that were tracked are much farther away.
     others = states[last].other_emas
-    assert 10 * error < min(relative_error(flat(others[n]), expected) for n in NAMES[:2])
+    assert 10 * error < min(relative_error(flat(others[n]), expected) for n in NAMES)
 
 
 def test_what_cannot_be_made_is_refused_and_nothing_is_written(run, workdir, tmp_path_factory):
@@ -192,11 +192,13 @@ def test_what_cannot_be_made_is_refused_and_nothing_is_written(run, workdir, tmp
     refused("width is 0.3; expected a number above 0 and up to 0.2887", width=0.3)
     refused("width is 0.0; expected", width=0.0)
     refused("has power_0.05 of step 120: sample.py --ema=power_0.05", width=0.05)
-    refused("0.02 cannot be made at step 120 of the 12 checkpoints that hold .*by 1", width=0.02)
+    refused(
+        "0.02 cannot be made at step 120 of the 8 checkpoints that hold .*off by 24", width=0.02
+    )
     few = "the 2 checkpoints that hold power_0.05, power_0.1: .*keep_every_steps"
     refused(few, folder=workdir, width=0.15)
-    refused("the 1 checkpoints", step=10)
-    with pytest.raises(checkpoint.CheckpointError, match=r"has no step 7; there are \[10, 20"):
+    refused("the 1 checkpoints", step=15, width=0.15)
+    with pytest.raises(checkpoint.CheckpointError, match=r"has no step 7; there are \[15, 30"):
         make_posthoc_ema(run[0], 0.08, step=7)
     single = tmp_path_factory.mktemp("single")
     only = tiny.config(ema__others=NAMES[:1])
@@ -212,7 +214,7 @@ def test_the_tool_makes_one_and_says_how_it_is_drawn(run, tmp_path):
     code, output = tiny.run([sys.executable, "-m", module, f"--workdir={workdir}", "--width=0.08"])
     assert code == 0, output
     folder = workdir / "posthoc_emas" / "power_0.08" / "120"
-    assert f"{folder}: power_0.08 of step 120, of 24 snapshots; its profile is off by 0." in output
+    assert f"{folder}: power_0.08 of step 120, of 16 snapshots; its profile is off by 1." in output
     assert f"python sample.py --workdir={workdir} --ema=power_0.08" in output
     expected = flat(by_brute_force(run[1], 0.08, 120))
-    assert relative_error(flat(restore_ema(workdir, "power_0.08").params), expected) < 3e-4
+    assert relative_error(flat(restore_ema(workdir, "power_0.08").params), expected) < 7e-4
