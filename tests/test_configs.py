@@ -225,6 +225,18 @@ def test_a_run_saved_before_a_data_key_was_there_can_be_resumed():
         check_resumable(old, config)
 
 
+def test_a_run_saved_before_there_was_a_choice_of_optimizer_goes_on_with_adamw():
+    config = load_config("s2")
+    saved = json.loads(config.to_json())
+    for key in ("name", "schedule", "final_learning_rate"):
+        del saved["optimizer"][key]
+    saved["ema"] = {"decay": 0.9999}
+    check_resumable(saved, config)
+    config.optimizer.name = "muon"
+    with pytest.raises(ConfigError, match="config.optimizer.name: adamw -> muon"):
+        check_resumable(saved, config)
+
+
 def test_a_run_saved_with_a_key_that_is_gone_can_be_resumed():
     config = load_config("s2")
     saved = json.loads(config.to_json())

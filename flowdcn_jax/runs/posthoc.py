@@ -53,7 +53,8 @@ def make_posthoc_ema(
 ) -> PosthocEma:
     """Makes a power-function EMA and saves it where sampling finds it by its name.
 
-    Snapshots are read one at a time, and added up in float64: it takes less than 20 bytes a parameter.
+    Snapshots are read one at a time and added up in float64, which takes less than 20 bytes a
+    parameter.
 
     Args:
         workdir: a training run's folder; it is not locked, and training may go on.
@@ -74,9 +75,12 @@ def make_posthoc_ema(
     saved = checkpoint.saved_emas(workdir)
     step = max(saved) if step is None else step
     name = f"power_{np.format_float_positional(width, trim='-')}"
-    if name in saved[step] or step in checkpoint.posthoc_emas(workdir).get(name, []):
-        raise PosthocError(f"{workdir} has {name} of step {step}: sample.py --ema={name}")
     snapshots = _snapshots(workdir, saved, step)
+    there = [each.name for each in snapshots if (each.step, each.width) == (step, width)]
+    if step in checkpoint.posthoc_emas(workdir).get(name, []):
+        there.append(name)
+    if there:
+        raise PosthocError(f"{workdir} has {there[0]} of step {step}: sample.py --ema={there[0]}")
     coefficients, error = ema.synthesis(
         width, step, [(each.width, each.step) for each in snapshots]
     )
@@ -110,7 +114,7 @@ def _snapshots(workdir: str, saved: dict[int, tuple[str, ...]], last: int) -> li
             if average is not None and average.kind == "power":
                 found.append(Snapshot(name, average.value, step))
     names = sorted({each.name for each in found})
-    if len(names) < 2:
+    if len({each.width for each in found}) < 2:
         raise PosthocError(
             f"{workdir} holds {' and '.join(names) or 'no power-function EMA'} up to step {last}; "
             "expected power-function EMAs of two widths, which training saves with "
@@ -118,7 +122,7 @@ def _snapshots(workdir: str, saved: dict[int, tuple[str, ...]], last: int) -> li
         )
     first = {name: min(each.step for each in found if each.name == name) for name in names}
     if len(set(first.values())) > 1:
-        logging.warning("the EMAs began at different steps, which falsifies the result: %s", first)
+        logging.warning("EMAs that began at different steps give no exact result: %s", first)
     return found
 
 
