@@ -20,6 +20,7 @@ from flowdcn_jax.data.prepared import DataError, DataNotFoundError, Encoder
 
 _DIGITS_SIZES = range(8, 257)
 _DIGITS_MAX_INK = 16.0
+_CIFAR10_SIZES = range(cifar10.IMAGE_SHAPE[0], 257)
 _LATENTS = ImagenetLatents.name
 
 
@@ -201,18 +202,26 @@ def _resize_digit(ink: np.ndarray, size: int) -> np.ndarray:
 
 
 def _open_cifar10(data_config: ConfigDict, channels: int | None) -> PixelSource:
-    side = cifar10.IMAGE_SHAPE[0]
-    if data_config.image_size != side:
-        raise DataError(f"image_size of cifar10 is {side} pixels, got {data_config.image_size}")
+    size = data_config.image_size
+    if size not in _CIFAR10_SIZES:
+        raise DataError(f"image_size of cifar10 is 32, or up to 256 resized, got {size}")
     images, labels, class_names = cifar10.read_prepared(data_config.data_dir, data_config.split)
     return PixelSource(
-        images,
+        images if size == cifar10.IMAGE_SHAPE[0] else _upscale(images, size),
         labels,
         num_classes=cifar10.NUM_CLASSES,
         class_names=class_names,
         flips=data_config.random_flip,
         identity=_pixels_identity(images, labels),
     )
+
+
+def _upscale(images: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [n,h,w,3] -> [n,size,size,3], bicubic: all in memory, 0.6 GB of CIFAR-10 at 64."""
+    resized = np.empty((len(images), size, size, 3), np.uint8)
+    for index, image in enumerate(images):
+        resized[index] = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
+    return resized
 
 
 def _open_latents(data_config: ConfigDict, channels: int | None) -> DataSource | BucketedSource:

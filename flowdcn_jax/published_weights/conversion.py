@@ -24,6 +24,12 @@ from tqdm import tqdm
 from flowdcn_jax.config import validate
 from flowdcn_jax.files import atomic_folder, atomic_path
 from flowdcn_jax.models import abstract_model
+from flowdcn_jax.published_weights.metadata import (
+    REMEDY,
+    fit_config,
+    metadata_of,
+    warn_of_other_outputs,
+)
 from flowdcn_jax.published_weights.names import POSITIONS, OfficialTensor, official_tensors
 from flowdcn_jax.published_weights.selection import (
     check_constant,
@@ -41,18 +47,19 @@ from flowdcn_jax.runs.sharding import make_mesh, with_sharding
 from flowdcn_jax.version import __version__
 
 ORIGIN_FILE = "origin.json"
-AUTHORS_MODEL = {"boundary": "truncate", "max_scale": 6.0}  # of FlowDCN: no tensor tells them
 WEIGHTS = ("ema", "model")
 WORKDIR_BYTES = 2**20  # of a workdir beside its weights, at most
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
-REMEDY = (
-    "convert with the config of the training's resolution, and draw other sizes with sample.py "
-    "--image_size=HxW"
-)
 
 
 def convert(
-    source: str | Path, config, workdir: str | Path, *, weights: str = "ema", progress: bool = False
+    source: str | Path,
+    config,
+    workdir: str | Path,
+    *,
+    weights: str = "ema",
+    boundary: str | None = None,
+    progress: bool = False,
 ) -> dict:
     """Writes a workdir with the weights of `source` as checkpoint 0, for sampling and fine-tuning.
 
@@ -69,9 +76,11 @@ def convert(
             training, or safetensors of any of them (keys joined by dots).
         config: of the model, with the resolution that it was trained at (data.image_size), from
             which S_max adjustments start; other sizes are drawn with sample.py --image_size.
-            FlowDCN's model.boundary becomes "truncate", which its weights were trained with.
+            FlowDCN's model.boundary is not taken from it.
         workdir: a folder that is empty or not there.
         weights: "ema" or "model"; a file with one set has neither, and that one is taken.
+        boundary: of FlowDCN, "truncate" or "zeros"; None: what the metadata of an `export` says, or
+            "truncate", with which the authors trained.
         progress: show a progress bar.
 
     Returns:
@@ -85,13 +94,11 @@ def convert(
     source = Path(source)
     validate(config, num_devices=1, num_processes=1)
     config = copy.deepcopy(config)
-    if config.model.name == "flowdcn":
-        config.model.boundary = AUTHORS_MODEL["boundary"]
-    _check_max_scale(config.model)
     _check_free(Path(workdir))
     warn_of_dit(source.name)
     _warn_of_side(source.name, config)
     file = open_weights_file(source)
+    fit_config(config, file.metadata, boundary=boundary)
     official = official_tensors(config.model, tokens_per_side=_config_side(config))
     chosen = select_weights(file, weights, official)
     _check_side(chosen.tensors, config)
@@ -118,6 +125,8 @@ def convert(
         "image_size": config.data.image_size,
         "flowdcn_jax": __version__,
     }
+    if "boundary" in config.model:
+        origin["boundary"] = config.model.boundary
     with _as_one_line("workdir", workdir), atomic_folder(Path(workdir)) as folder:
         checkpoint.save_weights(folder, traverse_util.unflatten_dict(params), config)
         text = json.dumps(origin, indent=2) + "\n"
@@ -135,7 +144,8 @@ def export(
 ) -> int:
     """Writes a run's weights under the authors' names, as safetensors; returns the step.
 
-    The way back from `convert`, bit for bit, and the way to the authors' own code.
+    The way back from `convert`, bit for bit, and the way to the authors' own code. What their
+    format cannot say of the model is in the file's metadata.
 
     Args:
         workdir: of a run, or of converted weights.
@@ -160,15 +170,7 @@ def export(
     model, params = saved.config.model, traverse_util.flatten_dict(saved.params)
     saved.params.clear()  # so that `params` alone holds the arrays, each of which goes when written
     official = official_tensors(model, tokens_per_side=_config_side(saved.config))
-    for key, value in AUTHORS_MODEL.items():
-        if model.name == "flowdcn" and model[key] != value:
-            logging.warning(
-                "these weights were trained with model.%s=%r; the authors' code has %r, so it "
-                "gives other outputs",
-                key,
-                model[key],
-                value,
-            )
+    warn_of_other_outputs(model)
     _check_space("export", Path(file), _size_bytes(official))
     tensors = {}
     for name, tensor in tqdm(official.items(), unit="tensor", disable=not progress):
@@ -177,7 +179,7 @@ def export(
         else:
             tensors[name] = tensor.to_theirs(np.asarray(params.pop(tensor.path)))
     with _as_one_line("export", file), atomic_path(Path(file)) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_file(tensors, temporary, metadata=metadata_of(saved.config))
     return saved.step
 
 
@@ -243,15 +245,6 @@ def _config_side(config) -> int:
 
 def _size_bytes(official: Mapping[str, OfficialTensor]) -> int:
     return sum(4 * math.prod(tensor.shape) for tensor in official.values())
-
-
-def _check_max_scale(model) -> None:
-    """Of FlowDCN; its other constants are checked with the tensors."""
-    if model.name == "flowdcn" and model.max_scale != AUTHORS_MODEL["max_scale"]:
-        raise PublishedWeightsError(
-            f"config.model.max_scale is {model.max_scale}; expected {AUTHORS_MODEL['max_scale']}, "
-            "with which the published weights were trained"
-        )
 
 
 def _check_side(tensors: Mapping[str, StoredTensor], config) -> None:

@@ -41,6 +41,7 @@ class WeightsFile(NamedTuple):
 
     kind: str  # torch or safetensors
     tensors: dict[str, StoredTensor]  # torch: in the order in which they were saved
+    metadata: dict[str, str] = {}  # safetensors alone; never changed in place
 
 
 def open_weights_file(path: Path) -> WeightsFile:
@@ -77,6 +78,7 @@ def _open_safetensors(path: Path) -> WeightsFile:
     tensors: dict[str, StoredTensor] = {}
     try:
         with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
             for name in file.keys():
                 tensor = file.get_slice(name)
                 code = tensor.get_dtype()
@@ -87,7 +89,7 @@ def _open_safetensors(path: Path) -> WeightsFile:
         raise PublishedWeightsError(
             f"--source={path} is not a whole safetensors file: {error}"
         ) from error
-    return WeightsFile("safetensors", tensors)
+    return WeightsFile("safetensors", tensors, metadata)
 
 
 def _open_torch(path: Path, *, is_zip: bool) -> WeightsFile:

@@ -235,7 +235,7 @@ def _save_alone(folder: Path, name: str, weights: "Weights") -> None:
     registry.add("checksums", ocp.args.JsonSave)
     told = weights.config, weights.class_names, weights.data_identity
     with ocp.CheckpointManager(folder, handler_registry=registry) as manager:
-        args = save_args({item_of(name): weights.params}, *told, ocp.args.PyTreeSave)
+        args = save_args({item_of(name): weights.params}, *told, save=ocp.args.PyTreeSave)
         manager.save(weights.step, args=args)
 
 

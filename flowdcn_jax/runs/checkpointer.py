@@ -62,19 +62,20 @@ class Checkpointer:
         config,
         class_names: tuple[str, ...] | None,
         data_identity: dict | None = None,
+        origin: dict | None = None,
     ) -> None:
         """Starts saving; returns once the state is copied, so that it may be donated.
 
         `data_identity` is that of the training data (`data.Source`); None: nothing to compare.
+        `origin` is the record of the weights that the run began with (`initial_weights.find`).
         """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         emas = {item_of(name): tree for name, tree in _emas(state).items()}
         items = {"state": _resumable(state), **emas}
-        self._manager.save(
-            step, args=save_args(items, config, class_names, data_identity), force=True
-        )
+        args = save_args(items, config, class_names, data_identity, origin=origin)
+        self._manager.save(step, args=args, force=True)
 
     def restore_newest(self, abstract: TrainState) -> TrainState | None:
         """The newest state that restores and matches its checksums, in `abstract`'s shardings.

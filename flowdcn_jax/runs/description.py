@@ -14,7 +14,9 @@ from flowdcn_jax.models import parameter_count
 FILE = "config.json"
 
 
-def describe(config, changed: dict[str, Any], mesh: Mesh, params: Any) -> dict[str, Any]:
+def describe(
+    config, changed: dict[str, Any], mesh: Mesh, params: Any, *, origin: dict[str, Any] | None
+) -> dict[str, Any]:
     """What decides a run, in the types of JSON.
 
     Args:
@@ -22,14 +24,16 @@ def describe(config, changed: dict[str, Any], mesh: Mesh, params: Any) -> dict[s
         changed: the keys that were set beside the config's file.
         mesh: the devices.
         params: the parameters, or their shapes.
+        origin: the record of the weights that it begins with, of `initial_weights.find`.
 
     Returns:
-        {"config": with every key, "changed": as given, "mesh": its axes' sizes, "parameters": their
-        number, "machine": devices, versions and date}.
+        {"config": with every key, "changed" and "origin" as given, "mesh": its axes' sizes,
+        "parameters": their number, "machine": devices, versions and date}.
     """
     return {
         "config": json.loads(config.to_json()),
         "changed": json.loads(json.dumps(changed)),
+        "origin": origin,
         "mesh": dict(mesh.shape),
         "parameters": parameter_count(params),
         "machine": describe_machine()

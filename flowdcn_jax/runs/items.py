@@ -8,7 +8,7 @@ way is noticed, whatever the number of devices on either side.
 import json
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,9 @@ class SavedRun(NamedTuple):
     data_identity: dict | None  # of `data.Source`; None: saved before there was one
     weights_only: bool  # converted weights: no training yet
     emas: tuple[str, ...]  # their names
+    step: int
+    checksums: dict[str, Any]  # by item
+    origin: dict[str, Any] | None  # of the weights that it began with; see `initial_weights`
 
 
 @jax.jit
@@ -87,6 +90,8 @@ def save_args(
     config,
     class_names: tuple[str, ...] | None,
     data_identity: dict | None,
+    *,
+    origin: dict | None = None,
     save: type = ocp.args.StandardSave,
 ) -> ocp.args.Composite:
     """What goes into a checkpoint: `items` (name -> tree of arrays), the run, and checksums."""
@@ -94,6 +99,7 @@ def save_args(
         "config": json.loads(config.to_json()),
         "class_names": class_names,
         "data_identity": data_identity,
+        "origin": origin,
     }
     checksums = {name: checksum(item) for name, item in items.items()}
     checksums["run"] = text_checksum(run)
@@ -121,6 +127,9 @@ def restore_run(manager: ocp.CheckpointManager, step: int) -> SavedRun:
             for item in sorted(restored.checksums)
             if item == ema.MAIN or item.startswith(_EMA_PREFIX)
         ),
+        step=step,
+        checksums=restored.checksums,
+        origin=restored.run.get("origin"),
     )
 
 

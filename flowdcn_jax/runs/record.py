@@ -14,6 +14,17 @@ from flowdcn_jax.runs.folder import differences
 ADDED = {"data.aspect_buckets.count": 0, "optimizer.name": "adamw"}
 
 
+def fixed_values(config: dict) -> dict[str, Any]:
+    """The values of a saved config that cannot change, by dotted key, in today's names."""
+    config = modernise(json.loads(json.dumps(config)))
+    name = config["model"]["name"]
+    values = flatten({"model": model_config(name)}) | ADDED | flatten(config)
+    if not values["data.aspect_buckets.count"]:  # the rest of the section means nothing then
+        values = {k: v for k, v in values.items() if not k.startswith("data.aspect_buckets.")}
+        values["data.aspect_buckets.count"] = 0
+    return {key: values[key] for key in sorted(fixed_keys(name) & values.keys())}
+
+
 def check_resumable(saved: dict, config, *, weights_only: bool = False) -> None:
     """Refuses to go on with a run under a config that differs in what cannot change.
 
@@ -25,7 +36,7 @@ def check_resumable(saved: dict, config, *, weights_only: bool = False) -> None:
     Raises:
         ConfigError: it names every key that differs, with both values.
     """
-    before, now = _fixed_values(saved), _fixed_values(json.loads(config.to_json()))
+    before, now = fixed_values(saved), fixed_values(json.loads(config.to_json()))
     if weights_only:
         before, now = (
             {key: value for key, value in values.items() if key.startswith("model.")}
@@ -33,10 +44,12 @@ def check_resumable(saved: dict, config, *, weights_only: bool = False) -> None:
         )
     found = differences(before, now, "config")
     if found:
+        held = "converted weights whose config" if weights_only else "a run whose config"
+        remedy = "Use the old values, or another --workdir"
+        if weights_only:
+            remedy += ", with this one as --init_from for other classes"
         raise ConfigError(
-            "the workdir holds a run whose config differs in what cannot change: "
-            + "; ".join(found)
-            + ". Use the old values, or another --workdir"
+            f"the workdir holds {held} differs in what cannot change: {'; '.join(found)}. {remedy}"
         )
 
 
@@ -68,14 +81,3 @@ def check_same_data(saved: SavedRun, source: DataSource | BucketedSource) -> Non
             + "; ".join(found)
             + ". Use the old data, or another --workdir"
         )
-
-
-def _fixed_values(config: dict) -> dict[str, Any]:
-    """The values of a saved config that cannot change, by dotted key, in today's names."""
-    config = modernise(json.loads(json.dumps(config)))
-    name = config["model"]["name"]
-    values = flatten({"model": model_config(name)}) | ADDED | flatten(config)
-    if not values["data.aspect_buckets.count"]:  # the rest of the section means nothing then
-        values = {k: v for k, v in values.items() if not k.startswith("data.aspect_buckets.")}
-        values["data.aspect_buckets.count"] = 0
-    return {key: values[key] for key in sorted(fixed_keys(name) & values.keys())}

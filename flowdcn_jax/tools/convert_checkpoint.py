@@ -23,6 +23,13 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: to write, or
 _WEIGHTS = flags.DEFINE_enum(
     "weights", "ema", ["ema", "model"], "Which, where there are both: averaged, or as trained."
 )
+_BOUNDARY = flags.DEFINE_enum(
+    "boundary",
+    None,
+    ["truncate", "zeros"],
+    "How FlowDCN's borders are sampled; by default what --export wrote beside the tensors, or "
+    "truncate, as published weights were trained.",
+)
 _EXPORT = flags.DEFINE_string("export", None, "safetensors file to write from --workdir.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to export; the newest by default.")
 
@@ -45,8 +52,15 @@ def main() -> None:
     changed = _fit_config(config)
     published_weights.warn_of_dit(flags.FLAGS["config"].config_filename)
     origin = published_weights.convert(
-        _SOURCE.value, config, _WORKDIR.value, weights=_WEIGHTS.value, progress=True
+        _SOURCE.value,
+        config,
+        _WORKDIR.value,
+        weights=_WEIGHTS.value,
+        boundary=_BOUNDARY.value,
+        progress=True,
     )
+    if "boundary" in origin:
+        changed["model.boundary"] = origin["boundary"]
     which = "its only weights" if origin["weights"] == "only" else f"its {_WEIGHTS.value} weights"
     print(f"{_WORKDIR.value}: {origin['file']}, a {origin['format']}, {which}")
     decoder = ["--autoencoder=sd_vae", "--autoencoder_weights=sd-vae-ft-ema"]
@@ -67,8 +81,6 @@ def _fit_config(config) -> dict:
 
     check_keys(config)
     changed = {}
-    if config.model.name == "flowdcn":
-        changed["model.boundary"] = "truncate"
     # The default classes are ImageNet's.
     fit = all(label < config.model.num_classes for label in config.sampling.classes)
     if not fit and "sampling.classes" not in config_flag.overrides():

@@ -8,10 +8,13 @@ The same command goes on with a run that was stopped. Several hosts: the same co
 Exit status: 0 done; 2 bad input; 75 stopped as asked (SIGTERM, Ctrl-C), a checkpoint is saved.
 """
 
+from typing import Any
+
 from absl import flags
 
 from flowdcn_jax import command
 from flowdcn_jax.config_flag import define_config_flag, overrides
+from flowdcn_jax.errors import UserError
 
 _CONFIG = define_config_flag(required=True)
 _WORKDIR = flags.DEFINE_string(
@@ -22,6 +25,18 @@ _DRY_RUN = flags.DEFINE_bool(
 )
 _PROFILE = flags.DEFINE_integer(
     "profile", 0, "Steps of which a trace is written to WORKDIR/profile.", lower_bound=0
+)
+_INIT_FROM = flags.DEFINE_string(
+    "init_from", None, "Workdir of another run, with whose weights this one begins, at step 0."
+)
+_INIT_STEP = flags.DEFINE_integer(
+    "init_step", None, "Its checkpoint; the newest by default.", lower_bound=0
+)
+_INIT_WEIGHTS = flags.DEFINE_string(
+    "init_weights",
+    None,
+    "Which of its weights: ema (by default), another EMA by its name, or params: those that its "
+    "training goes on from.",
 )
 command.define_distributed_flags()
 
@@ -39,8 +54,30 @@ def main() -> int:
         changed=overrides(),
         dry_run=_DRY_RUN.value,
         profile_steps=_PROFILE.value,
+        init_from=_init_from(),
     )
     return 0 if done else command.STOPPED
+
+
+def _init_from() -> Any:
+    """The weights that the flags name; None: none.
+
+    Raises:
+        UserError: a flag about them without --init_from.
+    """
+    from flowdcn_jax.runs.initial_weights import InitFrom
+
+    given = {
+        flag.name.removeprefix("init_"): flag.value
+        for flag in (_INIT_STEP, _INIT_WEIGHTS)
+        if flag.value is not None
+    }
+    if _INIT_FROM.value is not None:
+        return InitFrom(_INIT_FROM.value, **given)
+    if given:
+        names = ", ".join(f"--init_{name}" for name in given)
+        raise UserError(f"{names} given without --init_from; expected it as well")
+    return None
 
 
 if __name__ == "__main__":

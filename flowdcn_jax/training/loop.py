@@ -18,7 +18,7 @@ from flowdcn_jax.config import validate
 from flowdcn_jax.data import buckets_of, make_source
 from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.images import save_png
-from flowdcn_jax.runs import checkpoint, description, record
+from flowdcn_jax.runs import checkpoint, description, initial_weights, record
 from flowdcn_jax.runs.checkpointer import Checkpointer
 from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.runs.state import TrainState, abstract_state, initial_state, state_from_weights
@@ -51,6 +51,7 @@ def train(
     changed: dict[str, Any] | None = None,
     dry_run: bool = False,
     profile_steps: int = 0,
+    init_from: initial_weights.InitFrom | None = None,
 ) -> bool:
     """Trains until config.train.num_steps, or until asked to stop; goes on where a run stopped.
 
@@ -67,6 +68,8 @@ def train(
         changed: what the user set beside the config's file, for the description of the run.
         dry_run: return after all checks and compilation, with nothing written.
         profile_steps: steps of which a trace is written to WORKDIR/profile.
+        init_from: another run, with whose weights this one begins, at step 0 with a fresh
+            optimizer; one that goes on is held to have begun so.
 
     Returns:
         Whether the last step is done. If not, SIGTERM or Ctrl-C came, and a checkpoint was saved.
@@ -76,6 +79,7 @@ def train(
         flowdcn_jax.errors.ConfigError: a value, or a difference from the run in `workdir`.
         flowdcn_jax.autoencoders.AutoencoderError: weights that are missing or of no use.
         flowdcn_jax.runs.checkpoint.CheckpointError: not one checkpoint there can be read.
+        flowdcn_jax.runs.initial_weights.InitialWeightsError: those of `init_from` are of no use.
         flowdcn_jax.training.metrics.NonFiniteError: the loss or gradient norm was not finite.
     """
     devices = jax.devices() if devices is None else devices
@@ -91,6 +95,12 @@ def train(
     check_fits(autoencoder, config, origin=source.encoder)
     inputs.check_source(config, source)
 
+    # What it begins with, or began with, before anything is written.
+    find_origin = functools.partial(
+        initial_weights.find, init_from, config, source.class_names, workdir=workdir
+    )
+    origin = find_origin(saved=checkpoint.saved_run(workdir))
+
     with contextlib.ExitStack() as stack:
         # The run's folder, which from here on is this process's, and what it holds.
         if not dry_run:
@@ -105,9 +115,12 @@ def train(
         if saved is not None:
             record.check_resumable(saved.config, config, weights_only=saved.weights_only)
             record.check_same_data(saved, source)
+            origin = find_origin(saved=saved)
         abstract = abstract_state(config, mesh)
-        told = description.describe(config, changed or {}, mesh, abstract.params)
+        told = description.describe(config, changed or {}, mesh, abstract.params, origin=origin)
         say(description.as_text(told))
+        if origin is not None:
+            say(initial_weights.as_text(origin))
 
         # The state to go on from.
         step = start_step = 0
@@ -115,7 +128,7 @@ def train(
             keep, keep_every_steps = config.checkpoint.keep, config.checkpoint.keep_every_steps
             checkpointer = Checkpointer(workdir, keep=keep, keep_every_steps=keep_every_steps)
             stack.callback(checkpointer.close)
-            state = starting_state(config, mesh, checkpointer)
+            state = starting_state(config, mesh, checkpointer, origin)
             step = start_step = int(state.step)
         if start_step >= num_steps:
             logging.warning("step %d of %d is done: nothing to do", start_step, num_steps)
@@ -170,7 +183,7 @@ def train(
                     writer.write_image(step, "samples", grid)
             if save:
                 with stopwatch.pause():
-                    checkpointer.save(state, config, source.class_names, source.identity)
+                    checkpointer.save(state, config, source.class_names, source.identity, origin)
             with stopwatch.pause():
                 if message := profiler.after(step, state):
                     writer.message(message)
@@ -184,15 +197,20 @@ def train(
         return step == num_steps
 
 
-def starting_state(config, mesh: Mesh, checkpointer: Checkpointer) -> TrainState:
+def starting_state(
+    config, mesh: Mesh, checkpointer: Checkpointer, origin: dict[str, Any] | None = None
+) -> TrainState:
     """What a run in the checkpointer's workdir begins with: restored, or a step 0.
 
-    At step 0 the parameters are the converted weights that lie there, or initial values.
+    At step 0 the parameters are the converted weights that lie there, those of `origin` (see
+    `initial_weights.find`), or initial values.
 
     Raises:
         flowdcn_jax.runs.checkpoint.CheckpointError: not one checkpoint there can be read.
     """
     state = checkpointer.restore_newest(abstract_state(config, mesh))
+    if state is None and origin is not None:
+        return state_from_weights(config, mesh, initial_weights.restore(origin, config, mesh))
     if state is None:
         return initial_state(config, mesh)
     if state.opt_state is None:

@@ -103,6 +103,18 @@ def test_the_identity_is_that_of_the_images_whatever_folder_they_lie_in(
     assert digits[0] == digits[1]  # it does not depend on how Pillow enlarges them
 
 
+def test_larger_images_are_those_resized(prepared_dir, open_source):
+    sources = [
+        open_source("cifar10", data_dir=str(prepared_dir), image_size=size) for size in (32, 64)
+    ]
+    assert sources[1].image_shape == (64, 64, 3)
+    assert sources[0].identity == sources[1].identity
+    small, large = (read_all(source) for source in sources)
+    np.testing.assert_array_equal(small["label"], large["label"])
+    means = large["image"].reshape(-1, 32, 2, 32, 2, 3).mean((2, 4))
+    assert np.abs(means - small["image"]).mean() < 8
+
+
 def test_default_folder_is_the_one_of_tfds(prepared_dir, open_source, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(prepared_dir))
     assert len(open_source("cifar10")) == COUNTS["train"]
@@ -155,8 +167,9 @@ def test_missing_files_other_formats_and_splits_are_named(prepared_dir, open_sou
     folder = prepared_dir / "cifar10_local" / "1.0.0"
     with pytest.raises(DataError, match=r"no split 'val'.*\['test', 'train'\]"):
         open_source("cifar10", data_dir=str(prepared_dir), split="val")
-    with pytest.raises(DataError, match="image_size of cifar10 is 32"):
-        open_source("cifar10", data_dir=str(prepared_dir), image_size=64)
+    for size in (31, 257):
+        with pytest.raises(DataError, match="image_size of cifar10 is 32, or up to 256 resized"):
+            open_source("cifar10", data_dir=str(prepared_dir), image_size=size)
     with pytest.raises(DataError, match="'cifar10_local', not imagenet_latents"):
         open_source("latents", data_dir=str(folder))
     next(folder.glob("*train.array_record*")).unlink()

@@ -101,6 +101,7 @@ def test_the_origin_is_recorded(converted, fixture_file):
         "weights": "only",
         "image_size": 128,
         "flowdcn_jax": flowdcn_jax.__version__,
+        "boundary": "truncate",
     }
 
 

@@ -217,10 +217,6 @@ def test_bad_configs_are_refused(golden, tensors, write):
     config.data.image_size = 100
     with pytest.raises(ConfigError, match="image_size is 100; expected a multiple of 16"):
         convert(write(tensors), config, "unused")
-    config = official.run_config(golden)
-    config.model.max_scale = 3.0
-    with pytest.raises(PublishedWeightsError, match="max_scale is 3.0; expected 6.0, with which"):
-        convert("unused", config, "unused")
     with pytest.raises(PublishedWeightsError, match="weights is 'best'; expected ema or model"):
         convert("unused", config, "unused", weights="best")
 
