@@ -191,7 +191,8 @@ class Sampling:
     guidance: float = option(1.375, "weight w; 1: none", at_least(0))
     seed: int = option(0, "of the noise", SEED)
     classes: tuple = option(
-        (207, 360, 387, 974, 88, 979, 417, 279), "class numbers in turn; (): all classes in turn"
+        (207, 360, 387, 974, 88, 979, 417, 279),
+        "of the grid alone: class numbers in turn; (): all classes",
     )
 
 

@@ -130,7 +130,7 @@ def _write_images(
                     rows = np.asarray(rows)[: stop - start]
                 in_first_process(functools.partial(folder.write, start, rows, labels[start:stop]))
         in_first_process(folder.join)
-        pictures = (folder, labels, model.words, _png_metadata(model, record, request))
+        pictures = (folder, labels, model.words, _png_metadata(record, request))
         in_first_process(lambda: write_pictures(*pictures, save_images=output.save_images))
     return folder.grid
 
@@ -160,7 +160,7 @@ def _write_strip(model: TrainedModel, request: Request, settings: Settings, outp
             columns=len(columns),
             captions=strip_captions(columns, class_labels(labels, model.words)),
         )
-        metadata = _png_metadata(model, record, request)
+        metadata = _png_metadata(record, request)
         in_first_process(lambda: folder.save_png(picture, strip, metadata))
     return folder.path / picture
 
@@ -251,8 +251,7 @@ def _stored_rows(model: TrainedModel, settings: Settings) -> dict[str, jax.Shape
     return {"arr_0": jax.ShapeDtypeStruct(image.shape[1:], np.uint8), "arr_1": label}
 
 
-def _png_metadata(model: TrainedModel, record: dict[str, Any], request: Request) -> dict[str, Any]:
+def _png_metadata(record: dict[str, Any], request: Request) -> dict[str, Any]:
     """What PNGs say of themselves: their record, the classes asked for, and who made them."""
-    chosen = model.config.sampling.classes if request.classes is None else request.classes
-    asked = {"classes": list(chosen), "labels": request.labels}
+    asked = {"classes": list(request.classes or ()), "labels": request.labels}  # none: all
     return record | {"request": asked, "flowdcn_jax": __version__}

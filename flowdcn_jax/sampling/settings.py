@@ -80,7 +80,7 @@ class Request(_Options):
         "which classes, such as 'golden retriever,207'",
         Range(any, lambda: "names and numbers of classes, or all"),
         parse=_parse_classes,
-        unset="config.sampling.classes",
+        unset="all classes in turn",
     )
     labels: str = option(
         "balanced",

@@ -98,11 +98,10 @@ class TrainedModel:
         Raises:
             SamplingError: an unknown class.
         """
-        options, num_classes = self.config.sampling, self.config.model.num_classes
-        chosen, count = tuple(options.classes), request.num_images
+        num_classes, chosen, count = self.config.model.num_classes, (), request.num_images
         if request.classes is not None:
             chosen = tuple(parse_classes(request.classes, num_classes, self.words))
-        count = options.num_images if count is None else count
+        count = self.config.sampling.num_images if count is None else count
         return make_labels(request.labels, chosen, count, num_classes, seed=seed)
 
     def generator(self, settings: Settings) -> Callable:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -241,6 +242,9 @@ def test_what_is_not_given_is_the_runs(model):
     assert (settings.num_steps, settings.guidance, settings.seed) == (2, 2.0, 0)  # tiny digits
     assert (settings.sampler, settings.image_size) == ("euler", (8, 8))
     assert len(model.labels(sampling.Request(), seed=0)) == 4
+    with mock.patch.object(model.config.sampling, "classes", (3, 7)):  # the grids' alone
+        labels = model.labels(sampling.Request(num_images=23), seed=0)
+    assert labels.tolist() == [*range(10), *range(10), 0, 1, 2]
     given = sampling.Settings(num_steps=3, guidance=0.0, seed=5, image_size="8x12")
     assert model.fill_settings(given) == sampling.Settings(
         num_steps=3,
