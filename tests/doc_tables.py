@@ -1,7 +1,8 @@
 """Writes today's options into the pages of docs/ that list them: python -m tests.doc_tables
 
 They stand between two comments there: in docs/sampling.md and docs/evaluation.md those that the
-packages of these names declare, in docs/config.md those of flowdcn_jax/config.py and of the networks in flowdcn_jax/models.
+packages of these names declare, in docs/config.md those of flowdcn_jax/config.py and of the
+networks in flowdcn_jax/models.
 """
 
 from collections.abc import Iterable

@@ -50,7 +50,7 @@ def read_metric(workdir: str, name: str) -> tuple[list[int], list[float]]:
 
 
 def plot_metric(workdirs: list[str], name: str, out: Path) -> None:
-    """Writes a PNG with one curve a run; a loss's first steps, far above the rest, leave the top."""
+    """Writes a PNG with one curve a run; first losses, far above the rest, may leave the top."""
     import matplotlib
 
     matplotlib.use("Agg")
