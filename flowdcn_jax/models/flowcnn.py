@@ -9,7 +9,6 @@ groups would take 45 M and 74 M, one of single channels would leave 29 M and nex
 
 import dataclasses
 
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -59,7 +58,7 @@ class SpatialConv(nnx.Module):
         side, channels = options.kernel_size, options.width // options.num_groups
         init = layers.uniform_fan_in(side**2 * channels)
         self.groups = options.num_groups
-        self.gradient_dtype = jnp.dtype(options.gradient_dtype)
+        self.gradient_dtype = options.sum_dtype
         self.kernel = nnx.Param(init(rngs.params(), (side, side, channels, options.width)))
 
     def __call__(self, x: Array) -> Array:

@@ -204,12 +204,20 @@ class ClassEmbedder(nnx.Module):
     of a lookup is a scatter, which GPUs add up in another order at each run.
     """
 
-    def __init__(self, num_classes: int, width: int, *, rngs: nnx.Rngs, precision=None):
+    def __init__(
+        self,
+        num_classes: int,
+        width: int,
+        *,
+        rngs: nnx.Rngs,
+        precision=None,
+        gradient_dtype=jnp.float32,
+    ):
         init = nnx.initializers.normal(0.02)
-        self.precision = precision
+        self.options = dict(precision=precision, gradient_dtype=gradient_dtype)
         self.embedding = nnx.Param(init(rngs.params(), (num_classes + 1, width), jnp.float32))
 
     def __call__(self, y: Array) -> Array:
         """y [B] integers -> [B,width] float32."""
         one_hot = jax.nn.one_hot(y, self.embedding.shape[0], dtype=jnp.float32)
-        return product(one_hot, self.embedding[...], precision=self.precision)
+        return product(one_hot, self.embedding[...], **self.options)

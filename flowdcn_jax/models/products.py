@@ -2,8 +2,9 @@
 
 Left to itself, JAX differentiates x @ kernel.astype(bfloat16) into a gradient that is rounded to
 bfloat16 before devices add theirs up. Here the derivative with respect to a parameter is a product
-of 16-bit operands with float32 sums and results, whatever adds them up afterwards. Everything is
-linear in the parameters and in the activations, so that both modes of differentiation work.
+of 16-bit operands with float32 sums and results, whatever adds them up afterwards; or, where that
+is asked for, rounded before, of float32 activations too. Everything is linear in the parameters and
+in the activations, so that both modes of differentiation work.
 """
 
 import jax
@@ -25,11 +26,15 @@ def product(
         kernel: parameters, float32.
         dtype: of the result: that of x by default, or float32.
         precision: of the products of float32 operands; by default the highest.
-        gradient_dtype: of the kernel's gradient while devices add it up, if x is of 16 bits:
-            float32, or that of x, which is half as much to send and is rounded before that.
+        gradient_dtype: of the kernel's gradient while devices add it up: float32, or one of 16
+            bits, which is half as much to send and is rounded before that.
     """
     if x.dtype == jnp.float32:
-        return jnp.dot(x, kernel, precision=precision or matmul_precision(x.dtype))
+        precision = precision or matmul_precision(x.dtype)
+        if gradient_dtype == jnp.float32:
+            return jnp.dot(x, kernel, precision=precision)
+        gradient_dtype = jnp.dtype(gradient_dtype)
+        return _exact_product.bind(x, kernel, precision=precision, gradient_dtype=gradient_dtype)
     dtype = jnp.dtype(dtype or x.dtype)
     if gradient_dtype == jnp.float32:
         return _product.bind(x, kernel, dtype=dtype)
@@ -48,9 +53,10 @@ def convolution(x: Array, kernel: Array, *, groups: int, gradient_dtype=jnp.floa
 
 def add_bias(y: Array, bias: Array, *, gradient_dtype=jnp.float32) -> Array:
     """y [..., m] + bias [m], in the dtype of y; `gradient_dtype` as in `product`."""
-    if y.dtype == jnp.float32 or gradient_dtype != jnp.float32:
+    if y.dtype == gradient_dtype:
         return y + bias.astype(y.dtype)
-    return y + _spread.bind(bias, shape=y.shape, dtype=y.dtype)
+    gradient_dtype = jnp.dtype(gradient_dtype)
+    return y + _spread.bind(bias, shape=y.shape, dtype=y.dtype, gradient_dtype=gradient_dtype)
 
 
 def _multiply(x: Array, kernel: Array, *, dtype) -> Array:
@@ -69,6 +75,28 @@ def _gradient_of_kernel(cotangent: Array, x: Array, kernel, *, dtype) -> Array:
     dimensions = ((rows, rows), ((), ()))
     cotangent = cotangent.astype(x.dtype)
     return jax.lax.dot_general(x, cotangent, dimensions, preferred_element_type=jnp.float32)
+
+
+def _multiply_exactly(x: Array, kernel: Array, *, precision, gradient_dtype) -> Array:
+    del gradient_dtype
+    return jnp.dot(x, kernel, precision=precision)
+
+
+def _exact_gradient_of_x(cotangent: Array, x, kernel: Array, *, precision, gradient_dtype) -> Array:
+    del x, gradient_dtype
+    return jnp.dot(cotangent, kernel.T, precision=precision)
+
+
+def _rounded_gradient_of_kernel(
+    cotangent: Array, x: Array, kernel, *, precision, gradient_dtype
+) -> Array:
+    del kernel, precision
+    rows = tuple(range(x.ndim - 1))
+    x, cotangent = x.astype(gradient_dtype), cotangent.astype(gradient_dtype)
+    gradient = jax.lax.dot_general(
+        x, cotangent, ((rows, rows), ((), ())), preferred_element_type=gradient_dtype
+    )
+    return gradient.astype(jnp.float32)
 
 
 def _convolve(x: Array, kernel: Array, *, groups: int, precision=None) -> Array:
@@ -99,13 +127,17 @@ def _convolution_gradient_of_kernel(cotangent: Array, x: Array, kernel, *, group
     return gradient
 
 
-def _spread_out(bias: Array, *, shape: tuple[int, ...], dtype) -> Array:
+def _spread_out(bias: Array, *, shape: tuple[int, ...], dtype, gradient_dtype) -> Array:
+    del gradient_dtype
     return jnp.broadcast_to(bias.astype(dtype), shape)
 
 
-def _gradient_of_bias(cotangent: Array, bias, *, shape, dtype) -> list[Array]:
+def _gradient_of_bias(cotangent: Array, bias, *, shape, dtype, gradient_dtype) -> list[Array]:
     del bias, dtype
-    return [jnp.sum(cotangent.astype(jnp.float32), axis=tuple(range(len(shape) - 1)))]
+    zero, rows = jnp.zeros((), gradient_dtype), tuple(range(len(shape) - 1))
+    # Unlike jnp.sum it leaves a 16-bit result narrow while devices add it up.
+    total = jax.lax.reduce(cotangent.astype(gradient_dtype), zero, jax.lax.add, rows)
+    return [total.astype(jnp.float32)]
 
 
 def _primitive(name: str, function) -> core.Primitive:
@@ -131,6 +163,9 @@ def _primitive(name: str, function) -> core.Primitive:
 
 _product = _primitive("parameter_product", _multiply)
 ad.defbilinear(_product, _gradient_of_x, _gradient_of_kernel)
+
+_exact_product = _primitive("exact_parameter_product", _multiply_exactly)
+ad.defbilinear(_exact_product, _exact_gradient_of_x, _rounded_gradient_of_kernel)
 
 _convolution = _primitive("parameter_convolution", _convolve)
 ad.defbilinear(_convolution, _convolution_gradient_of_x, _convolution_gradient_of_kernel)

@@ -39,8 +39,8 @@ class NetworkOptions:
     dtype: str = option("auto", "compute dtype; auto: bfloat16 except on CPUs", one_of(*DTYPES))
     gradient_dtype: str = option(
         "float32",
-        "of parameters' gradients while devices add them up; bfloat16: half as much to send, "
-        "rounded before that",
+        "of parameters' gradients while devices add them up, if dtype is bfloat16; bfloat16: half "
+        "as much to send, rounded before that, but for norms and scale priors",
         one_of("float32", "bfloat16"),
     )
     remat: bool = option(
@@ -54,6 +54,12 @@ class NetworkOptions:
     def compute_dtype(self):
         """The dtype that `dtype` stands for on these devices."""
         return compute_dtype(self.dtype)
+
+    @property
+    def sum_dtype(self):
+        """The dtype in which devices add gradients up: `gradient_dtype`, beside bfloat16."""
+        narrow = jnp.dtype(self.compute_dtype).itemsize == 2
+        return jnp.dtype(self.gradient_dtype if narrow else "float32")
 
     def _require_multiple(self, name: str, divisor: str) -> None:
         value, of = getattr(self, name), getattr(self, divisor)
@@ -104,13 +110,13 @@ def float32_options(options: NetworkOptions) -> dict:
     bfloat16 could not tell neighbours of a 250-step time grid from one another.
     """
     narrow = jnp.dtype(options.compute_dtype).itemsize == 2
-    return dict(dtype=jnp.float32, precision=BESIDE_BFLOAT16 if narrow else None)
+    precision = BESIDE_BFLOAT16 if narrow else None
+    return dict(dtype=jnp.float32, precision=precision, gradient_dtype=options.sum_dtype)
 
 
 def linear_options(options: NetworkOptions, rngs: nnx.Rngs) -> dict:
     """What the Linears that act on tokens share."""
-    gradient_dtype = jnp.dtype(options.gradient_dtype)
-    return dict(dtype=options.compute_dtype, gradient_dtype=gradient_dtype, rngs=rngs)
+    return dict(dtype=options.compute_dtype, gradient_dtype=options.sum_dtype, rngs=rngs)
 
 
 class VelocityNetwork(nnx.Module):
@@ -132,7 +138,10 @@ class VelocityNetwork(nnx.Module):
         self.stem = layers.xavier_linear(patch_features, width, **linear_options(options, rngs))
         self.time_embedder = layers.TimestepEmbedder(width, linear=linear, rngs=rngs, **float32)
         self.class_embedder = layers.ClassEmbedder(
-            options.num_classes, width, rngs=rngs, precision=float32["precision"]
+            options.num_classes,
+            width,
+            rngs=rngs,
+            **{key: value for key, value in float32.items() if key != "dtype"},
         )
         self.blocks = nnx.List(self.make_block(options, rngs=rngs) for _ in range(options.depth))
         self.final = FinalLayer(width, out_features, rngs=rngs, **float32)

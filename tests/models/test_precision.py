@@ -45,12 +45,26 @@ def test_devices_add_gradients_up_in_float32(name):
         assert "promoted" not in line and "bf16[" not in line
 
 
-@pytest.mark.parametrize("name", PARTS)
-def test_the_option_asks_for_rounded_gradients(name):
+def test_with_the_option_devices_add_rounded_gradients_up(tmp_path):
+    """As the partitioner leaves it: CPUs widen the sums afterwards. SiT's norms have no scales."""
+    dump = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd-partitioning"}
+    rounded = config("sit", gradient_dtype="bfloat16")
+    traced(rounded, make_mesh(8, 1)).lower().compile(compiler_options=dump)
+    (path,) = tmp_path.glob("*after_spmd-partitioning*")
+    sums = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-reduce", path.read_text())
+    parameters = len(jax.tree.leaves(models.abstract_model(rounded.model)[1]))
+    assert [dtype for dtype, _ in sums].count("bf16") == parameters
+    assert [each for each in sums if each[0] != "bf16"] == [("f32", "")]  # the loss
+
+
+@pytest.mark.parametrize("name", ["flowdcn", "flowcnn"])
+def test_the_option_is_of_every_product_with_parameters(name):
     mesh = make_mesh(1, 1, jax.devices()[:1])
     assert "parameter_product" in str(traced(config(name), mesh).jaxpr)
     rounded = str(traced(config(name, gradient_dtype="bfloat16"), mesh).jaxpr)
-    assert not re.search("parameter_(product|convolution|spread)", rounded)
+    assert not re.search(r"[^_]parameter_product|parameter_convolution", rounded)
+    dtypes = re.findall(r"exact_parameter_product\[\s*gradient_dtype=(\w+)", rounded)
+    assert dtypes and set(dtypes) == {"bfloat16"}
 
 
 def test_eight_devices_give_the_gradients_of_one():
@@ -100,6 +114,18 @@ CASES = {
     ),
     "bias": (lambda x, k: products.add_bias(x, k), (4, 6, 16), (16,)),
 }
+EXACT = {
+    "product": (
+        lambda x, k: products.product(x, k, gradient_dtype=jnp.bfloat16),
+        (4, 6, 16),
+        (16, 8),
+    ),
+    "bias": (
+        lambda x, k: products.add_bias(x, k, gradient_dtype=jnp.bfloat16),
+        (4, 6, 16),
+        (16,),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -123,6 +149,27 @@ def test_derivatives_are_those_of_float32_up_to_the_operands_rounding(name):
     assert relative_error(each[0], of_k) < 1e-2
     mapped = jax.vmap(lambda x: function(x, k))(jnp.stack([x, x]))
     np.testing.assert_array_equal(mapped[1], function(x, k))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_rounded_gradients_of_float32_leave_all_else_as_it_is(name):
+    function, x_shape, k_shape = EXACT[name]
+    x, k = draw(1, *x_shape), draw(2, *k_shape)
+    plain = {"product": jnp.matmul, "bias": jnp.add}[name]
+    values, gradients = [], []
+    for each in (function, plain):
+        with jax.default_matmul_precision("highest"):
+            value, pull = jax.vjp(each, x, k)
+        values.append(value)
+        gradients.append(pull(jnp.cos(value)))
+    assert relative_error(*values) < 1e-6
+    (of_x, of_k), (right_x, right_k) = gradients
+    assert relative_error(of_x, right_x) < 1e-6
+    assert of_k.dtype == jnp.float32 and 1e-5 < relative_error(of_k, right_k) < 2e-2
+    np.testing.assert_array_equal(of_k, of_k.astype(jnp.bfloat16))
+    jax.jvp(function, (x, k), (x, k))
+    mapped = jax.vmap(lambda x: function(x, k))(jnp.stack([x, x]))
+    assert relative_error(mapped[1], values[0]) < 1e-6
 
 
 def test_a_gradients_sum_is_not_rounded():

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 
-from flowdcn_jax.training import loop
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -27,7 +26,7 @@ def train(workdir) -> np.ndarray:
     def drawer(*_):
         return lambda ema: np.zeros((8, 8, 3), np.uint8)
 
-    loop.train(config, str(workdir), drawer, devices=jax.devices("cpu")[:1])
+    tiny.train(config, workdir, make_grid_drawer=drawer)
     return np.array([row[1:] for row in tiny.numbers(workdir)])
 
 
