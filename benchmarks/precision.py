@@ -60,7 +60,7 @@ def main() -> None:
         path = folder / f"{name}.npz"
         if not path.exists():
             np.savez(path, **_train(name))
-        row = report["results"][name] = _measure(name, _read(path))
+        row = report["results"][name] = measure(name, _read(path))
         numbers = [*row["velocity"], row["gradient"], row["worst"]]
         print(f"| {name} |" + "".join(f" {100 * x:.2f} % |" for x in numbers), end="")
         print(f" {row['embedding']:.3g} |", flush=True)
@@ -100,7 +100,7 @@ def _key(part: str) -> str | int:
     return int(part) if part.isdecimal() else part  # the blocks have numbers
 
 
-def _measure(name: str, params: dict) -> dict[str, Any]:
+def measure(name: str, params: dict) -> dict[str, Any]:
     """A row of the table; parts of one, not percent."""
     found = {dtype: _outputs(name, params, dtype) for dtype in ("float32", "bfloat16")}
     right, narrow = found["float32"], found["bfloat16"]

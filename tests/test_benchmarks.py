@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import precision
 from benchmarks.random_autoencoder import random_kl
 from benchmarks.steps import training_step
 from flowdcn_jax.autoencoders import kl
+from flowdcn_jax.config import model_config
+from flowdcn_jax.models import abstract_model, random_params
 from flowdcn_jax.runs.sharding import make_mesh
 from tests import tiny
 
@@ -159,6 +162,19 @@ def test_the_training_benchmark_compares_models(tmp_path):
         # the gradients come on top.
         assert 5 * 4 * row["parameters"] < row["program_bytes"] < 10 * 4 * row["parameters"]
         assert f"| {row['step_ms']:.2f} | {row['images_per_s']:.1f} |" in output
+
+
+def test_the_precision_benchmark_compares_dtypes(monkeypatch):
+    """On a SiT so small that it takes no time, of random weights."""
+    monkeypatch.setitem(precision.SIZE, "width", 16)
+    monkeypatch.setitem(precision.SIZE, "depth", 1)
+    config = model_config("sit") | precision.SIZE | precision.MODELS["sit"]
+    row = precision.measure("sit", random_params(abstract_model(config)[1]))
+    assert len(row["velocity"]) == len(row["times"]) == 4
+    for error in (*row["velocity"], row["gradient"]):
+        assert 1e-4 < error < 0.1
+    assert row["worst"] >= row["gradient"] / 2
+    assert row["embedding"] < 0.01  # float32, also beside bfloat16
 
 
 @pytest.mark.parametrize(
