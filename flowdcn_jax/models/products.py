@@ -84,7 +84,8 @@ def _multiply_exactly(x: Array, kernel: Array, *, precision, gradient_dtype) -> 
 
 def _exact_gradient_of_x(cotangent: Array, x, kernel: Array, *, precision, gradient_dtype) -> Array:
     del x, gradient_dtype
-    return jnp.dot(cotangent, kernel.T, precision=precision)
+    dimensions = (((cotangent.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(cotangent, kernel, dimensions, precision=precision)
 
 
 def _rounded_gradient_of_kernel(
