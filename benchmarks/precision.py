@@ -9,7 +9,8 @@ model then computes in both dtypes with the same weights, on the same digits.
 "velocity" is |bfloat16 - float32| / |float32| over 64 images at a time t; "gradient" the same over
 all parameters of the loss of 64 images at random times; "worst" that of the parameter that is the
 worst. "embedding" is the length of the time embedding's error over that of the difference between
-neighbours, on a grid of 250 times.
+neighbours, on a grid of 250 times. --float32_points has FlowDCN's projections to directions, scales
+and weights give float32 beside bfloat16, which its kernels take.
 
 Another version of the project is measured with the same weights from its own folder:
 
@@ -46,6 +47,7 @@ MODELS = {
 _FOLDER = flags.DEFINE_string("folder", None, "Where the weights lie, or will.", required=True)
 _MODELS = flags.DEFINE_list("models", list(MODELS), "Of flowdcn, sit and flowcnn.")
 _STEPS = flags.DEFINE_integer("steps", 300, "Steps of the training, where it is needed.", 1)
+_FLOAT32_POINTS = flags.DEFINE_bool("float32_points", False, "FlowDCN's points are float32.")
 _OUT = flags.DEFINE_string("out", None, "JSON file to write.")
 
 
@@ -60,7 +62,8 @@ def main() -> None:
         path = folder / f"{name}.npz"
         if not path.exists():
             np.savez(path, **_train(name))
-        row = report["results"][name] = measure(name, _read(path))
+        points = _FLOAT32_POINTS.value and name == "flowdcn"
+        row = report["results"][name] = measure(name, _read(path), float32_points=points)
         numbers = [*row["velocity"], row["gradient"], row["worst"]]
         print(f"| {name} |" + "".join(f" {100 * x:.2f} % |" for x in numbers), end="")
         print(f" {row['embedding']:.3g} |", flush=True)
@@ -100,9 +103,11 @@ def _key(part: str) -> str | int:
     return int(part) if part.isdecimal() else part  # the blocks have numbers
 
 
-def measure(name: str, params: dict) -> dict[str, Any]:
+def measure(name: str, params: dict, *, float32_points: bool = False) -> dict[str, Any]:
     """A row of the table; parts of one, not percent."""
-    found = {dtype: _outputs(name, params, dtype) for dtype in ("float32", "bfloat16")}
+    found = {
+        dtype: _outputs(name, params, dtype, float32_points) for dtype in ("float32", "bfloat16")
+    }
     right, narrow = found["float32"], found["bfloat16"]
     grads = [jax.tree.leaves(each["gradient"]) for each in (narrow, right)]
     errors = [_relative(*pair) for pair in zip(*grads, strict=True)]
@@ -119,9 +124,15 @@ def measure(name: str, params: dict) -> dict[str, Any]:
     }
 
 
-def _outputs(name: str, params: dict, dtype: str) -> dict[str, Any]:
+def _outputs(name: str, params: dict, dtype: str, float32_points: bool) -> dict[str, Any]:
     config = model_config(name) | SIZE | MODELS[name] | {"dtype": dtype}
     graphdef, _ = abstract_model(config)
+    if float32_points:
+        model = nnx.merge(graphdef, params)
+        for block in model.blocks:
+            for linear in (block.conv.directions, block.conv.scales, block.conv.weights):
+                linear.out_dtype = jnp.float32
+        graphdef, _ = nnx.split(model)
     apply = jax.jit(functools.partial(apply_model, graphdef))
     images, labels = _digits()
     noise = np.random.default_rng(1).standard_normal(images.shape, np.float32)
