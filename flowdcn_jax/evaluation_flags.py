@@ -4,6 +4,8 @@ from typing import Any
 
 from absl import flags
 
+from flowdcn_jax import command
+
 flags.disclaim_key_flags()  # flags defined here are those of the command that asks for them
 
 NETWORKS = ("inception", "dinov2", "efficientnet_lite0")
@@ -17,9 +19,7 @@ def define_flags() -> None:
         NETWORKS,
         "Network: inception (FID and its like), dinov2 (FD-DINOv2), efficientnet_lite0.",
     )
-    flags.DEFINE_string(
-        "weights", None, "The network's safetensors file, or the folder that holds it."
-    )
+    command.define_path("weights", "The network's safetensors file, or the folder that holds it.")
     flags.DEFINE_enum("protocol", "adm", ("adm", "torch_fidelity"), "Whose evaluator is followed.")
     flags.DEFINE_integer("batch_size", 64, "Images at a time on each device.", lower_bound=1)
     flags.DEFINE_integer(
@@ -30,10 +30,8 @@ def define_flags() -> None:
         lower_bound=1,
     )
     flags.DEFINE_string("split", "train", "Split of a data set, or a slice of it.")
-    flags.DEFINE_string(
-        "data_dir",
-        None,
-        "Folder of prepared data sets.  Default: $TFDS_DATA_DIR, else that of TFDS.",
+    command.define_path(
+        "data_dir", "Folder of prepared data sets.  Default: $TFDS_DATA_DIR, else that of TFDS."
     )
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from flowdcn_jax.errors import UserError
+from flowdcn_jax.files import local_path
 
 CONFIG_FILE = "config.json"
 _NAMED = 3  # tensors that a message names
@@ -37,7 +38,7 @@ def find_files(weights: str | None, choices: Sequence[Files], how_to_get: str) -
     """
     problem = f"config.autoencoder.weights is {weights!r}"
     if weights is not None:
-        path = Path(weights).expanduser()
+        path = local_path(weights)
         if path.is_file():
             return {"": path}
         for files in choices:

@@ -13,9 +13,8 @@ from flowdcn_jax import command, evaluation_flags
 
 _SAMPLES = flags.DEFINE_string("samples", None, "Generated images.", required=True)
 _REFERENCE = flags.DEFINE_string("reference", None, "Real images, or statistics.", required=True)
-_OUT = flags.DEFINE_string(
+_OUT = command.define_path(
     "out",
-    None,
     "FILE.json to write; both sides' numbers go beside it, as FILE.samples.npz and so on.",
 )
 evaluation_flags.define_flags()

@@ -7,16 +7,14 @@ first workdir.
 import json
 from pathlib import Path
 
-from absl import flags
-
 from flowdcn_jax import command
 from flowdcn_jax.command import check_writable
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.files import atomic_write
 from flowdcn_jax.training.metrics import METRICS_FILE
 
-_WORKDIRS = flags.DEFINE_multi_string("workdir", None, "Folder of a run.", required=True)
-_OUT = flags.DEFINE_string("out", None, "PNG to write; by default loss.png in the first workdir.")
+_WORKDIRS = command.define_paths("workdir", "Folder of a run.", required=True)
+_OUT = command.define_path("out", "PNG to write; by default loss.png in the first workdir.")
 
 
 def read_metric(workdir: str, name: str) -> tuple[list[int], list[float]]:

@@ -14,7 +14,7 @@ from absl import flags
 from flowdcn_jax import command, evaluation_flags
 
 _IMAGES = flags.DEFINE_string("images", None, "Folder, .npz file or data set.", required=True)
-_OUT = flags.DEFINE_string("out", None, "STATS.npz to write.", required=True)
+_OUT = command.define_path("out", "STATS.npz to write.", required=True)
 _NUM_FEATURES = flags.DEFINE_integer(
     "num_features",
     10_000,
