@@ -1,8 +1,8 @@
 """What a folder is for, as its content tells: nothing is written into one that is for other things.
 
-    a training run      checkpoints/, metrics.jsonl
-    images              samples.npz, shards/, settings.json, compare_KIND.png
-    prepared data       a folder a data set
+a training run      checkpoints/, metrics.jsonl
+images              samples.npz, shards/, settings.json, compare_KIND.png
+prepared data       a folder a data set
 """
 
 from pathlib import Path

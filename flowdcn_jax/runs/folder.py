@@ -28,6 +28,7 @@ from flowdcn_jax.files import atomic_write
 RECORD_FILE = "settings.json"
 LOCK_FILE = ".lock"
 
+
 class ResumableFolder:
     """The folder of one record; a run opens it, writes what is missing, and closes it.
 
