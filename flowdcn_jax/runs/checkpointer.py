@@ -22,10 +22,14 @@ from flowdcn_jax.runs.items import (
     FOLDER,
     WEIGHTS_STEP,
     CheckpointError,
-    first_line,
+    ReadItems,
+    SavedRun,
+    check_items,
+    first_whole,
     item_of,
     none_whole,
-    restore_items,
+    read_items,
+    reader,
     restore_run,
     save_args,
 )
@@ -86,32 +90,27 @@ class Checkpointer:
 
         Raises:
             CheckpointError: there are checkpoints, and not one of them is whole.
+            MachineError: one cannot be read now, in this process or another; nothing is moved.
         """
         self._manager.reload()
-        damaged: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            if step == WEIGHTS_STEP and damaged:
-                raise CheckpointError(
-                    f"{none_whole(self.workdir, damaged)}; with these steps moved away, training "
-                    "starts afresh from the converted weights"
-                )
-            state, error = None, ""
-            try:
-                state = _restore_state(self._manager, step, abstract)
-            except Exception as e:  # whatever a damaged file makes Orbax raise
-                error = first_line(e)
-            if _all_processes(state is not None):
-                self._set_aside(damaged)
-                return state
-            damaged[step] = error or "another process could not read it"
-            logging.warning(
-                "checkpoint %s is damaged and is passed over: %s",
-                self.workdir / FOLDER / str(step),
-                damaged[step],
+        with reader(self.workdir / FOLDER) as manager:
+            state, damaged = first_whole(
+                self.workdir / FOLDER,
+                sorted(self._manager.all_steps(), reverse=True),
+                lambda step: _read_state(manager, step, abstract),
+                lambda read: _checked_state(*read, abstract),
             )
-        if damaged:
+        if state is None and not damaged:
+            return None
+        if state is None:
             raise CheckpointError(none_whole(self.workdir, damaged))
-        return None
+        if damaged and state.opt_state is None:
+            raise CheckpointError(
+                f"{none_whole(self.workdir, damaged)}; with these steps moved away, training "
+                "starts afresh from the converted weights"
+            )
+        self._set_aside(damaged)
+        return state
 
     def wait(self) -> None:
         """Returns once the save in progress, if any, is committed."""
@@ -142,12 +141,16 @@ def _emas(state: TrainState) -> dict:
     return {ema.MAIN: state.ema, **state.other_emas}
 
 
-def _restore_state(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> TrainState:
+def _read_state(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> tuple:
     run = restore_run(manager, step)
     wanted = {item_of(name): tree for name, tree in _emas(abstract).items() if name in run.emas}
     if not run.weights_only:
         wanted["state"] = _resumable(abstract)
-    items = restore_items(manager, step, wanted)
+    return step, run, read_items(manager, step, wanted)
+
+
+def _checked_state(step: int, run: SavedRun, read: ReadItems, abstract: TrainState) -> TrainState:
+    items = check_items(read)
     average = items[item_of(ema.MAIN)]
     fresh = {"step": jnp.asarray(step, jnp.int32), "params": average, "opt_state": None}
     resumed = items.get("state", fresh)
@@ -157,9 +160,3 @@ def _restore_state(manager: ocp.CheckpointManager, step: int, abstract: TrainSta
             logging.warning("no EMA %s was saved: it begins as the parameters at %d", name, step)
         others[name] = items.get(item_of(name)) or jax.tree.map(jnp.copy, resumed["params"])
     return TrainState(**resumed, ema=average, other_emas=others)
-
-
-def _all_processes(mine: bool) -> bool:
-    if jax.process_count() == 1:
-        return mine
-    return bool(multihost_utils.process_allgather(jnp.asarray(mine)).all())
