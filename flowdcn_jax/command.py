@@ -39,6 +39,7 @@ def run(main: Callable[[], int | None]) -> None:
     """
     for name in ("stdout", "stderr"):
         setattr(sys, name, _Output(getattr(sys, name)))
+    faults.hush()
     module = sys.modules[main.__module__]
     for flag in flags.FLAGS.get_key_flags_for_module(module):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # where --help looks

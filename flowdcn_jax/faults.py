@@ -10,10 +10,13 @@ Imports no JAX.
 """
 
 import errno
+import functools
 import logging
 import os
 import re
 import struct
+import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -63,6 +66,9 @@ _LOST = re.compile(
     r"Barrier timed out"
 )
 _NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|CUDA_ERROR_OUT_OF_MEMORY")
+
+# What threads of libraries print once their work has failed and the loops that ran it are gone.
+_AFTERMATH = re.compile(r"Event loop is closed|handle is closed|cannot schedule new futures")
 
 # What readers raise at content that is not what was written.
 _CONTENT = (
@@ -184,6 +190,33 @@ def retried(read: Callable[[], Any], *, what: str = "") -> Any:
                 "%s%s; trying again in %g s", f"{what}: " * (what not in text), text, wait_s
             )
             time.sleep(wait_s)
+
+
+def hush() -> None:
+    """Keeps background threads of libraries from printing what the machine did.
+
+    Each of Orbax's would print a page. What they met is raised where their work is waited for, and
+    told in a line there.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_no_machine)
+    for module, hook in ((threading, "excepthook"), (sys, "unraisablehook")):
+        setattr(module, hook, functools.partial(_unless_machine, getattr(module, hook)))
+
+
+def _no_machine(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    about = error if error is not None else Exception(record.getMessage())
+    return record.levelno < logging.ERROR or not _is_told(about)
+
+
+def _unless_machine(hook: Callable, unraised: Any) -> None:
+    if unraised.exc_value is None or not _is_told(unraised.exc_value):
+        hook(unraised)
+
+
+def _is_told(error: BaseException) -> bool:
+    return machine_status(error) is not None or _AFTERMATH.search(str(error)) is not None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

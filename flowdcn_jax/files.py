@@ -42,12 +42,23 @@ def local_path_text(path: str) -> str:
 
 
 @contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Errors of a file that the block has opened get its name, as those of paths have."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Opens a temporary file beside `path` that takes its place once the block ends without error.
 
     Missing folders are made. If the block fails, `path` stays as it was and nothing is left over.
     """
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with naming(path), atomic_path(path) as temporary, open(temporary, "wb") as file:
         yield file
 
 

@@ -8,8 +8,10 @@ A workdir of converted weights has a checkpoint 0 without `state`: training star
 It is never deleted: what was trained from it is compared with it.
 """
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -18,6 +20,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from flowdcn_jax import ema
+from flowdcn_jax.faults import MachineError, as_line, machine_status
 from flowdcn_jax.runs.items import (
     FOLDER,
     WEIGHTS_STEP,
@@ -36,6 +39,10 @@ from flowdcn_jax.runs.items import (
 from flowdcn_jax.runs.state import TrainState
 
 DAMAGED_FOLDER = "damaged_checkpoints"
+
+
+class SaveError(MachineError):
+    """The machine did not take a checkpoint; the message names the folder and the cause."""
 
 
 class Checkpointer:
@@ -70,15 +77,17 @@ class Checkpointer:
         """Starts saving; returns once the state is copied, so that it may be donated.
 
         `data_identity` is that of the training data (`data.Source`); None: nothing to compare.
+
+        Raises:
+            SaveError: this save, or the one before, could not be written.
         """
         step = int(state.step)
-        if step in self._manager.all_steps():
-            return
         emas = {item_of(name): tree for name, tree in _emas(state).items()}
         items = {"state": _resumable(state), **emas}
-        self._manager.save(
-            step, args=save_args(items, config, class_names, data_identity), force=True
-        )
+        with self._reporting():
+            if step not in self._manager.all_steps():
+                args = save_args(items, config, class_names, data_identity)
+                self._manager.save(step, args=args, force=True)
 
     def restore_newest(self, abstract: TrainState) -> TrainState | None:
         """The newest state that restores and matches its checksums, in `abstract`'s shardings.
@@ -112,13 +121,34 @@ class Checkpointer:
         self._set_aside(damaged)
         return state
 
+    def check(self) -> None:
+        """Raises the SaveError of a save that has failed in the background; does not wait."""
+        with self._reporting():
+            self._manager.check_for_errors()
+
     def wait(self) -> None:
-        """Returns once the save in progress, if any, is committed."""
-        self._manager.wait_until_finished()
+        """Returns once the save in progress, if any, is committed; or raises SaveError."""
+        with self._reporting():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and ends the background threads."""
-        self._manager.close()
+        """Waits, and ends the background threads; errors are `wait`'s to raise."""
+        with contextlib.suppress(SaveError), self._reporting():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax has none of its own
+            status = machine_status(error)
+            if status is None:
+                raise
+            raise SaveError(
+                f"no checkpoint can be written to {self.workdir / FOLDER} ({as_line(error)}); "
+                "those that are there are whole",
+                status,
+            ) from error
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
         """Moves damaged steps away: their numbers will be saved again."""

@@ -166,6 +166,7 @@ def train(
             step += 1
             unread.append((step, metrics))
             writer.advance()
+            checkpointer.check()
             stop = preemption.reached(step)
             log = stop or _due(config.log.every_steps, step, num_steps)
             draw = not stop and _due(config.log.sample_every_steps, step, num_steps)

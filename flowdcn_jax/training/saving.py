@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 from flowdcn_jax.faults import as_line
+from flowdcn_jax.runs.checkpointer import SaveError
 from flowdcn_jax.runs.processes import first_says
 from flowdcn_jax.training.metrics import NonFiniteError
 
@@ -35,15 +36,16 @@ class SaveClock:
 def saved_on_failure(save: Callable[[], int]) -> Iterator[None]:
     """Whatever ends the block, the state of the last finished step is saved first, if it can be.
 
-    Not after a loss that is not finite. Of several processes one that fails cannot save: the others
-    are in the next step, whose result never comes. They go on from the last checkpoint.
+    Not after a loss that is not finite, nor if it was a save that failed. Of several processes one
+    that fails cannot save: the others are in the next step, whose result never comes. They go on
+    from the last checkpoint.
 
     Args:
         save: saves it, once it is known to be finite, and returns its step.
     """
     try:
         yield
-    except NonFiniteError:
+    except (NonFiniteError, SaveError):
         raise
     except BaseException as error:
         if jax.process_count() == 1:
