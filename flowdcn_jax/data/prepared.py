@@ -20,7 +20,14 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from flowdcn_jax.errors import UserError
-from flowdcn_jax.faults import MachineError, as_line, is_damage, machine_status, retried
+from flowdcn_jax.faults import (
+    DamagedError,
+    MachineError,
+    as_line,
+    is_damage,
+    machine_status,
+    retried,
+)
 from flowdcn_jax.files import flush, local_path
 
 # The `url_infos` of builders. Else TFDS 4.9.10 looks for checksums with the package
@@ -167,7 +174,10 @@ class Records(Sequence):
     def __getitem__(self, index: int) -> bytes:
         """Raises DataError if the file is damaged, MachineError if it cannot be read now."""
         try:
-            return self._source[index]
+            record = self._source[index]
+            if not record:  # what array_record gives of some files that were cut
+                raise DamagedError(f"record {index} is empty")
+            return record
         except Exception as error:
             file = self._files[bisect.bisect_right(self._ends, index)]
             if is_damage(error):
