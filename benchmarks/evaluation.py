@@ -32,8 +32,8 @@ from flowdcn_jax.evaluation import (
     open_images,
     precision_recall,
 )
+from flowdcn_jax.evaluation.gaussian import Gaussian, Moments
 from flowdcn_jax.evaluation.inception_score import SPLITS, InceptionScore
-from flowdcn_jax.evaluation.moments import Gaussian, Moments
 
 _IMAGES = flags.DEFINE_integer("num_images", 50_000, "Images of each side.", 4)
 _FEATURES = flags.DEFINE_integer("num_features", 2048, "Features of an image.", 2)

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +129,13 @@ def define_paths(name: str, help: str, *, required: bool = False) -> flags.FlagH
 
 
 def option_flags(
-    *classes: type, flag_values: flags.FlagValues = flags.FLAGS
+    *classes: type, several: Iterable[str] = (), flag_values: flags.FlagValues = flags.FLAGS
 ) -> Callable[[], dict[str, Any]]:
     """Defines a flag for each option of dataclasses; see `flowdcn_jax.options`.
 
     Args:
         classes: the dataclasses.
+        several: names of those that may have several values, which come as a list.
         flag_values: where the flags are defined; of the command unless given.
 
     Returns:
@@ -142,8 +143,24 @@ def option_flags(
         takes the options, which checks their ranges.
     """
     options = [option for cls in classes for option in options_of(cls).values()]
-    holders = [flags.DEFINE_flag(_OptionFlag(option), flag_values) for option in options]
+    holders = [
+        flags.DEFINE_flag(_OptionFlag(option, option.name in several), flag_values)
+        for option in options
+    ]
     return lambda: {holder.name: holder.value for holder in holders}
+
+
+class _ListParser(flags.ArgumentParser):
+    """Values with commas between them, no two of them the same."""
+
+    def __init__(self, of_one: flags.ArgumentParser):
+        self._of_one = of_one
+
+    def parse(self, argument: str) -> list[Any]:
+        values = [self._of_one.parse(text.strip()) for text in argument.split(",")]
+        if len(set(values)) < len(values):
+            raise ValueError("expected each value once")
+        return values
 
 
 class _OptionFlag(flags.Flag):
@@ -151,15 +168,17 @@ class _OptionFlag(flags.Flag):
 
     _PARSERS = {bool: flags.BooleanParser, int: flags.IntegerParser, float: flags.FloatParser}
 
-    def __init__(self, option: Option):
-        self._option = option
+    def __init__(self, option: Option, several: bool):
+        self._option, self._several = option, several
         parser = self._PARSERS.get(option.type, flags.ArgumentParser)()
+        parser = _ListParser(parser) if several else parser
         boolean = option.type is bool
         super().__init__(parser, None, option.name, option.default, None, boolean=boolean)
 
     @property
     def help(self) -> str:
-        return f"{self._option.description}."
+        several = "; several, with commas between them, make a table" if self._several else ""
+        return f"{self._option.description}{several}."
 
     @help.setter
     def help(self, text: str) -> None:

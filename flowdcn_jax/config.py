@@ -205,6 +205,31 @@ class Sampling:
     )
 
 
+@dataclasses.dataclass
+class Evaluate:
+    """config.evaluate: figures of EMA samples of all classes in turn, in training"""
+
+    every_steps: int = option(0, "between evaluations; 0: never", at_least(0))
+    num_images: int = option(5_000, "samples of each", at_least(2))
+    num_steps: int | None = option(
+        None, "solver steps; None: those of config.sampling", at_least(1)
+    )
+    guidance: float | None = option(
+        None, "weight w, 1: none; None: that of config.sampling", at_least(0)
+    )
+    features: str = option(
+        "inception",
+        "the network that sees them",
+        name_in("flowdcn_jax.evaluation.features:NETWORKS"),
+    )
+    weights: str | None = option(
+        None, "its safetensors file, or the folder that holds it", parse=local_path_text
+    )
+    reference: str | None = option(
+        None, "images or statistics, as of evaluate.py; None: the images that training sees"
+    )
+
+
 SECTIONS = {
     "": Run,
     "data": Data,
@@ -218,6 +243,7 @@ SECTIONS = {
     "checkpoint": Checkpoint,
     "log": Log,
     "sampling": Sampling,
+    "evaluate": Evaluate,
 }
 
 # Key -> {a value's name in older versions: its name now}.

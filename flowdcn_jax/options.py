@@ -14,7 +14,7 @@ import os
 import textwrap
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -212,6 +212,11 @@ def checked(instance: Any, *, prefix: str = "", error: type = UserError) -> None
     for name, declared in options_of(type(instance)).items():
         value = declared.value(getattr(instance, name), name=prefix + name, error=error)
         object.__setattr__(instance, name, value)
+
+
+def instance_of(cls: type, values: Mapping[str, Any]) -> Any:
+    """A dataclass of options, of those among `values` that are its own."""
+    return cls(**{name: values[name] for name in options_of(cls)})
 
 
 def takes_options(function: Callable) -> Callable:

@@ -1,13 +1,15 @@
 """Writes today's options into the pages of docs/ that list them: python -m tests.doc_tables
 
-They stand between two comments there: in docs/sampling.md those that the sampling package declares,
-in docs/config.md those of flowdcn_jax/config.py and of the networks in flowdcn_jax/models.
+They stand between two comments there: in docs/sampling.md and docs/evaluation.md those that the
+packages of these names declare, in docs/config.md those of flowdcn_jax/config.py and of the
+networks in flowdcn_jax/models.
 """
 
 from collections.abc import Iterable
 from pathlib import Path
 
 from flowdcn_jax import config, models
+from flowdcn_jax.evaluation import DrawnRequest, FeatureChoice, ImageChoice
 from flowdcn_jax.options import Option, options_of
 from flowdcn_jax.sampling import ModelChoice, Output, Request, Settings
 
@@ -17,6 +19,7 @@ END = "<!-- end of options -->\n"
 
 PAGES = {
     "docs/sampling.md": (Request, Settings, ModelChoice, Output),
+    "docs/evaluation.md": (FeatureChoice, ImageChoice, DrawnRequest),
     "docs/config.md": (
         *config.SECTIONS.values(),
         *(model.options for model in models.MODELS.values()),

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from flowdcn_jax.config import load_config, model_config
+from flowdcn_jax.evaluation import evaluator
 from flowdcn_jax.runs import items
 from flowdcn_jax.sampling import grid_drawer
 from flowdcn_jax.training import loop
@@ -53,10 +54,12 @@ def config(**overrides):
     return result
 
 
-def train(config, workdir, *, one_device: bool = True, **options) -> bool:
+def train(
+    config, workdir, *, one_device: bool = True, make_grid_drawer=grid_drawer, **options
+) -> bool:
     """Trains in this process, on one of its virtual devices or on all of them."""
     devices = jax.devices()[:1] if one_device else None
-    return loop.train(config, str(workdir), grid_drawer, devices=devices, **options)
+    return loop.train(config, str(workdir), make_grid_drawer, evaluator, devices=devices, **options)
 
 
 def manifest(name="sd_vae", *, scale=0.18215, shift=0.0, weights_sha256=None, **settings):

@@ -1,36 +1,45 @@
 """Evaluation: how far generated images are from real ones, by published protocols.
 
 `evaluate(samples, references, features)` compares two sides, each images or their statistics, that
-`open_side` opens; `load_features` gives the network.  docs/evaluation.md says what figures are.
+`open_side` opens and `drawn_images` draws; `load_features` gives the network. docs/evaluation.md
+says what figures are.
 """
 
-from flowdcn_jax.evaluation.errors import EvaluationError
-from flowdcn_jax.evaluation.features import load_features
-from flowdcn_jax.evaluation.figures import Figure
-from flowdcn_jax.evaluation.frechet import frechet_distance
-from flowdcn_jax.evaluation.image_sets import ImageSet, open_images
-from flowdcn_jax.evaluation.kernel_distance import kernel_distance
-from flowdcn_jax.evaluation.neighbours import precision_recall
-from flowdcn_jax.evaluation.reference_files import open_side, read_statistics, write_statistics
-from flowdcn_jax.evaluation.report import Report, evaluate, needs_network
-from flowdcn_jax.evaluation.statistics import Features, Statistics, collect
+import importlib
 
-__all__ = [
-    "EvaluationError",
-    "Features",
-    "Figure",
-    "ImageSet",
-    "Report",
-    "Statistics",
-    "collect",
-    "evaluate",
-    "frechet_distance",
-    "kernel_distance",
-    "load_features",
-    "needs_network",
-    "open_images",
-    "open_side",
-    "precision_recall",
-    "read_statistics",
-    "write_statistics",
-]
+_MODULES = {  # of each name; loaded when it is asked for, since evaluate.py --help needs no JAX
+    "Comparison": "comparison",
+    "DrawnRequest": "settings",
+    "EvaluationError": "settings",
+    "FeatureChoice": "settings",
+    "Features": "statistics",
+    "Figure": "figures",
+    "ImageChoice": "settings",
+    "ImageSet": "image_sets",
+    "Report": "report",
+    "Statistics": "statistics",
+    "collect": "statistics",
+    "drawn_images": "drawing",
+    "evaluate": "report",
+    "evaluator": "drawing",
+    "frechet_distance": "gaussian",
+    "kernel_distance": "kernel",
+    "load_features": "features",
+    "needs_network": "report",
+    "open_images": "image_sets",
+    "open_side": "reference_files",
+    "precision_recall": "neighbours",
+    "read_statistics": "reference_files",
+    "write_statistics": "reference_files",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

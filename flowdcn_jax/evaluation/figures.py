@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from flowdcn_jax.evaluation.frechet import frechet_distance
+from flowdcn_jax.evaluation.gaussian import frechet_distance
 from flowdcn_jax.evaluation.inception_score import SPLITS
-from flowdcn_jax.evaluation.kernel_distance import NUM_SUBSETS, SEED, SUBSET_SIZE, kernel_distance
+from flowdcn_jax.evaluation.kernel import NUM_SUBSETS, SEED, SUBSET_SIZE, kernel_distance
 from flowdcn_jax.evaluation.neighbours import NEIGHBOURS, precision_recall
 from flowdcn_jax.evaluation.statistics import FEATURES, SPATIAL, Statistics
 
@@ -37,6 +37,11 @@ class Figure:
     num_references: int | None
     note: str = ""
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def shown(self) -> str:
+        """The value for a screen."""
+        return "none" if self.value is None else f"{self.value:.6g}"
 
 
 def make_figures(

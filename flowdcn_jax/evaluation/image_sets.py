@@ -29,14 +29,14 @@ from flowdcn_jax.data.image_files import (
     open_formats,
 )
 from flowdcn_jax.data.labelled_images import FOLDER_PREFIX, open_labelled_images
-from flowdcn_jax.evaluation.errors import EvaluationError
+from flowdcn_jax.evaluation.settings import EvaluationError
 from flowdcn_jax.faults import retried
 from flowdcn_jax.files import local_path
 
 SAMPLES_FILE, SETTINGS_FILE = "samples.npz", "settings.json"  # in a folder of sample.py
 IMAGES_KEY = "arr_0"
 
-_NATURAL_SIZES = {"cifar10": 32, "digits": 8}  # pixels
+PIXEL_SIZES = {"cifar10": 32, "digits": 8}  # of data sets that hold pixels
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -87,7 +87,7 @@ class Array(NamedTuple):
 def open_images(
     source: str,
     *,
-    image_size: int | None = None,
+    crop: int | None = None,
     split: str = "train",
     data_dir: str | None = None,
 ) -> ImageSet:
@@ -97,8 +97,8 @@ def open_images(
         source: an .npz file; a folder of .npz files (shards, in the order of their names; of a
             folder of sample.py its samples.npz) or else of image files, at any depth; or the name
             of a data set, "digits", "cifar10" or one that TFDS has prepared.
-        image_size: side of the central square that is cut out as ADM does, pixels, of image files
-            and TFDS's data sets; of digits the size itself.  None: images are taken whole.
+        crop: side of the central square that is cut out as ADM does, pixels, of image files and
+            TFDS's data sets; of digits the size itself.  None: images are taken whole.
         split: of a data set.
         data_dir: of a data set; None for the convention of TFDS.
 
@@ -110,20 +110,20 @@ def open_images(
         raise EvaluationError(f"{source!r} names no images; expected a file, folder or data set")
     path = local_path(name)
     if path.is_dir():
-        return _open_folder(path, image_size)
+        return _open_folder(path, crop)
     if path.is_file():
         return open_npz([path])
     if name != source or path.suffix or path.is_absolute():
         raise EvaluationError(f"no file or folder {path}")
     if source in SOURCES:
-        return _open_source(source, image_size, split, data_dir)
+        return _open_source(source, crop, split, data_dir)
     images = open_labelled_images(source, split=split, data_dir=data_dir)
 
     def read_one(index: int) -> Image.Image:
         return images.read(index).image
 
     described = f"{images.source} {split}"
-    return _decoded(described, len(images), read_one, images.name, image_size)
+    return _decoded(described, len(images), read_one, images.name, crop)
 
 
 def open_npz(paths: list[Path]) -> ImageSet:
@@ -232,7 +232,7 @@ def _read_rows(path: Path, count: int, *row_shape: int) -> Iterator[bytes]:
             file.read(1)  # the end, at the latest, has the checksum compared
 
 
-def _open_folder(path: Path, image_size: int | None) -> ImageSet:
+def _open_folder(path: Path, crop: int | None) -> ImageSet:
     shards = sorted(path.glob("[!.]*.npz"))
     if path / SAMPLES_FILE in shards:
         shards = [path / SAMPLES_FILE]
@@ -246,20 +246,20 @@ def _open_folder(path: Path, image_size: int | None) -> ImageSet:
         if name[0] != "." and os.path.splitext(name)[1].lower() in extensions
     )
     if not files:
-        raise EvaluationError(f"{path} holds neither .npz files nor images")
+        raise EvaluationError(f"{path} holds neither .npz files nor images, and is no workdir")
 
     def read_one(index: int) -> Image.Image:
         return decode_rgb(retried(Path(files[index]).read_bytes))
 
-    images = _decoded(str(path), len(files), read_one, files.__getitem__, image_size)
+    images = _decoded(str(path), len(files), read_one, files.__getitem__, crop)
     return dataclasses.replace(images, settings=_find_settings(path))
 
 
-def _open_source(name: str, image_size: int | None, split: str, data_dir: str | None) -> ImageSet:
+def _open_source(name: str, crop: int | None, split: str, data_dir: str | None) -> ImageSet:
     """A data set of pixels, as training reads it."""
-    if name not in _NATURAL_SIZES:
+    if name not in PIXEL_SIZES:
         raise EvaluationError(f"the data set {name!r} holds no pixels; expected images")
-    options = dict(data_dir=data_dir, split=split, image_size=image_size or _NATURAL_SIZES[name])
+    options = dict(data_dir=data_dir, split=split, image_size=crop or PIXEL_SIZES[name])
     section = dict(name=name, random_flip=False, aspect_buckets=dict(count=0)) | options
     pixels = make_source(ConfigDict(section))
     height, width, channels = pixels.image_shape
@@ -278,14 +278,14 @@ def _decoded(
     count: int,
     read_one: Callable[[int], Image.Image],
     name: Callable[[int], str],
-    image_size: int | None,
+    crop: int | None,
 ) -> ImageSet:
     """Images of which each is decoded by itself, a thread a CPU."""
 
     def load(index: int) -> np.ndarray:
         try:
             image = read_one(index)
-            return np.asarray(image) if image_size is None else centre_crop(image, image_size)
+            return np.asarray(image) if crop is None else centre_crop(image, crop)
         except (BadImageError, OSError) as error:
             raise EvaluationError(f"{name(index)} cannot be used: {error}") from error
 
@@ -296,7 +296,7 @@ def _decoded(
         if image.shape[:2] != size:
             raise EvaluationError(
                 f"{name(index)} has {shown_size(image.shape)} pixels, {name(0)} {shown_size(size)};"
-                " expected one size, which an image size makes of them: it cuts out squares"
+                " expected one size, which a crop makes of them"
             )
         return image
 
@@ -312,7 +312,7 @@ def _decoded(
         finally:
             pool.shutdown(cancel_futures=True)
 
-    return ImageSet(source, count, size, read, crop=image_size)
+    return ImageSet(source, count, size, read, crop=crop)
 
 
 def shown_size(size: tuple[int, ...]) -> str:

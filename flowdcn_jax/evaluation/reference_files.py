@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flowdcn_jax.evaluation.errors import EvaluationError
+from flowdcn_jax.evaluation.gaussian import Gaussian
 from flowdcn_jax.evaluation.image_sets import (
     IMAGES_KEY,
     ImageSet,
@@ -24,7 +24,7 @@ from flowdcn_jax.evaluation.image_sets import (
     open_npz,
     reporting_damage,
 )
-from flowdcn_jax.evaluation.moments import Gaussian
+from flowdcn_jax.evaluation.settings import EvaluationError
 from flowdcn_jax.evaluation.statistics import FEATURES, SPATIAL, Statistics
 from flowdcn_jax.files import atomic_write, local_path
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from flowdcn_jax.command import write_json
 from flowdcn_jax.environment import describe_machine
-from flowdcn_jax.evaluation.errors import EvaluationError
 from flowdcn_jax.evaluation.figures import Figure, make_figures, network_label
 from flowdcn_jax.evaluation.image_sets import ImageSet
 from flowdcn_jax.evaluation.reference_files import write_statistics
+from flowdcn_jax.evaluation.settings import EvaluationError
 from flowdcn_jax.evaluation.statistics import (
     FEATURES,
     MAX_FEATURES,
@@ -45,42 +45,48 @@ class Report:
         """The figures for a screen."""
         rows = [("figure", "value", "samples", "reference", "")]
         for figure in self.figures:
-            value = "none" if figure.value is None else f"{figure.value:.6g}"
             counts = (figure.num_samples, figure.num_references)
             shown = ("-" if count is None else f"{count}" for count in counts)
-            rows.append((figure.name, value, *shown, figure.note))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = []
-        for name, *numbers, note in rows:
-            cells = [text.rjust(width) for text, width in zip(numbers, widths[1:], strict=True)]
-            lines.append("  ".join([name.ljust(widths[0]), *cells, note]).rstrip())
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+            rows.append((figure.name, figure.shown, *shown, figure.note))
+        return "\n".join([*aligned(rows), *(f"note: {note}" for note in self.notes)])
 
     def write(self, path: Path) -> None:
         """Writes FILE.json, and FILE.samples.npz and FILE.reference.npz with both sides' numbers.
 
         From these two `evaluate` makes the figures again, without images and weights.
         """
-        sides = {"samples": self.samples, "reference": self.references}
         stem = path.name.removesuffix(".json")
-        files = {name: path.with_name(f"{stem}.{name}.npz") for name in sides}
-        for name, side in sides.items():
-            write_statistics(files[name], side)
+        files = {name: path.with_name(f"{stem}.{name}.npz") for name in ("samples", "reference")}
+        write_statistics(files["samples"], self.samples)
+        write_statistics(files["reference"], self.references)
+        write_json(path, self.as_dict(files) | {"machine": describe_machine()})
+
+    def as_dict(self, files: dict[str, Path]) -> dict[str, Any]:
+        """What decides the figures, for JSON; `files` hold the numbers of each side."""
         report = {
             "figures": [dataclasses.asdict(figure) for figure in self.figures],
             "network": self.network,
             "statistics": "float64; covariances divided by n - 1",
             "notes": list(self.notes),
         }
-        for name, side in sides.items():
-            kept = None if side.features is None else len(side.features)
+        for name, side in {"samples": self.samples, "reference": self.references}.items():
             report[name] = {
                 "count": side.count,
-                "features_kept": kept,
+                "features_kept": None if side.features is None else len(side.features),
                 "images": side.images,
                 "file": files[name].name,
             }
-        write_json(path, report | {"machine": describe_machine()})
+        return report
+
+
+def aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines of a table: the first column to the left, the last as it is, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    lines = []
+    for name, *numbers, note in rows:
+        cells = [text.rjust(width) for text, width in zip(numbers, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *cells, note]).rstrip())
+    return lines
 
 
 def evaluate(
@@ -89,6 +95,7 @@ def evaluate(
     features: Features | None,
     *,
     num_features: int = MAX_FEATURES,
+    title: str | None = "samples",
 ) -> Report:
     """Compares images, or their statistics, with others; on all devices of all processes.
 
@@ -97,16 +104,16 @@ def evaluate(
         references: real ones.
         features: the network, in its protocol; None if both sides are statistics.
         num_features: images a side whose features are kept for precision, recall and KID.
+        title: of the samples' progress bar; None: there are no bars.
 
     Raises:
         EvaluationError: a side cannot be used, or they are of different networks, weights or
             protocols; before any work where that can be told.
     """
-    network = _common_network(samples, references, features)
-    _check_grey(samples, references)
+    network = check_sides(samples, references, features)
     options = dict(features=features, num_features=num_features)
-    samples = _complete(samples, title="samples", **options)
-    references = _complete(references, title="reference", **options)
+    samples = _complete(samples, title=title, **options)
+    references = _complete(references, title=title and "reference", **options)
     figures = make_figures(samples, references, network)
     return Report(figures, samples, references, network, _notes(samples, references))
 
@@ -116,10 +123,15 @@ def needs_network(side: ImageSet | Statistics) -> bool:
     return isinstance(side, ImageSet) or side.unread is not None
 
 
-def _common_network(
+def check_sides(
     samples: ImageSet | Statistics, references: ImageSet | Statistics, features: Features | None
 ) -> dict[str, Any]:
-    """The network that both sides are of, or will be."""
+    """The network that both sides are of, or will be, as `describe` has it.
+
+    Raises:
+        EvaluationError: they cannot be compared.
+    """
+    _check_grey(samples, references)
     sides = {"samples": samples, "reference": references}
     known = [] if features is None else [describe(features)]
     for name, side in sides.items():
@@ -138,7 +150,7 @@ def _common_network(
 
 def _check_same(name: str, side: Statistics, network: dict[str, Any]) -> None:
     """Raises unless statistics are of this network."""
-    where = f"the statistics of the {name} ({side.images['file']})"
+    where = f"the statistics of the {name} ({_source(side)})"
     num_features = len(side.gaussians[FEATURES].mean)
     if num_features != network["num_features"]:
         raise EvaluationError(
@@ -160,6 +172,11 @@ def _check_same(name: str, side: Statistics, network: dict[str, Any]) -> None:
             )
 
 
+def _source(side: Statistics) -> str:
+    """Where statistics are from: a file, or images."""
+    return side.images.get("file") or side.images["source"]
+
+
 def _check_grey(samples: ImageSet | Statistics, references: ImageSet | Statistics) -> None:
     grey = [_images(side)["grey"] for side in (samples, references)]
     if grey[0] != grey[1]:
@@ -172,7 +189,7 @@ def _images(side: ImageSet | Statistics) -> dict[str, Any]:
 
 
 def _complete(
-    side: ImageSet | Statistics, *, features: Features | None, num_features: int, title: str
+    side: ImageSet | Statistics, *, features: Features | None, num_features: int, title: str | None
 ) -> Statistics:
     """The side's statistics; of ADM's files the Gaussians, beside the features of their images."""
     if not needs_network(side):

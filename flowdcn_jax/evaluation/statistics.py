@@ -14,10 +14,10 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from flowdcn_jax.errors import UserError
-from flowdcn_jax.evaluation.errors import EvaluationError
+from flowdcn_jax.evaluation.gaussian import Gaussian, Moments
 from flowdcn_jax.evaluation.image_sets import ImageSet
 from flowdcn_jax.evaluation.inception_score import SPLITS, InceptionScore
-from flowdcn_jax.evaluation.moments import Gaussian, Moments
+from flowdcn_jax.evaluation.settings import EvaluationError
 
 MAX_FEATURES = 50_000  # images whose features are kept: 410 MB of Inception's
 
@@ -80,7 +80,11 @@ class Statistics:
 
 
 def collect(
-    images: ImageSet, features: Features, *, num_features: int = MAX_FEATURES, title: str = "images"
+    images: ImageSet,
+    features: Features,
+    *,
+    num_features: int = MAX_FEATURES,
+    title: str | None = "images",
 ) -> Statistics:
     """Runs a network over images, on all local devices of all processes, in one pass.
 
@@ -91,7 +95,7 @@ def collect(
         images: at least two.
         features: the network; in each process one for its own devices.
         num_features: images whose features are kept, at most.
-        title: of the progress bar.
+        title: of the progress bar; None: there is none.
 
     Raises:
         EvaluationError: fewer than two images, images that cannot be read, or features that are not
@@ -106,7 +110,7 @@ def collect(
     score = InceptionScore(SPLITS[network["protocol"]](images.count))
     moments: dict[str, Moments] = {}
     start = 0
-    options = dict(unit="img", dynamic_ncols=True, disable=jax.process_index() > 0)
+    options = dict(unit="img", dynamic_ncols=True, disable=not title or jax.process_index() > 0)
     with tqdm(total=images.count, desc=title, **options) as progress:
         for outputs in _run(images, features):
             _check_finite(outputs, images, start)

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from flowdcn_jax import ema
+from flowdcn_jax.files import local_path
 from flowdcn_jax.runs.items import (
     FOLDER,
     WEIGHTS_STEP,
@@ -58,7 +59,7 @@ def saved_run(workdir: str) -> SavedRun | None:
     Raises:
         CheckpointError: there are checkpoints, and none with a readable config.
     """
-    folder = Path(workdir).absolute() / FOLDER
+    folder = local_path(workdir).absolute() / FOLDER
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
     with reader(folder) as manager:
@@ -93,7 +94,7 @@ def saved_emas(workdir: str) -> dict[int, tuple[str, ...]]:
         CheckpointError: no checkpoint.
     """
     found = {}
-    with reader(_existing(Path(workdir).absolute() / FOLDER)) as manager:
+    with reader(_existing(local_path(workdir).absolute() / FOLDER)) as manager:
         for step in sorted(manager.all_steps()):
             with contextlib.suppress(Exception):  # damaged: `restore_ema` says so
                 found[step] = restore_run(manager, step).emas
@@ -103,7 +104,7 @@ def saved_emas(workdir: str) -> dict[int, tuple[str, ...]]:
 def posthoc_emas(workdir: str) -> dict[str, list[int]]:
     """The steps of the EMAs that were made after training, by name."""
     made: dict[str, list[int]] = {}
-    for path in (Path(workdir) / POSTHOC_FOLDER).glob("*/*"):
+    for path in (local_path(workdir) / POSTHOC_FOLDER).glob("*/*"):
         if path.name.isdecimal():  # not one that is being written
             made.setdefault(path.parent.name, []).append(int(path.name))
     return {name: sorted(steps) for name, steps in sorted(made.items())}
@@ -116,7 +117,7 @@ def save_weights(workdir: str | Path, params: dict, config) -> None:
     no more memory than the weights and the largest of them.
     """
     weights = Weights(WEIGHTS_STEP, config, None, params)
-    _save_alone(Path(workdir).absolute() / FOLDER, ema.MAIN, weights)
+    _save_alone(local_path(workdir).absolute() / FOLDER, ema.MAIN, weights)
 
 
 def save_posthoc_ema(workdir: str | Path, name: str, weights: "Weights") -> Path:
@@ -125,7 +126,7 @@ def save_posthoc_ema(workdir: str | Path, name: str, weights: "Weights") -> Path
     Returns:
         Its folder, which must not be there yet. Memory is as in `save_weights`.
     """
-    folder = Path(workdir).absolute() / POSTHOC_FOLDER / name
+    folder = local_path(workdir).absolute() / POSTHOC_FOLDER / name
     _save_alone(folder, name, weights)
     return folder / str(weights.step)
 
@@ -196,9 +197,9 @@ def _read_newest(workdir: str, step: int | None, read: Callable, check: Callable
     """
     made = posthoc_emas(workdir)
     if name in made and (step is None or step in made[name]):
-        folder = Path(workdir).absolute() / POSTHOC_FOLDER / name
+        folder = local_path(workdir).absolute() / POSTHOC_FOLDER / name
     else:
-        folder = _existing(Path(workdir).absolute() / FOLDER)
+        folder = _existing(local_path(workdir).absolute() / FOLDER)
     with reader(folder) as manager:
         steps = sorted(manager.all_steps(), reverse=True)
         if not steps:

@@ -114,9 +114,9 @@ def _write_images(
     settings = model.fill_settings(settings)
     labels = model.labels(request, seed=settings.seed)
     generator = model.generator(settings)
-    record = make_record(model, labels, {"settings": dataclasses.asdict(settings)})
+    record = image_record(model, labels, settings)
     path = output.out or find_folder(model.checkpoint.workdir, record)
-    folder = SampleFolder(path, len(labels), _stored_rows(model, settings))
+    folder = SampleFolder(path, len(labels), stored_rows(model, settings))
     with _opened(folder, record):
         missing = _missing_everywhere(folder)
         _print_cost(settings)
@@ -164,6 +164,11 @@ def _write_strip(model: TrainedModel, request: Request, settings: Settings, outp
         metadata = _png_metadata(model, record, request)
         _in_first(lambda: folder.save_png(picture, strip, metadata))
     return folder.path / picture
+
+
+def image_record(model: TrainedModel, labels: np.ndarray, settings: Settings) -> dict:
+    """`make_record` of images that are drawn with filled settings."""
+    return make_record(model, labels, {"settings": dataclasses.asdict(settings)})
 
 
 def make_record(model: TrainedModel, labels: np.ndarray, settings: dict[str, Any]) -> dict:
@@ -225,7 +230,7 @@ def _missing_everywhere(folder: SampleFolder) -> list[tuple[int, int]]:
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
-def _stored_rows(model: TrainedModel, settings: Settings) -> dict[str, jax.ShapeDtypeStruct]:
+def stored_rows(model: TrainedModel, settings: Settings) -> dict[str, jax.ShapeDtypeStruct]:
     """What the files hold of each image: latents where there is no decoder."""
     config = model.config
     sides = (side // config.autoencoder.downsampling for side in settings.image_size)

@@ -30,6 +30,7 @@ command.define_distributed_flags()
 def main() -> int:
     command.join_processes()
     # Imported here so that --help and usage errors come at once.
+    from flowdcn_jax.evaluation import evaluator
     from flowdcn_jax.sampling import grid_drawer
     from flowdcn_jax.training.loop import train
 
@@ -37,6 +38,7 @@ def main() -> int:
         _CONFIG.value,
         _WORKDIR.value,
         grid_drawer,
+        evaluator,
         changed=overrides(),
         dry_run=_DRY_RUN.value,
         profile_steps=_PROFILE.value,

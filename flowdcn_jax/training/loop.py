@@ -42,12 +42,15 @@ SAMPLES_FOLDER = "samples"
 
 # (config, mesh, autoencoder) -> function of the EMA parameters -> a picture, uint8 [H,W,3]
 MakeGridDrawer = Callable[[Any, Mesh, Autoencoder], Callable[[Any], np.ndarray]]
+# (config, mesh, autoencoder) -> function of the EMA parameters -> figures by name
+MakeEvaluator = Callable[[Any, Mesh, Autoencoder], Callable[[Any], dict[str, float]]]
 
 
 def train(
     config,
     workdir: str,
     make_grid_drawer: MakeGridDrawer,
+    make_evaluator: MakeEvaluator,
     *,
     devices: Sequence[jax.Device] | None = None,
     changed: dict[str, Any] | None = None,
@@ -57,14 +60,17 @@ def train(
     """Trains until config.train.num_steps, or until asked to stop; goes on where a run stopped.
 
     Converted weights in `workdir` are started from, whatever the data, with a fresh optimizer.
-    Nothing but the lock is written to `workdir` before the config, the autoencoder, the data and
-    the checkpoints are found good. Call it from the main thread, which gets the signals.
+    Nothing but the lock is written to `workdir` before the config, the autoencoder, the data, what
+    config.evaluate names and the checkpoints are found good. Call it from the main thread, which
+    gets the signals.
 
     Args:
         config: see `flowdcn_jax.config`.
         workdir: the run's folder.
         make_grid_drawer: what draws grids, such as `sampling.grid_drawer`; all processes call what
             it gives.
+        make_evaluator: what measures samples, such as `evaluation.evaluator`, if
+            config.evaluate.every_steps asks for it; all processes call what it gives.
         devices: to train on; by default all of all processes.
         changed: what the user set beside the config's file, for the description of the run.
         dry_run: return after all checks and compilation, with nothing written.
@@ -94,6 +100,9 @@ def train(
     source = make_source(config.data, channels=config.model.in_channels)
     check_fits(autoencoder, config, origin=source.encoder)
     inputs.check_source(config, source)
+    measure = None
+    if config.evaluate.every_steps:
+        measure = make_evaluator(config, mesh, autoencoder)
 
     with contextlib.ExitStack() as stack:
         # The run's folder, which from here on is this process's, and what it holds.
@@ -168,7 +177,8 @@ def train(
             writer.advance()
             checkpointer.check()
             stop = preemption.reached(step)
-            log = stop or _due(config.log.every_steps, step, num_steps)
+            evaluate = not stop and _due(config.evaluate.every_steps, step, num_steps)
+            log = stop or evaluate or _due(config.log.every_steps, step, num_steps)
             draw = not stop and _due(config.log.sample_every_steps, step, num_steps)
             save = stop or _due(config.checkpoint.every_steps, step, num_steps)
             save = save or (log and clock.due())
@@ -176,8 +186,12 @@ def train(
                 window += check_finite(jax.device_get(unread))
                 unread = []
             if log:
-                writer.write(step, summarise(window, config, stopwatch, flops_per_image))
+                summary = summarise(window, config, stopwatch, flops_per_image)
                 window = []
+                if evaluate:
+                    with stopwatch.pause():
+                        summary |= measure(state.ema)
+                writer.write(step, summary)
             if draw:
                 with stopwatch.pause():
                     grid = draw_grid(state.ema)

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from flowdcn_jax.evaluation import load_features
+from flowdcn_jax.evaluation import drawing, load_features
 from flowdcn_jax.runs.sharding import make_mesh
+from tests import compilation, tiny
 from tests.conftest import FIXTURES
+from tests.evaluation import fakes
 
 TINY_DINOV2 = FIXTURES / "tiny_dinov2"
 
@@ -82,3 +84,20 @@ def inception_file(fixture_file, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("inception") / "inception.safetensors"
     save_file(inception_tensors(shapes), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def fake_network():
+    """Puts a fake network where training would load a real one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "load_features", fakes.load_features)
+        yield
+
+
+@pytest.fixture(scope="session")
+def evaluated_run(tmp_path_factory, fake_network) -> Path:
+    """A workdir with checkpoints 2, 4 and 6, evaluated at steps 4 and 6."""
+    workdir = tmp_path_factory.mktemp("evaluated")
+    with compilation.quick():
+        tiny.train(tiny.config(**fakes.EVALUATED), workdir)
+    return workdir

@@ -56,7 +56,7 @@ def test_folders_of_image_files_are_read_at_any_depth(tmp_path):
 def test_image_size_cuts_out_squares_as_adm_does(tmp_path):
     for index, size in enumerate(((40, 30), (16, 50))):
         Image.fromarray(fakes.random_images(1, size=size)[0]).save(tmp_path / f"{index}.png")
-    images = open_images(str(tmp_path), image_size=8)
+    images = open_images(str(tmp_path), crop=8)
     assert read(images).shape == (2, 8, 8, 3) and images.crop == 8
     with pytest.raises(
         EvaluationError, match="1.png has 16x50 pixels, .*0.png 40x30; expected one"
@@ -65,7 +65,7 @@ def test_image_size_cuts_out_squares_as_adm_does(tmp_path):
 
 
 def test_digits_are_read_by_name_and_known_to_be_grey():
-    images = open_images("digits", image_size=16)
+    images = open_images("digits", crop=16)
     assert (images.count, images.size, images.grey) == (1797, (16, 16), True)
     found = read(images, range(5, 9))
     assert found.dtype == np.uint8 and (found == found[..., :1]).all() and found.any()
@@ -73,7 +73,7 @@ def test_digits_are_read_by_name_and_known_to_be_grey():
 
 def test_data_sets_that_tfds_has_prepared_are_read_by_name(tmp_path):
     TinyPhotos(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    images = open_images("tiny_photos", image_size=4, data_dir=str(tmp_path))
+    images = open_images("tiny_photos", crop=4, data_dir=str(tmp_path))
     assert (images.count, images.size) == (3, (4, 4))
     assert sorted(read(images)[:, 0, 0, 0]) == [0, 1, 2]
 

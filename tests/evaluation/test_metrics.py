@@ -12,8 +12,8 @@ from flowdcn_jax.evaluation import (
     neighbours,
     precision_recall,
 )
+from flowdcn_jax.evaluation.gaussian import BLOCK_ROWS, Gaussian, Moments
 from flowdcn_jax.evaluation.inception_score import SPLITS, InceptionScore
-from flowdcn_jax.evaluation.moments import BLOCK_ROWS, Gaussian, Moments
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """One pass over images: the same statistics for any batches, files, devices and processes."""
 
-import sys
-
 import numpy as np
 import pytest
 
@@ -9,10 +7,7 @@ from flowdcn_jax.evaluation import (
     EvaluationError,
     collect,
     open_images,
-    precision_recall,
-    read_statistics,
 )
-from tests import tiny
 from tests.evaluation import fakes
 
 NUM_IMAGES = 101
@@ -74,54 +69,6 @@ def test_kept_features_lie_evenly_among_all(one_file, statistics):
     some = collect(open_images(one_file), fakes.FakeFeatures(7), num_features=4)
     np.testing.assert_array_equal(some.features, statistics.features[[0, 25, 50, 75]])
     assert some.count == NUM_IMAGES
-
-
-TWO_PROCESSES = """
-import sys
-from pathlib import Path
-import jax
-import numpy as np
-from flowdcn_jax.evaluation import EvaluationError, ImageSet, collect, open_images
-from flowdcn_jax.evaluation import precision_recall, write_statistics
-from tests.evaluation.fakes import FakeFeatures
-
-address, number, source, out = sys.argv[1:]
-jax.distributed.initialize(address, 2, int(number))
-images = open_images(source)
-for batch_size in (7, 300):
-    statistics = collect(images, FakeFeatures(batch_size))
-    if number == "1":  # both hold the same: the other process writes the first half of them
-        write_statistics(Path(out) / f"{batch_size}.npz", statistics)
-rows = statistics.features
-print("shares", *precision_recall(rows[:60], rows[40:]))
-
-def broken(ranges):
-    for positions in ranges:
-        if number == "1":
-            raise EvaluationError(f"no image {positions.start}")
-        yield np.zeros((len(positions), 8, 9, 3), np.uint8)
-
-try:
-    collect(ImageSet("some", 101, (8, 9), broken), FakeFeatures(50))
-except EvaluationError as error:
-    print("error:", error)
-"""
-
-
-def test_two_processes_give_the_same_and_fail_together(tmp_path, one_file, statistics):
-    address = f"127.0.0.1:{tiny.free_port()}"
-    commands = [
-        [sys.executable, "-c", TWO_PROCESSES, address, str(number), one_file, str(tmp_path)]
-        for number in range(2)
-    ]
-    results = [tiny.finish(each) for each in [tiny.start(c, num_devices=2) for c in commands]]
-    assert [code for code, _ in results] == [0, 0], results
-    for batch_size in (7, 300):
-        check_same(read_statistics(tmp_path / f"{batch_size}.npz"), statistics)
-    rows = statistics.features
-    shares = "shares {} {}".format(*precision_recall(rows[:60], rows[40:]))
-    for _, output in results:
-        assert shares in output and "error: no image 50" in output
 
 
 def test_bad_features_and_counts_are_refused(tmp_path, images):

@@ -13,6 +13,7 @@ from flowdcn_jax import faults
 from flowdcn_jax.command import _Output
 from flowdcn_jax.errors import UserError
 from tests import tiny
+from tests.training.test_checkpoint import save, state_at
 
 WRITES = """
 import sys, time
@@ -152,6 +153,15 @@ def main():
     command.join_processes()
     import numpy as np
     from jax.experimental import multihost_utils
+    if how == "restore":
+        from flowdcn_jax import faults
+        from flowdcn_jax.runs import checkpoint
+        faults.WAITS_S = (0,)
+        def fail(*_):
+            raise OSError(5, "Input/output error", "/nfs/x")
+        if jax.process_index() == int(who):
+            checkpoint.restore_run = fail
+        checkpoint.read_run(os.environ["WORKDIR"], None)
     for step in range(10_000):
         multihost_utils.broadcast_one_to_all(np.asarray(step))
         if step == 5 and jax.process_index() == int(who):
@@ -172,15 +182,24 @@ def run_job(how):
     return [tiny.finish(process, timeout_s=60) for process in processes]
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("saved")
+    save(workdir, state_at(1), state_at(2))
+    return workdir
+
+
 @pytest.mark.parametrize(
     "how, statuses, lines",
     [
         ("kill:1", (75, -9), ("process 1 on .* has said nothing for 4 s; the same command", "")),
         ("kill:0", (-9, 75), ("", "process 1 on .* has lost process 0, .*the same command goes")),
+        ("restore:1", (75, 75), ("2 cannot be read now .another pro", "/nfs/x.*nothing was moved")),
         ("raise:1", (74, 74), ("process 1 on .*: /full: No space left on dev", "error: /full: No")),
     ],
 )
-def test_where_one_process_ends_all_end_and_say_why(how, statuses, lines):
+def test_where_one_process_ends_all_end_and_say_why(how, statuses, lines, saved, monkeypatch):
+    monkeypatch.setenv("WORKDIR", str(saved))
     start_s = time.monotonic()
     results = run_job(how)
     assert time.monotonic() - start_s < 55
@@ -190,3 +209,4 @@ def test_where_one_process_ends_all_end_and_say_why(how, statuses, lines):
         assert len(errors) == bool(line), output
         if line:
             assert re.search(line, errors[0]), output
+    assert tiny.steps(saved) == [1, 2] and not (saved / "damaged_checkpoints").exists()

@@ -82,7 +82,7 @@ def test_any_other_error_saves_the_last_step_and_time_saves_in_between(tmp_path,
         log__sample_every_steps=3,
     )
     with pytest.raises(KeyError, match="no such key"):
-        loop.train(config, str(tmp_path), drawer, devices=jax.devices()[:1])
+        loop.train(config, str(tmp_path), drawer, None, devices=jax.devices()[:1])
     assert tiny.steps(tmp_path) == [2, 3] and "saved step 3 first" in caplog.text
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from flowdcn_jax.errors import UserError
-from flowdcn_jax.tools.plot_metrics import plot_loss, read_metric
+from flowdcn_jax.tools.plot_metrics import plot_metric, read_metric
 from tests import tiny
 
 
@@ -27,8 +27,17 @@ def test_short_stretches_and_half_written_lines_are_left_out(tmp_path):
 def test_plots_one_run_or_several(tmp_path):
     write(tmp_path / "one", [10, 20, 30])
     write(tmp_path / "two", [10])
-    plot_loss([str(tmp_path / "one"), str(tmp_path / "two")], tmp_path / "loss.png")
+    plot_metric([str(tmp_path / "one"), str(tmp_path / "two")], "loss", tmp_path / "loss.png")
     assert Image.open(tmp_path / "loss.png").size == (840, 480)
+
+
+def test_figures_are_of_the_steps_that_have_them(tmp_path):
+    write(tmp_path / "run", range(10, 60, 10), tail='{"step": 53, "loss": 1, "FID": 7.5}\n')
+    assert read_metric(str(tmp_path / "run"), "FID") == ([53], [7.5])
+    assert read_metric(str(tmp_path / "run"), "loss")[0] == [10, 20, 30, 40, 50]
+    plot_metric([str(tmp_path / "run")], "FID", tmp_path / "FID.png")
+    with pytest.raises(UserError, match="holds no 'sFID'; expected one of loss, FID"):
+        read_metric(str(tmp_path / "run"), "sFID")
 
 
 def test_folders_without_metrics_are_named(tmp_path):

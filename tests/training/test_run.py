@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,7 +16,6 @@ import flowdcn_jax
 from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.models import parameter_count
 from flowdcn_jax.runs.workdir import WorkdirError, workdir_lock
-from flowdcn_jax.training import loop
 from flowdcn_jax.training.metrics import NonFiniteError, check_finite
 from flowdcn_jax.training.preemption import Preemption
 from tests import tiny
@@ -228,7 +226,7 @@ def test_grids_are_drawn_with_the_ema(tmp_path):
         return draw
 
     config = tiny.config(train__num_steps=2, log__sample_every_steps=2)
-    loop.train(config, str(tmp_path), drawer, devices=jax.devices()[:1])
+    tiny.train(config, tmp_path, make_grid_drawer=drawer)
     model, _ = flowdcn_jax.load_model(tmp_path)
     np.testing.assert_array_equal(seen, [model.stem.kernel[...]])
 
