@@ -214,10 +214,11 @@ class ClassEmbedder(nnx.Module):
         gradient_dtype=jnp.float32,
     ):
         init = nnx.initializers.normal(0.02)
-        self.options = dict(precision=precision, gradient_dtype=gradient_dtype)
+        self.precision, self.gradient_dtype = precision, gradient_dtype
         self.embedding = nnx.Param(init(rngs.params(), (num_classes + 1, width), jnp.float32))
 
     def __call__(self, y: Array) -> Array:
         """y [B] integers -> [B,width] float32."""
         one_hot = jax.nn.one_hot(y, self.embedding.shape[0], dtype=jnp.float32)
-        return product(one_hot, self.embedding[...], **self.options)
+        table = self.embedding[...]
+        return product(one_hot, table, gradient_dtype=self.gradient_dtype, precision=self.precision)

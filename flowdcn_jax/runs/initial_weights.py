@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import zlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 
 from flowdcn_jax import ema
 from flowdcn_jax.errors import UserError
+from flowdcn_jax.files import local_path
 from flowdcn_jax.models import abstract_model, init_params
 from flowdcn_jax.runs import checkpoint
 from flowdcn_jax.runs.checkpoint import SavedRun
@@ -46,7 +48,7 @@ def find(
     config,
     class_names: tuple[str, ...] | None,
     *,
-    workdir: str,
+    workdir: Path,
     saved: SavedRun | None,
 ) -> dict[str, Any] | None:
     """The record of the weights that a run begins, or began, with; None: initial values.
@@ -75,6 +77,7 @@ def find(
         return saved.origin
     if choice is None:
         return None
+    choice = choice._replace(workdir=str(local_path(choice.workdir)))
     flag = f"--init_from={choice.workdir}"
     if saved is not None:
         raise InitialWeightsError(

@@ -52,6 +52,7 @@ STEP_KEYS = {
 RUN_KEYS = {
     "train.num_steps": (4, {}, {"steps", "checkpoints"}),
     "checkpoint.every_steps": (3, {}, {"checkpoints"}),
+    "checkpoint.every_minutes": (1e-9, {"checkpoint.every_steps": 6}, {"checkpoints"}),
     "checkpoint.keep": (1, {}, {"checkpoints"}),
     "checkpoint.keep_every_steps": (4, {"checkpoint.keep": 1}, {"checkpoints"}),
     "log.every_steps": (3, {}, {"lines"}),
