@@ -47,7 +47,7 @@ class SavedRun(NamedTuple):
     emas: tuple[str, ...]  # their names
     step: int
     checksums: dict[str, Any]  # by item
-    origin: dict[str, Any] | None  # of the weights that it began with; see `initial_weights`
+    origin: dict[str, Any] | None = None  # of the weights that it began with; see `initial_weights`
 
 
 @jax.jit

@@ -221,7 +221,8 @@ def test_the_identity_of_data_is_not_its_path():
         identity = {"settings": {"dataset": dataset, "fingerprint": fingerprint}}
         return type("Source", (), dict(identity=identity, encoder=None))
 
-    run = SavedRun({"data": {}}, None, source("folder:/old", "a").identity, False, ("ema",))
+    identity = source("folder:/old", "a").identity
+    run = SavedRun({"data": {}}, None, identity, False, ("ema",), step=0, checksums={})
     record.check_same_data(run, source("folder:/new", "a"))
     with pytest.raises(ConfigError, match="fingerprint: 'a' -> 'b'"):
         record.check_same_data(run, source("folder:/old", "b"))
