@@ -28,8 +28,8 @@ wheel: $(INSTALLED)  ## Build the wheel, install it afresh and train two steps f
 	$(WHEEL)/venv/bin/python -m pip install --quiet --no-compile $(WHEEL)/*.whl
 	mkdir $(WHEEL)/elsewhere
 	cd $(WHEEL)/elsewhere && ../venv/bin/flowdcn train --config=digits --workdir=run \
-		--config.train.num_steps=2 --config.model.width=32 --config.model.depth=1 \
-		--config.log.sample_every_steps=2 --config.sampling.num_images=4
+		--config.train.num_steps=2 --config.optimizer.warmup_steps=0 \
+		--config.model.width=32 --config.model.depth=1 --config.log.sample_every_steps=2 --config.sampling.num_images=4
 	cd $(WHEEL)/elsewhere && ../venv/bin/flowdcn sample --workdir=run --num_images=4 --num_steps=2
 
 clean:  ## Remove the virtual environment, what was built and the demo's run

@@ -15,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from flowdcn_jax import ema
 from flowdcn_jax.errors import ConfigError, UserError
 from flowdcn_jax.models import find_model, read_options
 from flowdcn_jax.options import (
@@ -107,22 +108,48 @@ class Flow:
 
 @dataclasses.dataclass
 class Optimizer:
-    """config.optimizer: AdamW"""
+    """config.optimizer; docs/training.md has its formulas"""
 
+    name: str = option(
+        "adamw",
+        "adamw; or muon, for the matrices of the blocks, and Adam for the rest",
+        name_in("flowdcn_jax.runs.optimizer:OPTIMIZERS"),
+        fixed=True,
+    )
     learning_rate: float = option(1e-4, "after warm-up", POSITIVE)
-    warmup_steps: int = option(0, "linear from 0", at_least(0))
-    weight_decay: float = option(0.0, "of every parameter", at_least(0))
-    b1: float = option(0.9, "decay of the first moment", FRACTION)
-    b2: float = option(0.999, "decay of the second moment", FRACTION)
+    warmup_steps: int = option(0, "linear from 0; within train.num_steps", at_least(0))
+    schedule: str = option(
+        "constant", "after warm-up", name_in("flowdcn_jax.runs.optimizer:SCHEDULES")
+    )
+    final_learning_rate: float = option(
+        0.0, "at the end of the run, of cosine and linear", at_least(0)
+    )
+    weight_decay: float = option(
+        0.0, "of kernels: not of biases, norms, embeddings and scale priors", at_least(0)
+    )
+    b1: float = option(0.9, "Adam's decay of the first moment", FRACTION)
+    b2: float = option(0.999, "Adam's decay of the second moment", FRACTION)
     epsilon: float = option(1e-8, "added to the root of the second moment", POSITIVE)
     clip_norm: float | None = option(None, "global gradient norm; None: no clipping", POSITIVE)
 
 
 @dataclasses.dataclass
 class Ema:
-    """config.ema"""
+    """config.ema: moving averages of the parameters"""
 
-    decay: float = option(0.9999, "of the moving average of the parameters", FRACTION)
+    decay: float = option(0.9999, "of the one that grids show, named ema", FRACTION)
+    warmup: float = option(
+        0.0,
+        "constant decays begin lower: a half-life of at most this share of the steps done, in EDM "
+        "0.05; 0: they do not",
+        FRACTION,
+    )
+    others: tuple = option(
+        (),
+        "more of them, for sample.py --ema=NAME: constant_DECAY, or power_WIDTH, of a standard "
+        "deviation of this share of the steps done",
+        parse=ema.parse_names,
+    )
 
 
 @dataclasses.dataclass
@@ -294,6 +321,8 @@ def validate(config, num_devices: int, num_processes: int) -> None:
     read_options(config.model)
     _check_sizes(config)
     _check_batch(config, num_devices, num_processes)
+    if config.optimizer.warmup_steps > config.train.num_steps:
+        _fail(config, "optimizer.warmup_steps", f"at most train.num_steps={config.train.num_steps}")
     classes = config.model.num_classes
     for label in config.sampling.classes:
         if type(label) is not int or not 0 <= label < classes:

@@ -77,6 +77,18 @@ def trained(tmp_path_factory):
             r"flow.label_dropout is 1.5; expected a number in \[0, 1\)",
         ),
         (dict(optimizer__learning_rate=-1.0), "learning_rate is -1.0; expected a positive number"),
+        (
+            dict(optimizer__warmup_steps=7),
+            "optimizer.warmup_steps is 7; .* at most train.num_steps=6",
+        ),
+        (
+            dict(optimizer__warmup_steps=7, optimizer__schedule="cosine"),
+            "optimizer.warmup_steps is 7; .* at most train.num_steps=6",
+        ),
+        (dict(optimizer__schedule="poly"), "schedule is 'poly'; expected one of constant, cosine"),
+        (dict(optimizer__name="sgd"), "optimizer.name is 'sgd'; expected one of adamw, muon"),
+        (dict(ema__others=("power_0.3",)), "ema.others is .*power_0.3.*; expected names such as"),
+        (dict(ema__warmup=1.0), r"ema.warmup is 1.0; expected a number in \[0, 1\)"),
         (dict(optimizer__clip_norm=0.0), "clip_norm is 0.0; expected a positive number or None"),
         (
             dict(sampling__classes=(3, 10)),
@@ -106,12 +118,14 @@ def test_a_missing_data_set_names_what_prepares_it(tmp_path, name):
 def test_a_workdir_of_another_run_is_refused_and_left_alone(trained):
     before = tiny.files(trained)
     config = tiny.config(model__width=32, train__batch_size=8, seed=3, flow__label_dropout=0.2)
+    config.optimizer.name = "muon"
     with pytest.raises(ConfigError) as caught:
         tiny.train(config, trained)
     for part in (
         "config.model.width: 16 -> 32",
         "train.batch_size: 16 -> 8",
         "config.seed: 0 -> 3",
+        "config.optimizer.name: 'adamw' -> 'muon'",
     ):
         assert part in str(caught.value)
     assert "label_dropout" not in str(caught.value)
@@ -120,6 +134,8 @@ def test_a_workdir_of_another_run_is_refused_and_left_alone(trained):
 
 def test_what_may_change_may_change(trained):
     config = tiny.config(model__remat=True, data__num_threads=1, optimizer__learning_rate=1e-3)
+    config.optimizer.schedule = "cosine"
+    config.ema.others = ("power_0.05",)
     tiny.train(config, trained)
 
 

@@ -113,7 +113,10 @@ BAD = {
     "train.accumulation_steps": 0,
     "flow.time_distribution": "normal",
     "flow.label_dropout": 1.0,
+    "optimizer.name": "sgd",
     "optimizer.learning_rate": 0.0,
+    "optimizer.schedule": "step",
+    "optimizer.final_learning_rate": -1e-4,
     "optimizer.warmup_steps": -1,
     "optimizer.weight_decay": -0.1,
     "optimizer.b1": 1.0,
@@ -121,6 +124,8 @@ BAD = {
     "optimizer.epsilon": 0.0,
     "optimizer.clip_norm": 0.0,
     "ema.decay": 1.0,
+    "ema.warmup": 1.0,
+    "ema.others": ("power_0.05", "power_0.5"),
     "mesh.data": "all",
     "mesh.fsdp": 0.5,
     "checkpoint.every_steps": 0,
@@ -187,7 +192,8 @@ def test_a_run_keeps_what_decides_it_and_nothing_else():
     changing = {"data_dir", "num_threads", "prefetch_batches"}
     for key in flatten(default_config()):
         section, _, name = key.partition(".")
-        decides = section in ("seed", "model", "data") or key == "train.batch_size"
+        decides = section in ("seed", "model", "data")
+        decides = decides or key in ("train.batch_size", "optimizer.name")
         kept = decides and name not in (*changing, "dtype", "gradient_dtype", "remat")
         assert (key in fixed) == kept, key
 
@@ -216,7 +222,8 @@ def test_a_run_saved_before_a_data_key_was_there_can_be_resumed():
     config = load_config("s2")
     saved = json.loads(config.to_json())
     added = set(saved["data"]) - FIRST_DATA_KEYS
-    assert {f"data.{key}" for key in added} == {key.rpartition(".")[0] for key in ADDED}
+    sections = {key.rpartition(".")[0] for key in ADDED if key.startswith("data.")}
+    assert {f"data.{key}" for key in added} == sections
     old = saved | {"data": {k: v for k, v in saved["data"].items() if k not in added}}
     check_resumable(old, config)
     config.data.aspect_buckets.min_aspect = 0.6  # without buckets it means nothing
@@ -224,6 +231,18 @@ def test_a_run_saved_before_a_data_key_was_there_can_be_resumed():
     config.data.aspect_buckets.count = 10
     with pytest.raises(ConfigError, match="config.data.aspect_buckets.count: 0 -> 10"):
         check_resumable(old, config)
+
+
+def test_a_run_saved_before_there_was_a_choice_of_optimizer_goes_on_with_adamw():
+    config = load_config("s2")
+    saved = json.loads(config.to_json())
+    for key in ("name", "schedule", "final_learning_rate"):
+        del saved["optimizer"][key]
+    saved["ema"] = {"decay": 0.9999}
+    check_resumable(saved, config)
+    config.optimizer.name = "muon"
+    with pytest.raises(ConfigError, match="config.optimizer.name: 'adamw' -> 'muon'"):
+        check_resumable(saved, config)
 
 
 def test_a_run_saved_with_a_key_that_is_gone_can_be_resumed():

@@ -11,7 +11,7 @@ import jax
 
 from flowdcn_jax.config import load_config, model_config
 from flowdcn_jax.evaluation import evaluator
-from flowdcn_jax.runs import checkpoint
+from flowdcn_jax.runs import items
 from flowdcn_jax.sampling import grid_drawer
 from flowdcn_jax.training import loop
 from tests import forked
@@ -146,7 +146,7 @@ def rewrite_run(workdir, step: int, change) -> None:
     record = json.loads((folder / "run" / "metadata").read_text())
     change(record)
     (folder / "run" / "metadata").write_text(json.dumps(record))
-    sums = checksums(workdir, step) | {"run": checkpoint.text_checksum(record)}
+    sums = checksums(workdir, step) | {"run": items.text_checksum(record)}
     (folder / "checksums" / "metadata").write_text(json.dumps(sums))
 
 

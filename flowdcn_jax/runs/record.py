@@ -11,7 +11,7 @@ from flowdcn_jax.runs.folder import differences
 
 # Keys that were added after runs had been saved, with the values that mean what those did. (The
 # defaults of config.model are such values for its own; the other fixed keys were always there.)
-ADDED = {"data.aspect_buckets.count": 0}
+ADDED = {"data.aspect_buckets.count": 0, "optimizer.name": "adamw"}
 
 
 def check_resumable(saved: dict, config, *, weights_only: bool = False) -> None:

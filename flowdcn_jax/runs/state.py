@@ -4,15 +4,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from flowdcn_jax.models import abstract_model, init_params
+from flowdcn_jax.runs.optimizer import make_optimizer
 from flowdcn_jax.runs.sharding import state_sharding, with_sharding
 
 
 class TrainState(NamedTuple):
-    """A pytree: everything that the next step depends on, and the EMA that samples are drawn with.
+    """A pytree: everything that the next step depends on, and the EMAs that samples are drawn with.
 
     The random keys and the data position follow from the config's seed and `step`.
     """
@@ -21,32 +21,16 @@ class TrainState(NamedTuple):
     params: Any  # nested dicts of float32
     opt_state: Any
     ema: Any  # like params
-
-
-def learning_rate_schedule(config) -> optax.Schedule:
-    """Linear warm-up from 0 over config.warmup_steps, then constant."""
-    if config.warmup_steps == 0:
-        return optax.constant_schedule(config.learning_rate)
-    return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-
-
-def make_optimizer(config) -> optax.GradientTransformation:
-    """AdamW as `config` (config.optimizer) says; clipping is the train step's."""
-    return optax.adamw(
-        learning_rate_schedule(config),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-    )
+    other_emas: dict[str, Any] = {}  # by name, each like params; never changed in place
 
 
 def abstract_state(config, mesh: Mesh) -> TrainState:
     """The state's shapes, dtypes and shardings, without any of its numbers."""
     _, params = abstract_model(config.model)
-    opt_state = jax.eval_shape(make_optimizer(config.optimizer).init, params)
+    opt_state = jax.eval_shape(make_optimizer(config).init, params)
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    return with_sharding(TrainState(step, params, opt_state, params), mesh)
+    others = {name: params for name in config.ema.others}
+    return with_sharding(TrainState(step, params, opt_state, params, others), mesh)
 
 
 def initial_state(config, mesh: Mesh) -> TrainState:
@@ -60,11 +44,16 @@ def initial_state(config, mesh: Mesh) -> TrainState:
 
 
 def state_from_weights(config, mesh: Mesh, params) -> TrainState:
-    """A state at step 0 with `params` for parameters and EMA, and a fresh optimizer."""
+    """A state at step 0 with `params` for parameters and EMAs, and a fresh optimizer."""
     shardings = state_sharding(abstract_state(config, mesh), mesh)
     return jax.jit(lambda params: _fresh_state(config, params), out_shardings=shardings)(params)
 
 
 def _fresh_state(config, params) -> TrainState:
-    opt_state = make_optimizer(config.optimizer).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.tree.map(jnp.copy, params))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=make_optimizer(config).init(params),
+        ema=jax.tree.map(jnp.copy, params),
+        other_emas={name: jax.tree.map(jnp.copy, params) for name in config.ema.others},
+    )

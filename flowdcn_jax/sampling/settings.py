@@ -176,6 +176,11 @@ class ModelChoice(_Options):
     """Which weights of a run draw, guide and decode."""
 
     step: int | None = option(None, "checkpoint to use", at_least(0), unset="the newest")
+    ema: str | None = option(
+        None,
+        "name of the EMA to draw with: one of config.ema.others, or one made after training",
+        unset="ema",
+    )
     guide_workdir: Path | None = option(
         None,
         "autoguidance: a run whose weaker model guides instead of no class",

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from flowdcn_jax.autoencoders import Autoencoder, check_fits, load_autoencoder
 from flowdcn_jax.data.prepared import Encoder, find_encoder
+from flowdcn_jax.ema import MAIN
 from flowdcn_jax.models import abstract_model
 from flowdcn_jax.options import takes_options
 from flowdcn_jax.precision import compute_dtype
@@ -40,6 +41,7 @@ class ChosenCheckpoint(NamedTuple):
     config: ConfigDict  # of the training run
     class_names: tuple[str, ...] | None
     encoder: Encoder | None  # of the latents it was trained on; None: not known, or pixels
+    ema: str | None = None  # the name of the EMA; None: the run's main one
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,7 +69,8 @@ class TrainedModel:
     @functools.cached_property
     def weights(self) -> Weights:
         """The EMA weights, on every device."""
-        return _read_weights(self.checkpoint.workdir, self.checkpoint.step, self.mesh)
+        chosen = self.checkpoint
+        return _read_weights(chosen.workdir, chosen.step, self.mesh, ema=chosen.ema)
 
     @functools.cached_property
     def guide(self) -> Weights | None:
@@ -154,7 +157,7 @@ def load_trained(
         SamplingError: a value out of range.
         flowdcn_jax.runs.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
-    chosen, guide = _choose_checkpoint(workdir, choice.step), None
+    chosen, guide = _choose_checkpoint(workdir, choice.step, ema=choice.ema), None
     if choice.guide_workdir is not None or choice.guide_step is not None:
         guide = _choose_checkpoint(choice.guide_workdir or workdir, choice.guide_step)
     return TrainedModel(
@@ -225,8 +228,8 @@ def _resolved(section: ConfigDict) -> dict[str, Any]:
     return json.loads(section.to_json()) | {"dtype": dtype}
 
 
-def _read_weights(workdir: str, step: int | None, mesh: Mesh) -> Weights:
-    """EMA weights, copied to every device of `mesh`."""
+def _read_weights(workdir: str, step: int | None, mesh: Mesh, *, ema: str | None = None) -> Weights:
+    """The weights of an EMA, copied to every device of `mesh`."""
 
     def abstract_params(config: ConfigDict):
         _, params = abstract_model(config.model)
@@ -235,15 +238,17 @@ def _read_weights(workdir: str, step: int | None, mesh: Mesh) -> Weights:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), params
         )
 
-    return restore_ema(workdir, step, abstract_params)
+    return restore_ema(workdir, step, abstract_params, name=ema or MAIN)
 
 
-def _choose_checkpoint(workdir: str | Path, step: int | None) -> ChosenCheckpoint:
-    run = read_run(str(workdir), step)
+def _choose_checkpoint(
+    workdir: str | Path, step: int | None, *, ema: str | None = None
+) -> ChosenCheckpoint:
+    run = read_run(str(workdir), step, name=ema or MAIN)
     config = ConfigDict(run.config)
     identity = run.data_identity
     encoder = find_encoder(identity) if identity and "settings" in identity else None
-    return ChosenCheckpoint(str(workdir), step, config, run.class_names, encoder)
+    return ChosenCheckpoint(str(workdir), step, config, run.class_names, encoder, ema)
 
 
 def _with_autoencoder(config: ConfigDict, name: str | None, weights: Path | None) -> ConfigDict:

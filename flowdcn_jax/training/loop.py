@@ -19,6 +19,7 @@ from flowdcn_jax.data import buckets_of, make_source
 from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.images import save_png
 from flowdcn_jax.runs import checkpoint, description, record
+from flowdcn_jax.runs.checkpointer import Checkpointer
 from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.runs.state import TrainState, abstract_state, initial_state, state_from_weights
 from flowdcn_jax.runs.workdir import workdir_lock
@@ -121,9 +122,7 @@ def train(
         step = start_step = 0
         if not dry_run:
             keep, keep_every_steps = config.checkpoint.keep, config.checkpoint.keep_every_steps
-            checkpointer = checkpoint.Checkpointer(
-                workdir, keep=keep, keep_every_steps=keep_every_steps
-            )
+            checkpointer = Checkpointer(workdir, keep=keep, keep_every_steps=keep_every_steps)
             stack.callback(checkpointer.close)
             state = starting_state(config, mesh, checkpointer)
             step = start_step = int(state.step)
@@ -199,7 +198,7 @@ def train(
         return step == num_steps
 
 
-def starting_state(config, mesh: Mesh, checkpointer: checkpoint.Checkpointer) -> TrainState:
+def starting_state(config, mesh: Mesh, checkpointer: Checkpointer) -> TrainState:
     """What a run in the checkpointer's workdir begins with: restored, or a step 0.
 
     At step 0 the parameters are the converted weights that lie there, or initial values.

@@ -7,16 +7,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flowdcn_jax import ema
 from flowdcn_jax.autoencoders import to_unit_range
 from flowdcn_jax.flow.loss import draw, velocity_loss
 from flowdcn_jax.models import abstract_model, apply_model
+from flowdcn_jax.runs.optimizer import learning_rate_schedule, make_optimizer
 from flowdcn_jax.runs.sharding import AXES, batch_sharding, replicated, state_sharding
-from flowdcn_jax.runs.state import (
-    TrainState,
-    abstract_state,
-    learning_rate_schedule,
-    make_optimizer,
-)
+from flowdcn_jax.runs.state import TrainState, abstract_state
 
 STEP_KEY_SALT = 1  # keeps the steps' draws apart from the initial values' key
 
@@ -28,8 +25,9 @@ def make_train_step(config, mesh: Mesh):
     devices. metrics: float32 scalars "loss", "grad_norm" and "learning_rate", left on the device.
     """
     graphdef, _ = abstract_model(config.model)
-    optimizer = make_optimizer(config.optimizer)
-    schedule = learning_rate_schedule(config.optimizer)
+    optimizer = make_optimizer(config)
+    schedule = learning_rate_schedule(config)
+    averages = ema.averages(config.ema)
     shardings = state_sharding(abstract_state(config, mesh), mesh)
     batch_keys = jax.random.fold_in(jax.random.key(config.seed), STEP_KEY_SALT)
     value_and_grad = jax.value_and_grad(
@@ -60,13 +58,21 @@ def make_train_step(config, mesh: Mesh):
             grads = jax.tree.map(lambda g: g * factor, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(params, state.ema, 1.0 - config.ema.decay)
+
+        def averaged(name: str, old):
+            share = ema.share(averages[name], state.step, warmup=config.ema.warmup)
+            return optax.incremental_update(params, old, share)
+
+        emas = {name: averaged(name, old) for name, old in state.other_emas.items()}
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        new_state = TrainState(
+            state.step + 1, params, opt_state, averaged(ema.MAIN, state.ema), emas
+        )
+        return new_state, metrics
 
     return jax.jit(
         train_step,

@@ -18,13 +18,10 @@ from flowdcn_jax import models, sampling
 from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.published_weights import convert, export
 from flowdcn_jax.runs import checkpoint
+from flowdcn_jax.runs.checkpointer import Checkpointer
+from flowdcn_jax.runs.optimizer import make_optimizer
 from flowdcn_jax.runs.sharding import make_mesh
-from flowdcn_jax.runs.state import (
-    abstract_state,
-    initial_state,
-    make_optimizer,
-    state_from_weights,
-)
+from flowdcn_jax.runs.state import abstract_state, initial_state, state_from_weights
 from tests import official, tiny
 from tests.comparison import relative_error
 
@@ -138,7 +135,7 @@ def exported(tmp_path_factory):
     state = initial_state(config, mesh)
     # A model that has not been trained answers zero; this one does not.
     moved = jax.tree.map(lambda leaf: leaf + wave(leaf.shape), state.params)
-    checkpointer = checkpoint.Checkpointer(str(folder / "run"), keep=1, keep_every_steps=None)
+    checkpointer = Checkpointer(str(folder / "run"), keep=1, keep_every_steps=None)
     checkpointer.save(state._replace(step=np.int32(7), ema=moved), config, None)
     checkpointer.close()
     assert export(folder / "run", folder / "ema.safetensors") == 7
@@ -209,7 +206,7 @@ def test_a_state_of_weights_has_a_fresh_optimizer_and_is_split_over_the_devices(
     state = state_from_weights(config, make_mesh(), jax.tree.map(np.asarray, weights))
     assert_same(state.params, weights)
     assert_same(state.ema, weights)
-    assert_same(state.opt_state, make_optimizer(config.optimizer).init(weights))
+    assert_same(state.opt_state, make_optimizer(config).init(weights))
     assert state.step == 0 and state.step.dtype == np.int32
     expected = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, make_mesh()))
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == expected

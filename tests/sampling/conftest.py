@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flowdcn_jax.models import abstract_model
-from flowdcn_jax.runs.checkpoint import Checkpointer
+from flowdcn_jax.runs.checkpointer import Checkpointer
 from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.runs.state import TrainState
 from flowdcn_jax.sampling import load_trained

@@ -12,6 +12,7 @@ import pytest
 
 import flowdcn_jax
 from flowdcn_jax.runs import checkpoint
+from flowdcn_jax.runs.checkpointer import Checkpointer
 from flowdcn_jax.runs.sharding import make_mesh, state_sharding
 from flowdcn_jax.runs.state import abstract_state, initial_state
 from tests import tiny
@@ -39,7 +40,7 @@ def state_at(step, num_devices=1):
 
 
 def open_checkpointer(workdir, keep=3, keep_every_steps=None):
-    return checkpoint.Checkpointer(workdir, keep=keep, keep_every_steps=keep_every_steps)
+    return Checkpointer(workdir, keep=keep, keep_every_steps=keep_every_steps)
 
 
 def save(workdir, *states, **options):

@@ -1,0 +1,165 @@
+"""Checkpoints: Orbax, asynchronous, whole or not there, and checked when they are read.
+
+A workdir holds checkpoints/<step>/ with items that are committed together: `state` (step,
+parameters, optimizer), `ema`, `ema_<name>` of each other EMA, `run` (the config, the names of the
+classes, and what tells the data set from others), and `checksums`.
+
+A workdir of converted weights has a checkpoint 0 without `state`: training starts from its `ema`.
+It is never deleted: what was trained from it is compared with it.
+"""
+
+import logging
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from flowdcn_jax import ema
+from flowdcn_jax.runs.items import (
+    FOLDER,
+    WEIGHTS_STEP,
+    CheckpointError,
+    first_line,
+    item_of,
+    none_whole,
+    restore_items,
+    restore_run,
+    save_args,
+)
+from flowdcn_jax.runs.state import TrainState
+
+DAMAGED_FOLDER = "damaged_checkpoints"
+
+
+class Checkpointer:
+    """Saves a run's states in the background and restores the newest one that is whole.
+
+    It keeps the newest `keep`, every `keep_every_steps`th, and converted weights.
+    """
+
+    def __init__(self, workdir: str, *, keep: int, keep_every_steps: int | None):
+        self.workdir = Path(workdir).absolute()
+        policies = [
+            ocp.checkpoint_managers.LatestN(keep),
+            ocp.checkpoint_managers.CustomSteps([WEIGHTS_STEP]),
+        ]
+        if keep_every_steps is not None:
+            policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every_steps))
+        self._manager = ocp.CheckpointManager(
+            self.workdir / FOLDER,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(
+        self,
+        state: TrainState,
+        config,
+        class_names: tuple[str, ...] | None,
+        data_identity: dict | None = None,
+    ) -> None:
+        """Starts saving; returns once the state is copied, so that it may be donated.
+
+        `data_identity` is that of the training data (`data.Source`); None: nothing to compare.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        emas = {item_of(name): tree for name, tree in _emas(state).items()}
+        items = {"state": _resumable(state), **emas}
+        self._manager.save(
+            step, args=save_args(items, config, class_names, data_identity), force=True
+        )
+
+    def restore_newest(self, abstract: TrainState) -> TrainState | None:
+        """The newest state that restores and matches its checksums, in `abstract`'s shardings.
+
+        Newer ones that are damaged are named in a warning and, once an older one is restored, moved
+        to damaged_checkpoints/. None if there is no checkpoint. Of one that holds weights alone
+        they are both params and ema, and opt_state is None. An EMA that was not saved begins as a
+        copy of the parameters, with a warning.
+
+        Raises:
+            CheckpointError: there are checkpoints, and not one of them is whole.
+        """
+        self._manager.reload()
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            if step == WEIGHTS_STEP and damaged:
+                raise CheckpointError(
+                    f"{none_whole(self.workdir, damaged)}; with these steps moved away, training "
+                    "starts afresh from the converted weights"
+                )
+            state, error = None, ""
+            try:
+                state = _restore_state(self._manager, step, abstract)
+            except Exception as e:  # whatever a damaged file makes Orbax raise
+                error = first_line(e)
+            if _all_processes(state is not None):
+                self._set_aside(damaged)
+                return state
+            damaged[step] = error or "another process could not read it"
+            logging.warning(
+                "checkpoint %s is damaged and is passed over: %s",
+                self.workdir / FOLDER / str(step),
+                damaged[step],
+            )
+        if damaged:
+            raise CheckpointError(none_whole(self.workdir, damaged))
+        return None
+
+    def wait(self) -> None:
+        """Returns once the save in progress, if any, is committed."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and ends the background threads."""
+        self._manager.close()
+
+    def _set_aside(self, damaged: dict[int, str]) -> None:
+        """Moves damaged steps away: their numbers will be saved again."""
+        if jax.process_index() == 0:
+            for step in damaged:
+                target = self.workdir / DAMAGED_FOLDER / f"{step}-{time.time_ns()}"
+                target.parent.mkdir(exist_ok=True)
+                (self.workdir / FOLDER / str(step)).rename(target)
+        if damaged:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("damaged checkpoints set aside")
+            self._manager.reload()
+
+
+def _resumable(state: TrainState) -> dict:
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def _emas(state: TrainState) -> dict:
+    return {ema.MAIN: state.ema, **state.other_emas}
+
+
+def _restore_state(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> TrainState:
+    run = restore_run(manager, step)
+    wanted = {item_of(name): tree for name, tree in _emas(abstract).items() if name in run.emas}
+    if not run.weights_only:
+        wanted["state"] = _resumable(abstract)
+    items = restore_items(manager, step, wanted)
+    average = items[item_of(ema.MAIN)]
+    fresh = {"step": jnp.asarray(step, jnp.int32), "params": average, "opt_state": None}
+    resumed = items.get("state", fresh)
+    others = {}
+    for name in abstract.other_emas:
+        if name not in run.emas and not run.weights_only:
+            logging.warning("no EMA %s was saved: it begins as the parameters at %d", name, step)
+        others[name] = items.get(item_of(name)) or jax.tree.map(jnp.copy, resumed["params"])
+    return TrainState(**resumed, ema=average, other_emas=others)
+
+
+def _all_processes(mine: bool) -> bool:
+    if jax.process_count() == 1:
+        return mine
+    return bool(multihost_utils.process_allgather(jnp.asarray(mine)).all())
