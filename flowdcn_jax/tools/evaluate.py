@@ -29,7 +29,7 @@ from flowdcn_jax.evaluation.settings import (
 from flowdcn_jax.options import instance_of, options_of
 from flowdcn_jax.sampling.settings import ModelChoice, Settings
 
-_SEVERAL = ("step", "num_steps", "guidance")  # make a table; the first change least often
+_SEVERAL = ("step", "ema", "num_steps", "guidance")  # make a table; the first change least often
 
 _SAMPLES = flags.DEFINE_string("samples", None, "Generated images, or a workdir.", required=True)
 _REFERENCE = flags.DEFINE_string("reference", None, "Real images, or statistics.", required=True)

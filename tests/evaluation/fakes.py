@@ -14,6 +14,7 @@ EVALUATED = dict(
     evaluate__guidance=1.5,
     evaluate__features="efficientnet_lite0",
     ema__decay=0.0,
+    ema__others=("constant_0.5",),
     optimizer__learning_rate=0.05,
 )
 

@@ -186,16 +186,19 @@ def test_the_command_draws_a_table_and_writes_no_samples(evaluated_run, tmp_path
     reference = fakes.save(tmp_path / "grey.npz", fakes.random_images(6, channels=1))
     flags = [f"--samples={workdir}", f"--reference={reference}", *NETWORK, "--num_images=5"]
     before = tiny.files(workdir)
-    code, output = run(*flags, "--guidance=1,3", "--step=4,6", "--num_steps=2", "--seed=1")
+    code, output = run(
+        *flags, "--guidance=1,3", "--ema=ema,constant_0.5", "--num_steps=2", "--seed=1"
+    )
     assert code == 0, output
     lines = [line.split() for line in output.splitlines()]
-    start = next(index for index, line in enumerate(lines) if line[:2] == ["step", "guidance"])
+    start = next(index for index, line in enumerate(lines) if line[:2] == ["ema", "guidance"])
     table = lines[start + 1 : start + 5]
-    assert [row[:2] for row in table] == [["4", "1.0"], ["4", "3.0"], ["6", "1.0"], ["6", "3.0"]]
+    names = [["ema", "1.0"], ["ema", "3.0"], ["constant_0.5", "1.0"], ["constant_0.5", "3.0"]]
+    assert [row[:2] for row in table] == names
     assert len({row[2] for row in table}) == 4
     assert tiny.files(workdir) == before
 
-    settings = ("--guidance=3", "--step=6", "--num_steps=2", "--seed=1")
+    settings = ("--guidance=3", "--ema=constant_0.5", "--num_steps=2", "--seed=1")
     code, output = run(*flags, *settings, "--keep_samples", f"--out={tmp_path}/kept.json")
     assert code == 0, output
     (kept,) = workdir.glob("samples/*/samples.npz")
@@ -213,6 +216,7 @@ def test_the_command_draws_a_table_and_writes_no_samples(evaluated_run, tmp_path
         (("--guidance=1,-2",), "guidance is -2.0; expected at least 0"),
         (("--guidance=1,1",), "flag --guidance=1,1: expected each value once"),
         (("--step=4,5",), "has no step 5; there are [2, 4, 6]"),
+        (("--ema=ema,power_0.1",), "power_0.1"),
         (("--classes=11",), "'11'; expected numbers from 0 to 9"),
         (("--samples=grey.npz", "--seed=3"), "--seed is given, and --samples=grey.npz holds no ch"),
     ],
