@@ -71,7 +71,8 @@ def option_flags(
 
     Args:
         classes: the dataclasses.
-        several: names of those that may have several values, which come as a list.
+        several: names of those that may have several values, which come as a list; by default
+            they are None.
         flag_values: where the flags are defined; of the command unless given.
 
     Returns:
