@@ -85,6 +85,25 @@ def test_the_parts_of_an_evaluation_are_timed(tmp_path):
     assert all(row["seconds"] > 0 and row["peak_mb"] > 0 for row in report["results"])
 
 
+def test_the_control_of_figures_says_what_is_out_of_order(tmp_path, repository):
+    command = [sys.executable, "-m", "benchmarks.evaluation_control", "--config=configs/digits.py"]
+    network = ["--features=dinov2", f"--weights={repository}/tests/fixtures/tiny_dinov2"]
+    sizes = ["--num_images=10", "--num_references=20", "--features_batch_size=10"]
+    code, output = tiny.run([*command, *network, *sizes, f"--out={tmp_path}/out.json"])
+    report = json.loads((tmp_path / "out.json").read_text())
+    rows = [(row["kind"], row["distance"]) for row in report["results"]]
+    assert [kind for kind, _ in rows] == [
+        *("as they are", *["blurred"] * 3, *["noisy"] * 3, *["fewer classes"] * 3)
+    ]
+    distances = [distance for kind, distance in rows if kind in ("as they are", "noisy")]
+    found = any(line.startswith("distance of noisy") for line in report["out_of_order"])
+    assert found == (sorted(distances) != distances)
+    assert code == (1 if report["out_of_order"] else 0), output
+    assert (tmp_path / "out.png").exists()
+    code, output = tiny.run([*command, *network, "--num_references=900"])
+    assert code == 2 and "is 900 and --num_images 5000; expected at most 898, half" in output
+
+
 def test_the_random_autoencoder_that_is_timed_tells_images_apart():
     sizes = kl.KLSizes(
         image_channels=3, latent_channels=4, widths=(8, 8), layers_per_block=1, norm_groups=4
