@@ -63,7 +63,7 @@ _IMAGES = flags.DEFINE_string(
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 10_000, "Images of the distance, at most.", 4)
 _WEIGHTS = flags.DEFINE_string("weights", None, "Folder of NAME.safetensors.")
 _RUNS = flags.DEFINE_integer("runs", 9, "Runs of a batch, of which the median counts.", 1)
-_OUT = flags.DEFINE_string("out", None, "JSON file to write.")
+_OUT = command.define_path("out", "JSON file to write.")
 
 _COLUMNS = (
     "network | precision | image | batch | devices | images/s on the device | in use | distance | "
