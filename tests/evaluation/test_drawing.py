@@ -183,7 +183,11 @@ NETWORK = ("--features=dinov2", f"--weights={FIXTURES}/tiny_dinov2", "--features
 
 def test_the_command_draws_a_table_and_writes_no_samples(evaluated_run, tmp_path):
     workdir = shutil.copytree(evaluated_run, tmp_path / "run")
-    reference = fakes.save(tmp_path / "grey.npz", fakes.random_images(6, channels=1))
+    images = fakes.save(tmp_path / "grey.npz", fakes.random_images(6, channels=1))
+    reference = tmp_path / "reference.npz"
+    command = ["-m", "flowdcn_jax.tools.reference_stats", f"--images={images}", *NETWORK]
+    code, output = tiny.run([sys.executable, *command, f"--out={reference}"])
+    assert code == 0 and output.splitlines()[-1] == f"6 images in {reference}", output
     flags = [f"--samples={workdir}", f"--reference={reference}", *NETWORK, "--num_images=5"]
     settings = ["--guidance=3", "--num_steps=2", "--seed=1"]
     before = tiny.files(workdir)
@@ -215,6 +219,7 @@ def test_the_command_draws_a_table_and_writes_no_samples(evaluated_run, tmp_path
         (("--ema=ema,power_0.1",), "power_0.1"),
         (("--classes=11",), "'11'; expected numbers from 0 to 9"),
         (("--samples=grey.npz", "--seed=3"), "--seed is given, and --samples=grey.npz holds no ch"),
+        (("--samples=grey.npz", "--keep_samples"), "--keep_samples is given, and --samples=grey"),
     ],
 )
 def test_the_command_refuses_bad_options_in_one_line(evaluated_run, tmp_path, flags, message):
