@@ -85,8 +85,12 @@ def test_evaluation_changes_nothing_of_a_run(evaluated_run, tmp_path):
     assert (first["state"], first["ema"]) == (second["state"], second["ema"])
 
 
-def test_eight_devices_and_fsdp_give_the_same_figures(evaluated_run, fake_network):
-    config = tiny.config(**fakes.EVALUATED, mesh__data=2, mesh__fsdp=4)
+def test_eight_devices_and_another_file_of_the_reference_give_the_same_figures(
+    evaluated_run, fake_network, digits, tmp_path
+):
+    (images,) = digits.read([range(digits.count)])
+    file = fakes.save(tmp_path / "digits.npz", images[..., :1])
+    config = tiny.config(**fakes.EVALUATED, mesh__data=2, mesh__fsdp=4, evaluate__reference=file)
     found = figures_of(evaluated_run, config, make_mesh(2, 4))
     assert found == pytest.approx(expected_figures(evaluated_run), rel=1e-6)
 
