@@ -31,7 +31,7 @@ _IMAGE_SIZE = flags.DEFINE_integer("image_size", 256, "Side of the crop, pixels.
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images a device and batch.", 1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Compute dtype.")
 _THREADS = flags.DEFINE_integer("num_threads", None, "Threads that decode; default: one a CPU.", 1)
-_OUT = flags.DEFINE_string("out", None, "JSON file to write.")
+_OUT = command.define_path("out", "JSON file to write.")
 
 _SD_VAE = kl.KLSizes(
     image_channels=3,

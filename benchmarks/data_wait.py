@@ -46,7 +46,7 @@ _STEPS = flags.DEFINE_integer("steps", 100, "Steps that count.", 1)
 _WARM_UP = flags.DEFINE_integer("warm_up", 20, "Steps before them.", 1)
 _SECONDS = flags.DEFINE_float("seconds", 5.0, "How long the reader's own rate is measured.", 0)
 _MEGABYTES = flags.DEFINE_integer("megabytes", 400, "Latents to write.", 1)
-_OUT = flags.DEFINE_string("out", None, "JSON file to write.")
+_OUT = command.define_path("out", "JSON file to write.")
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ _SIZE = flags.DEFINE_integer("image_size", 256, "Side of the images of `pass`, p
 _PARTS = flags.DEFINE_list(
     "parts", ["statistics", "distance", "score", "kid"], "Also precision_recall and pass."
 )
-_OUT = flags.DEFINE_string("out", None, "JSON file to write.")
+_OUT = command.define_path("out", "JSON file to write.")
 
 _BATCH = 64
 _CLASSES, _SPATIAL = 1008, 2023

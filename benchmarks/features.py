@@ -50,7 +50,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", BATCH_SIZE, "Images a device at
 _BATCHES = flags.DEFINE_integer("batches", 16, "Batches of the call that is timed.", 1)
 _DEVICES = flags.DEFINE_integer("devices", 1, "Local devices to use, the first ones.", 1)
 _RUNS = flags.DEFINE_integer("runs", 9, "Runs of a batch, of which the median counts.", 1)
-_OUT = flags.DEFINE_string("out", None, "JSON file to write.")
+_OUT = command.define_path("out", "JSON file to write.")
 
 _COLUMNS = "network | precision | image | batch | devices | images/s on the device | in use"
 

@@ -40,8 +40,8 @@ _XLA_TOKENS = flags.DEFINE_integer(
     "xla_tokens", 256, "Most tokens an image for which plain JAX is timed too; its time grows fast."
 )
 _OFFICIAL = flags.DEFINE_string("official", None, "Clone of the authors' repository.")
-_OUT = flags.DEFINE_string("out", None, "JSON file to write.")
-_PLOT = flags.DEFINE_string("plot", None, "PNG to write: time against tokens.")
+_OUT = command.define_path("out", "JSON file to write.")
+_PLOT = command.define_path("plot", "PNG to write: time against tokens.")
 
 _K = 9
 _COPY_BYTES = 2**31

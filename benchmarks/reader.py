@@ -30,7 +30,7 @@ _BATCHES = flags.DEFINE_list("batch_sizes", ["32", "256"], "Examples a batch.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Runs of each, of which the best counts.", 1)
 _SECONDS = flags.DEFINE_float("seconds", 2.0, "Length of a run.", 0)
 _MEGABYTES = flags.DEFINE_integer("megabytes", 200, "Latents of each size.", 1)
-_OUT = flags.DEFINE_string("out", None, "JSON file to write.")
+_OUT = command.define_path("out", "JSON file to write.")
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ _BATCH_SIZE = flags.DEFINE_integer(
 _SAMPLER = flags.DEFINE_string("sampler", "euler", "As sample.py's.")
 _GUIDANCE = flags.DEFINE_float("guidance", 1.375, "Guidance weight; 1: none.", 0)
 _RUNS = flags.DEFINE_integer("runs", 3, "Batches of each, of which the median counts.", 1)
-_OUT = flags.DEFINE_string("out", None, "JSON file to write.")
+_OUT = command.define_path("out", "JSON file to write.")
 
 _PIXELS = 64 * 256 * 256  # of a device's batch, by default
 _PASSES = 10  # through the model alone, in one program

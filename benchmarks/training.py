@@ -43,7 +43,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images a device.", 1)
 _DEVICES = flags.DEFINE_integer("devices", 1, "Local devices to use, the first ones.", 1)
 _RUNS = flags.DEFINE_integer("runs", 5, "Runs of each model, of which the median counts.", 1)
 _STEPS = flags.DEFINE_integer("steps", 10, "Steps of a run; one run more warms up.", 1)
-_OUT = flags.DEFINE_string("out", None, "JSON file to write.")
+_OUT = command.define_path("out", "JSON file to write.")
 
 _COLUMNS = "model | parameters (M) | batch a device | ms | images/s | GiB | of the first"
 

@@ -3,7 +3,9 @@
 Imports no JAX, so that --help and usage errors come at once.
 """
 
+import errno
 import json
+import os
 import re
 import sys
 import tempfile
@@ -13,14 +15,15 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from flowdcn_jax import faults, peers
 from flowdcn_jax.config_flag import parse_flags
 from flowdcn_jax.errors import UserError
-from flowdcn_jax.files import atomic_write
+from flowdcn_jax.files import atomic_write, local_path
 from flowdcn_jax.options import Option, options_of
 
-# Exit statuses. 0 is done; a traceback ends in 1.
-BAD_INPUT = 2
-STOPPED = 75  # training was asked to stop, and the same command goes on; sysexits.h's "try again"
+# Exit statuses, beside those in `faults`. 0 is done; a traceback ends in 1.
+BAD_INPUT = faults.BAD_INPUT
+STOPPED = faults.TRY_AGAIN  # training was asked to stop, and the same command goes on
 INTERRUPTED = 130  # as shells say it of a command that Ctrl-C ended
 
 flags.disclaim_key_flags()  # flags defined here are those of the command that asks for them
@@ -30,8 +33,13 @@ def run(main: Callable[[], int | None]) -> None:
     """Parses the flags, calls `main` and ends the process with what it returns (None: 0).
 
     What the user can mend, in the flags or raised by `main` as a UserError, becomes one line and
-    the status BAD_INPUT. --help shows the docstring and the flags of the module of `main`.
+    the status BAD_INPUT; what the machine did a line and a status of `faults`. --help shows the
+    docstring and the flags of the module of `main`. An output that nobody reads any more, such as
+    a pipe to `head`, ends nothing.
     """
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, _Output(getattr(sys, name)))
+    faults.hush()
     module = sys.modules[main.__module__]
     for flag in flags.FLAGS.get_key_flags_for_module(module):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # where --help looks
@@ -43,25 +51,81 @@ def run(main: Callable[[], int | None]) -> None:
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected arguments: {argv[1:]}")
-            return main()
-        except UserError as error:
-            return _report(error)
+            status = main()
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            return INTERRUPTED
+            status = INTERRUPTED
+        except Exception as error:
+            status = faults.status_of(error)
+            peers.leave(faults.as_line(error), 1 if status is None else status)
+            if status is None:
+                raise
+            return _report(error, status)
+        peers.leave()
+        return status
 
     def parse(argv: list[str]) -> list[str]:
         try:
             return parse_flags(argv)
         except UserError as error:
-            sys.exit(_report(error))
+            sys.exit(_report(error, BAD_INPUT))
 
     app.run(guarded, flags_parser=parse)
 
 
-def _report(error: UserError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return BAD_INPUT
+def _report(error: Exception, status: int) -> int:
+    print(f"error: {faults.as_line(error)}", file=sys.stderr)
+    return status
+
+
+class _Output:
+    """A text stream that takes any name of a file, and drops what nobody reads any more."""
+
+    _GONE = (errno.EPIPE, errno.EIO)  # a pipe's other end; a terminal
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._unless_gone(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._unless_gone(self._stream.flush)
+
+    def _unless_gone(self, action: Callable, *arguments: str) -> None:
+        try:
+            action(*arguments)
+        except OSError as error:
+            if error.errno not in self._GONE:
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # what is buffered goes there too
+            os.close(nowhere)
+
+
+class _PathParser(flags.ArgumentParser):
+    """Values that are local paths, with the home for `~`."""
+
+    def parse(self, argument: str) -> str:
+        return str(local_path(argument))
+
+
+def define_path(name: str, help: str, *, required: bool = False) -> flags.FlagHolder:
+    """Defines a flag that names a file or folder of this machine."""
+    serializer = flags.ArgumentSerializer()
+    return flags.DEFINE(_PathParser(), name, None, help, serializer=serializer, required=required)
+
+
+def define_paths(name: str, help: str, *, required: bool = False) -> flags.FlagHolder:
+    """As `define_path`, for a flag that may be given several times."""
+    serializer = flags.ArgumentSerializer()
+    return flags.DEFINE_multi(_PathParser(), serializer, name, None, help, required=required)
 
 
 def option_flags(
@@ -162,9 +226,10 @@ def join_processes() -> None:
             f"--coordinator_address=HOST:PORT --num_processes=N --process_id=I ({error})"
         ) from error
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(
+        raise faults.MachineError(
             f"--distributed cannot join the other processes: {str(error).splitlines()[0]}"
         ) from error
+    peers.join()
 
 
 def numbers(flag: flags.FlagHolder, *, at_least: int = 1) -> list[int]:

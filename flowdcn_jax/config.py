@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_dict
 
 from flowdcn_jax import ema
 from flowdcn_jax.errors import ConfigError, UserError
+from flowdcn_jax.files import local_path_text
 from flowdcn_jax.models import find_model, read_options
 from flowdcn_jax.options import (
     FRACTION,
@@ -46,7 +47,9 @@ class Data:
     """config.data"""
 
     name: str = option("latents", "data set", name_in("flowdcn_jax.data:SOURCES"), fixed=True)
-    data_dir: str | None = option(None, "folder of prepared data sets; None: TFDS's default")
+    data_dir: str | None = option(
+        None, "folder of prepared data sets; None: TFDS's default", parse=local_path_text
+    )
     split: str = option("train", "TFDS split, or a slice of one", fixed=True)
     image_size: int = option(
         256, "side of the images, or root of the buckets' area, pixels", at_least(1), fixed=True
@@ -80,7 +83,9 @@ class Autoencoder:
         "decoder of latents",
         name_in("flowdcn_jax.autoencoders:AUTOENCODERS"),
     )
-    weights: str | None = option(None, "its safetensors file, or the folder that holds it")
+    weights: str | None = option(
+        None, "its safetensors file, or the folder that holds it", parse=local_path_text
+    )
     downsampling: int = option(8, "image pixels a latent pixel, each side", at_least(1))
     dtype: str = option("float32", "compute dtype; auto as in model.dtype", one_of(*DTYPES))
 
@@ -165,6 +170,11 @@ class Checkpoint:
     """config.checkpoint"""
 
     every_steps: int = option(10_000, "between checkpoints", at_least(1))
+    every_minutes: float | None = option(
+        30.0,
+        "wall time after which one is saved in between, with the next line of metrics; None: never",
+        POSITIVE,
+    )
     keep: int = option(3, "newest checkpoints kept", at_least(1))
     keep_every_steps: int | None = option(
         None, "kept for ever, every so many; None: no such step", POSITIVE
@@ -212,7 +222,9 @@ class Evaluate:
         "the network that sees them",
         name_in("flowdcn_jax.evaluation.features:NETWORKS"),
     )
-    weights: str | None = option(None, "its safetensors file, or the folder that holds it")
+    weights: str | None = option(
+        None, "its safetensors file, or the folder that holds it", parse=local_path_text
+    )
     reference: str | None = option(
         None, "images or statistics, as of evaluate.py; None: the images that training sees"
     )
@@ -323,6 +335,15 @@ def validate(config, num_devices: int, num_processes: int) -> None:
     _check_batch(config, num_devices, num_processes)
     if config.optimizer.warmup_steps > config.train.num_steps:
         _fail(config, "optimizer.warmup_steps", f"at most train.num_steps={config.train.num_steps}")
+    check_classes(config)
+
+
+def check_classes(config) -> None:
+    """The classes of grids must be the model's.
+
+    Raises:
+        ConfigError: one is not.
+    """
     classes = config.model.num_classes
     for label in config.sampling.classes:
         if type(label) is not int or not 0 <= label < classes:
@@ -358,6 +379,11 @@ def fixed_keys(model: str) -> set[str]:
     of_model = options_of(find_model(model).options).items()
     declared = [*_options(), *((f"model.{key}", each) for key, each in of_model)]
     return {"model.name"} | {key for key, each in declared if each.fixed}
+
+
+def optional_keys() -> set[str]:
+    """The keys of which None is a value."""
+    return {key for key, declared in _options() if declared.optional}
 
 
 def lookup(config, key: str) -> Any:

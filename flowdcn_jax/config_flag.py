@@ -1,6 +1,7 @@
 """The --config flag of commands: one line in place of the traceback of what it cannot read."""
 
 import contextlib
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict, config_flags
 from flowdcn_jax.errors import ConfigError, UserError
 
 _NAME = "config"
+_unset: dict[str, None] = {}  # keys that the command line sets to None
 _MODULE = f"{_NAME}_config"  # the name under which config_flags runs the file
 
 flags.disclaim_key_flags()  # --config is a flag of the command that asks for it
@@ -41,6 +43,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     """
     try:
         argv, folder = _with_path(argv)
+        argv, unset = _without_nones(argv)
         with _importable(folder):
             remaining = flags.FLAGS(argv)
     except Exception as error:
@@ -67,7 +70,28 @@ def parse_flags(argv: list[str]) -> list[str]:
         from flowdcn_jax.config import modernise  # not for commands without a config: it is heavy
 
         modernise(flag.value)
+        _set_none(flag.value, unset)
     return remaining
+
+
+def _without_nones(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(argv without --config.KEY=None, the keys): absl would read a number, or a text, there."""
+    found = [re.fullmatch(rf"--?{_NAME}\.(.+)=None", argument) for argument in argv]
+    rest = [argument for argument, match in zip(argv, found, strict=True) if not match]
+    return rest, [match[1] for match in found if match]
+
+
+def _set_none(config: ConfigDict, keys: list[str]) -> None:
+    """Raises ConfigError for a key that None is no value of."""
+    from flowdcn_jax.config import lookup, optional_keys
+
+    _unset.clear()
+    for key in keys:
+        if key not in optional_keys():
+            raise ConfigError(f"config.{key} is None; expected {lookup(config, key)!r} or its like")
+        section, _, name = key.rpartition(".")
+        setattr(lookup(config, section) if section else config, name, None)
+        _unset[key] = None
 
 
 def _with_path(argv: list[str]) -> tuple[list[str], str | None]:
@@ -104,7 +128,7 @@ def _importable(folder: str | None) -> Iterator[None]:
 
 def overrides() -> dict[str, Any]:
     """Key -> value of the --config.KEY=VALUE that were given."""
-    return dict(config_flags.get_override_values(flags.FLAGS[_NAME]))
+    return dict(config_flags.get_override_values(flags.FLAGS[_NAME])) | _unset
 
 
 def _where_in_file(error: BaseException | None) -> str | None:

@@ -2,11 +2,54 @@
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from flowdcn_jax.errors import UserError
+
+_SCHEME = re.compile(r"([A-Za-z][\w+.-]+:)/+([^/]*)", re.ASCII)  # of a URL; Path leaves one slash
+
+
+def local_path(path: str | os.PathLike) -> Path:
+    """The path, with the home for `~`; every path that a user names passes here.
+
+    Raises:
+        UserError: a URL, which the system would take for a folder named "gs:".
+    """
+    text = os.fspath(path)
+    if url := _SCHEME.match(text):
+        raise UserError(
+            f"{text} is not a path of this machine; expected one: mount {url[1]}//{url[2]} "
+            "(gcsfuse, mount-s3 and rclone do it) and name the folder in it"
+        )
+    return Path(text).expanduser()
+
+
+def local_path_text(path: str) -> str:
+    """As `local_path`, for values that are texts.
+
+    Raises:
+        UserError: a URL.
+        TypeError: no text.
+    """
+    if not isinstance(path, str):
+        raise TypeError("a path")
+    return str(local_path(path))
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Errors of a file that the block has opened get its name, as those of paths have."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 @contextlib.contextmanager
@@ -15,7 +58,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
     Missing folders are made. If the block fails, `path` stays as it was and nothing is left over.
     """
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with naming(path), atomic_path(path) as temporary, open(temporary, "wb") as file:
         yield file
 
 

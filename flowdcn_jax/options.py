@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowdcn_jax.errors import UserError
+from flowdcn_jax.files import local_path
 
 _TYPE_NAMES = {
     bool: "True or False",
@@ -136,7 +137,9 @@ class Option:
                 raise error(f"{name} is {given!r}; expected {expected}") from e
         elif not self._is_of_type(value):
             raise error(f"{name} is {given!r}; expected {self._type_text()}")
-        if self.type in (int, float, Path):
+        if self.type is Path:
+            value = local_path(value)
+        elif self.type in (int, float):
             value = self.type(value)
         if self.range is not None and not self.range.holds(value):
             raise error(f"{name} is {given!r}; expected {self.expected}")

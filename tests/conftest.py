@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 
+from flowdcn_jax import faults
 from tests import compilation
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -46,6 +47,12 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def no_waits(monkeypatch):
+    """What may pass is tried again at once."""
+    monkeypatch.setattr(faults, "WAITS_S", (0, 0, 0))
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ the same; on others floats are the same but for rounding.
 """
 
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -198,6 +199,9 @@ def folders(tmp_path_factory):
         folders[name] = Path(shutil.copytree(folders["latents"], root / name))
     make.rename_photos(folders["stopped_latents"], make.PHOTOS, folders["photos"])
     make.rename_photos(folders["other_latents"], make.PHOTOS, "/others")
+    (manifest,) = folders["other_latents"].rglob("metadata.json")
+    other = re.sub('"fingerprint": "[^"]*"', '"fingerprint": "0"', manifest.read_text())
+    manifest.write_text(other)
     (manifest,) = folders["other_scale"].rglob("metadata.json")
     manifest.write_text(manifest.read_text().replace("0.18215", "0.13025"))
     (folders["begun"],) = folders["stopped_latents"].glob("incomplete.*")
@@ -237,7 +241,7 @@ OWN_SIT = ["train.py", f"--config={make.HERE / 'own_sit.py'}", f"--workdir={RUN}
         # Other data.
         (
             train_on("{latents_run}", "{other_latents}"),
-            "data.settings.dataset: 'folder:/photos' -> 'folder:/others'",
+            "' -> '0'. Use the old data",  # of data.settings.fingerprint
         ),
         (
             train_on("{older_run}", "{other_scale}"),

@@ -130,6 +130,7 @@ BAD = {
     "mesh.fsdp": 0.5,
     "checkpoint.every_steps": 0,
     "checkpoint.keep": 0,
+    "checkpoint.every_minutes": 0.0,
     "checkpoint.keep_every_steps": 0,
     "log.every_steps": 0,
     "log.sample_every_steps": -1,

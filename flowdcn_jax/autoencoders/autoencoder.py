@@ -256,6 +256,8 @@ def _load_published(config) -> Autoencoder:
     files = find_files(config.weights, known.files, how_to_get)
     source = " and ".join(map(str, files.values()))
     tensors, digest = read_tensors(files)
+    if known.family is KL:
+        tensors = kl.from_ldm(tensors)
     folder = next(iter(files.values())).parent
     described = read_config(folder, known.family.network.__name__)
     sizes = known.family.find_sizes(tensors, described, source)

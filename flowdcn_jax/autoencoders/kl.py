@@ -4,7 +4,9 @@ Modules and attributes have the publisher's names, so that a parameter's path he
 name there.
 """
 
+import functools
 import itertools
+import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -233,6 +235,20 @@ class AutoencoderKL(nnx.Module):
         return self.decoder(self.post_quant_conv(latents))
 
 
+_LDM_NAMES = (
+    (r"^(encoder|decoder)\.(down|up)\.(\d+)\.block\.", r"\1.\2_blocks.\3.resnets."),
+    (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
+    (r"^decoder\.up\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+)
+
+
 def old_tensor_name(path: tuple) -> str:
     """The name in files of older versions of diffusers, such as sd-vae-ft-ema's."""
     name = tensor_name(path)
@@ -244,6 +260,38 @@ def old_tensor_name(path: tuple) -> str:
 def naming(tensors: Mapping[str, np.ndarray]) -> Callable[[tuple], str]:
     """The one of the two namings that the tensors follow."""
     return old_tensor_name if any(".query." in name for name in tensors) else tensor_name
+
+
+def from_ldm(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Tensors under diffusers' names, of those under the names of latent-diffusion's own code.
+
+    They may be a part of a whole model, named first_stage_model.  Others are given back as they
+    are.
+    """
+    whole = "first_stage_model."
+    if any(name.startswith(whole) for name in tensors):
+        tensors = {
+            name.removeprefix(whole): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(whole)
+        }
+    ups = {match[1] for match in map(re.compile(r"decoder\.up\.(\d+)\.").match, tensors) if match}
+    if not ups:
+        return tensors
+    renamed, place = {}, functools.partial(_ldm_up_block, count=len(ups))
+    for name, tensor in tensors.items():
+        if name.startswith(("loss.", "model_ema.")):
+            continue
+        for pattern, replacement in _LDM_NAMES:
+            name = re.sub(pattern, replacement, name)
+        name = re.sub(r"^decoder\.up_blocks\.(\d+)", place, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def _ldm_up_block(match: re.Match, *, count: int) -> str:
+    """latent-diffusion counts them upwards from the image, diffusers towards it."""
+    return f"decoder.up_blocks.{count - 1 - int(match[1])}"
 
 
 def find_sizes(tensors: Mapping[str, np.ndarray], config: Mapping, source: str) -> KLSizes:

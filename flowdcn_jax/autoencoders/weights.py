@@ -1,5 +1,6 @@
 """Published weights: finding the files, reading safetensors, putting each tensor in its place."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from flowdcn_jax.errors import UserError
+from flowdcn_jax.faults import retried
+from flowdcn_jax.files import local_path
+from flowdcn_jax.weight_names import in_hub_cache, lfs_pointer, plain_names
 
 CONFIG_FILE = "config.json"
 _NAMED = 3  # tensors that a message names
@@ -30,20 +34,26 @@ class WeightsNotFoundError(AutoencoderError, FileNotFoundError):
 def find_files(weights: str | None, choices: Sequence[Files], how_to_get: str) -> dict[str, Path]:
     """{prefix of names: file} of the files that hold an autoencoder's weights.
 
-    `weights` is a file that holds all of them, or a folder with one of `choices`.
+    `weights` is a file that holds all of them, or a folder with one of `choices`, perhaps in
+    half precision (.fp16.safetensors), also a model's folder in Hugging Face's cache.
 
     Raises:
         WeightsNotFoundError: no such file or folder, or none of `choices` in it.
     """
     problem = f"config.autoencoder.weights is {weights!r}"
     if weights is not None:
-        path = Path(weights).expanduser()
+        path = local_path(weights)
         if path.is_file():
             return {"": path}
-        for files in choices:
-            found = {prefix: path / name for prefix, name in files.items()}
-            if all(file.is_file() for file in found.values()):
-                return found
+        folder = in_hub_cache(path)
+        for half in ("", ".fp16"):  # as diffusers names copies of half the size
+            for files in choices:
+                found = {
+                    prefix: folder / name.replace(".safetensors", f"{half}.safetensors")
+                    for prefix, name in files.items()
+                }
+                if all(file.is_file() for file in found.values()):
+                    return found
         names = " or ".join(" and ".join(files.values()) for files in choices)
         problem += f", a folder without {names}" if path.is_dir() else ", which is not there"
     raise WeightsNotFoundError(f"{problem}. {how_to_get}")
@@ -52,22 +62,43 @@ def find_files(weights: str | None, choices: Sequence[Files], how_to_get: str) -
 def read_tensors(files: Mapping[str, Path]) -> tuple[dict[str, np.ndarray], str]:
     """(tensors by name with its file's prefix, SHA-256 of the files' bytes one after the other).
 
+    Prefixes of wrappers (module., _orig_mod.) are dropped from names.
+
     Raises:
-        AutoencoderError: not a whole safetensors file.
+        AutoencoderError: not a whole safetensors file, or numbers of a type that NumPy has not.
     """
     tensors, digest = {}, hashlib.sha256()
     for prefix, path in files.items():
+        content = retried(functools.partial(_read_file, path))
         try:
-            content = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise AutoencoderError(
-                f"{path} is not a whole safetensors file ({error}); expected one, not a .pth or "
-                ".bin nor the pointer that Git LFS leaves"
-            ) from error
-        tensors |= {prefix + name: tensor for name, tensor in content.items()}
+            names = plain_names(content)
+        except ValueError as error:
+            raise AutoencoderError(f"{path} cannot be used: {error}") from error
+        tensors |= {prefix + plain: content[name] for plain, name in names.items()}
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)  # goes on with the files before
     return tensors, digest.hexdigest()
+
+
+def _read_file(path: Path) -> dict[str, np.ndarray]:
+    try:
+        if lfs_pointer(path):
+            raise AutoencoderError(
+                f"{path} is not a whole safetensors file but the pointer that Git LFS leaves in "
+                "its place; fetch the file itself, with git lfs pull"
+            )
+        return load_file(path)
+    except (AttributeError, TypeError, KeyError) as error:  # such as numbers of 8 bits
+        raise AutoencoderError(
+            f"{path} holds numbers of a type that is not read ({error}); expected float16, "
+            "bfloat16 or float32"
+        ) from error
+    except (SafetensorError, ValueError, OSError) as error:
+        if isinstance(error, AutoencoderError):
+            raise
+        raise AutoencoderError(
+            f"{path} is not a whole safetensors file ({error}); expected one, not a .pth or .bin"
+        ) from error
 
 
 def read_config(folder: Path, class_name: str) -> dict:
@@ -80,7 +111,7 @@ def read_config(folder: Path, class_name: str) -> dict:
     if not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
         found = config.get("_class_name", class_name)
     except (ValueError, AttributeError) as error:
         raise AutoencoderError(f"{path} is not the config.json of diffusers: {error}") from error
@@ -119,8 +150,8 @@ def place_tensors(
     """Parameters like `abstract` (nested dicts), float32, from PyTorch's tensors.
 
     Raises:
-        AutoencoderError: tensors are missing, left over, of another shape or not numbers; the
-            message names them, and `source`, where they are from.
+        AutoencoderError: tensors are missing, left over, of another shape, not numbers or not
+            finite; the message names them, and `source`, where they are from.
     """
     flat = traverse_util.flatten_dict(abstract)
     names = {path: tensor_name(path) for path in flat}
@@ -133,6 +164,8 @@ def place_tensors(
     placed = {}
     for path, leaf in flat.items():
         placed[path] = _to_jax(tensors[names[path]], leaf.shape, f"{names[path]} of {source}")
+        if not np.isfinite(placed[path]).all():
+            raise AutoencoderError(f"{names[path]} of {source} holds values that are not finite")
     return traverse_util.unflatten_dict(placed)
 
 

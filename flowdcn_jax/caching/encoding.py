@@ -18,6 +18,7 @@ from flowdcn_jax.caching.job import Job
 from flowdcn_jax.caching.parts import Part, Skipped, check_bad
 from flowdcn_jax.data import DataError, randomness
 from flowdcn_jax.data.image_files import BadImageError, centre_crop, random_crop
+from flowdcn_jax.faults import retried
 from flowdcn_jax.runs.sharding import batch_sharding, make_mesh, replicated
 
 # Encoded at a time on each device: 16 images of 256x256, 4 of 512x512.  More are hardly faster
@@ -114,7 +115,7 @@ def read_cropped(job: Job, index: int) -> Cropped | Skipped:
     index = int(index)
     name = job.images.name(index)
     try:
-        image, label = job.images.read(index)
+        image, label = retried(lambda: job.images.read(index), what=name)
         if job.buckets is None:
             pixels = centre_crop(image, job.image_size)
         else:

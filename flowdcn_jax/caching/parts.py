@@ -19,6 +19,7 @@ import numpy as np
 
 from flowdcn_jax.caching.job import Job, Size
 from flowdcn_jax.data import DataError
+from flowdcn_jax.runs.contents import DATA, check_is_for
 from flowdcn_jax.runs.folder import RECORD_FILE, ResumableFolder, differences, read_array
 
 # A stop loses at most the part being encoded: 256 images, 5000 of ImageNet's 1.28 million, or what
@@ -126,6 +127,7 @@ class Parts(ResumableFolder):
             DataError: the folder holds parts that were made with other settings, or with unknown
                 ones; or it cannot be written to.
         """
+        check_is_for(self._job.data_dir, DATA, flag="--data_dir", error=DataError)
         num_images = len(self._job.images)
         if images_per_part is None:
             wanted = max(_MIN_IMAGES, math.ceil(num_images / _MAX_PARTS))

@@ -12,6 +12,7 @@ import numpy as np
 
 from flowdcn_jax.data import randomness
 from flowdcn_jax.data.prepared import DataError, Encoder
+from flowdcn_jax.faults import retried
 
 Batch = dict[str, np.ndarray]  # {"image": [n, H, W, C], "label": int32 [n]}
 
@@ -181,7 +182,7 @@ def _batch_reader(
         # No two visits, of any bucket, have the same position.  With one bucket they are equal.
         epochs, places = np.divmod(visits, len(bucket))
         positions = epochs * sum(sizes) + firsts[number] + places
-        return bucket.read(orders[number](visits), positions, seed)
+        return retried(lambda: bucket.read(orders[number](visits), positions, seed), what="data")
 
     return read
 

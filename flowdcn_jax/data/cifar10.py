@@ -5,6 +5,7 @@ pickle, which can run any code when it is loaded: it is refused.
 """
 
 import dataclasses
+import functools
 import os
 import re
 import zipfile
@@ -20,6 +21,7 @@ from flowdcn_jax.data import prepared
 from flowdcn_jax.data.image_files import BadImageError, decode_rgb
 from flowdcn_jax.data.labelled_images import FolderImages, LabelledImage
 from flowdcn_jax.data.prepared import DataError, DataNotFoundError
+from flowdcn_jax.faults import retried
 
 IMAGE_SHAPE = (32, 32, 3)
 NUM_CLASSES = 10
@@ -129,7 +131,7 @@ def read_prepared(
     images = np.empty((len(records), *IMAGE_SHAPE), np.uint8)
     labels = np.empty(len(records), np.int32)
     for row in range(len(records)):
-        feature = prepared.parse_record(records[row])
+        feature = prepared.parse_record(retried(functools.partial(records.__getitem__, row)))
         stored = feature["image"].bytes_list.value[0]
         images[row] = (
             decode_rgb(stored) if encoded else np.frombuffer(stored, np.uint8).reshape(IMAGE_SHAPE)

@@ -24,6 +24,8 @@ _UPRIGHT = {  # EXIF's orientation, and what turns the stored image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXTS = {b"iCCP", b"tEXt", b"zTXt", b"iTXt"}
 _WHITE = (255, 255, 255, 255)
 # A hair-thin image becomes huge when its short side is enlarged; the limit is that for bombs.
 _MAX_RESIZED_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
@@ -81,8 +83,13 @@ def _of_machine(error: Exception) -> bool:
 
 def _load(encoded: bytes) -> Image.Image:
     """The upright image in its own mode."""
-    image = Image.open(io.BytesIO(encoded), formats=_formats())
-    image.load()
+    try:
+        image = _decode(encoded)
+    except Exception as error:
+        bare = _without_texts(encoded)
+        if _of_machine(error) or bare == encoded:
+            raise
+        image = _decode(bare)
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception as error:  # damaged EXIF is common, and no reason to lose a sound image
@@ -90,6 +97,25 @@ def _load(encoded: bytes) -> Image.Image:
             raise
         orientation = None
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _decode(encoded: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(encoded), formats=_formats())
+    image.load()
+    return image
+
+
+def _without_texts(encoded: bytes) -> bytes:
+    """A PNG file without its texts and colour profile, whose size Pillow limits; others as is."""
+    if not encoded.startswith(_PNG):
+        return encoded
+    kept, place = [_PNG], len(_PNG)
+    while place < len(encoded):
+        end = place + 12 + int.from_bytes(encoded[place : place + 4])
+        if encoded[place + 4 : place + 8] not in _PNG_TEXTS:
+            kept.append(encoded[place:end])
+        place = end
+    return b"".join(kept)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -4,7 +4,9 @@ Neither needs TensorFlow. TFDS writes into a folder `incomplete.*` and renames i
 so an interrupted preparation leaves nothing that looks prepared.
 """
 
+import bisect
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -18,7 +20,15 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from flowdcn_jax.errors import UserError
-from flowdcn_jax.files import flush
+from flowdcn_jax.faults import (
+    DamagedError,
+    MachineError,
+    as_line,
+    is_damage,
+    machine_status,
+    retried,
+)
+from flowdcn_jax.files import flush, local_path
 
 # The `url_infos` of builders. Else TFDS 4.9.10 looks for checksums with the package
 # importlib_resources, which it does not declare and so may not be there.
@@ -63,7 +73,7 @@ def resolve_data_dir(data_dir: str | os.PathLike | None) -> Path:
     """
     if data_dir is None:
         data_dir = os.environ.get("TFDS_DATA_DIR") or Path("~") / "tensorflow_datasets"
-    return Path(data_dir).expanduser()
+    return local_path(data_dir)
 
 
 def split_name(split: str) -> str:
@@ -104,7 +114,7 @@ def find_prepared(data_dir: Path, names: Sequence[str]) -> list[Path]:
         DataError: `data_dir` is such a folder, of another data set.
     """
     if (data_dir / _INFO_FILE).is_file():
-        _check_name(data_dir, tfds.builder_from_directory(data_dir).name, names)
+        _check_name(data_dir, _builder(data_dir).name, names)
         return [data_dir]
     found = []
     for name in names:
@@ -117,14 +127,14 @@ def open_prepared(folder: Path, *, names: Sequence[str], split: str) -> tuple[An
     """Opens a split, or a slice of it, of a data set in a folder from `find_prepared`.
 
     Returns:
-        (records, info): a sequence of serialised examples (bytes), and the
+        (records, info): a sequence of serialised examples (bytes), `Records`, and the
         `tfds.core.DatasetInfo`, whose `features` decode them.
 
     Raises:
         DataNotFoundError: files of the split are missing.
         DataError: the data set has none of `names`, not this split or not the ArrayRecord format.
     """
-    builder = tfds.builder_from_directory(folder)
+    builder = _builder(folder)
     info = builder.info
     _check_name(folder, builder.name, names)
     if info.file_format.value != "array_record":
@@ -143,9 +153,55 @@ def open_prepared(folder: Path, *, names: Sequence[str], split: str) -> tuple[An
         )
     raw_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
     try:
-        return builder.as_data_source(split, deserialize_method=raw_bytes), info
+        source = builder.as_data_source(split, deserialize_method=raw_bytes)
+        return Records(source, info.splits[split].file_instructions), info
     except ValueError as error:
         raise DataError(f"cannot read the split {split!r} of {folder}: {error}") from error
+
+
+class Records(Sequence):
+    """Serialised examples, read one at a time; thread-safe."""
+
+    def __init__(self, source: Any, files: Sequence[Any]):
+        """`files`: TFDS's file instructions, in the order of `source`."""
+        self._source = source
+        self._files = [file.filename for file in files]
+        self._ends = list(itertools.accumulate(file.take for file in files))
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> bytes:
+        """Raises DataError if the file is damaged, MachineError if it cannot be read now."""
+        try:
+            record = self._source[index]
+            if not record:  # what array_record gives of some files that were cut
+                raise DamagedError(f"record {index} is empty")
+            return record
+        except Exception as error:
+            file = self._files[bisect.bisect_right(self._ends, index)]
+            if is_damage(error):
+                raise DataError(
+                    f"{file} is damaged ({as_line(error)}): put an undamaged copy in its place, or "
+                    "prepare the data set again"
+                ) from error
+            status = machine_status(error)
+            if status is None:
+                raise
+            raise MachineError(f"{file} cannot be read: {as_line(error)}", status) from error
+
+
+def _builder(folder: Path) -> tfds.core.DatasetBuilder:
+    """The data set in a folder; DataError if what describes it is damaged."""
+    try:
+        return retried(lambda: tfds.builder_from_directory(folder))
+    except Exception as error:  # whatever a damaged file makes TFDS raise
+        if machine_status(error) is not None:
+            raise
+        raise DataError(
+            f"{folder} holds no data set that can be opened: its {_INFO_FILE} or features.json is "
+            f"damaged ({as_line(error)})"
+        ) from error
 
 
 def _check_name(folder: Path, name: str, names: Sequence[str]) -> None:
@@ -156,7 +212,15 @@ def _check_name(folder: Path, name: str, names: Sequence[str]) -> None:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The metadata that a data set was prepared with, its metadata.json, or None."""
     path = folder / _METADATA_FILE
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(retried(path.read_bytes))
+        if not isinstance(manifest, dict):
+            raise ValueError("it holds no settings")
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+    return manifest
 
 
 def find_encoder(manifest: Mapping[str, Any] | None, *, where: str = "the manifest") -> Encoder:

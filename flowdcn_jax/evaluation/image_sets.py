@@ -30,6 +30,8 @@ from flowdcn_jax.data.image_files import (
 )
 from flowdcn_jax.data.labelled_images import FOLDER_PREFIX, open_labelled_images
 from flowdcn_jax.evaluation.settings import EvaluationError
+from flowdcn_jax.faults import retried
+from flowdcn_jax.files import local_path
 
 SAMPLES_FILE, SETTINGS_FILE = "samples.npz", "settings.json"  # in a folder of sample.py
 IMAGES_KEY = "arr_0"
@@ -106,7 +108,7 @@ def open_images(
     name = source.removeprefix(FOLDER_PREFIX)
     if not name:
         raise EvaluationError(f"{source!r} names no images; expected a file, folder or data set")
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.is_dir():
         return _open_folder(path, crop)
     if path.is_file():
@@ -247,7 +249,7 @@ def _open_folder(path: Path, crop: int | None) -> ImageSet:
         raise EvaluationError(f"{path} holds neither .npz files nor images, and is no workdir")
 
     def read_one(index: int) -> Image.Image:
-        return decode_rgb(Path(files[index]).read_bytes())
+        return decode_rgb(retried(Path(files[index]).read_bytes))
 
     images = _decoded(str(path), len(files), read_one, files.__getitem__, crop)
     return dataclasses.replace(images, settings=_find_settings(path))

@@ -26,7 +26,7 @@ from flowdcn_jax.evaluation.image_sets import (
 )
 from flowdcn_jax.evaluation.settings import EvaluationError
 from flowdcn_jax.evaluation.statistics import FEATURES, SPATIAL, Statistics
-from flowdcn_jax.files import atomic_write
+from flowdcn_jax.files import atomic_write, local_path
 
 _GAUSSIAN_KEYS = {FEATURES: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
 _ROUNDING = 1e-5  # of covariances in float32, relative
@@ -42,7 +42,7 @@ def open_side(source: str, **options: Any) -> ImageSet | Statistics:
     Raises:
         EvaluationError, DataError: neither is there, or it cannot be used.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_file() and "mu" in npz_arrays(path):
         return read_statistics(path)
     return open_images(source, **options)

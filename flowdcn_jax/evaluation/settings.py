@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flowdcn_jax.errors import UserError
+from flowdcn_jax.files import local_path_text
 from flowdcn_jax.options import at_least, checked, name_in, one_of, option
 from flowdcn_jax.sampling.settings import Request
 
@@ -70,7 +71,10 @@ class ImageChoice:
     )
     split: str = option("train", "split of a data set, or a slice of it")
     data_dir: str | None = option(
-        None, "folder of prepared data sets", unset="$TFDS_DATA_DIR, else that of TFDS"
+        None,
+        "folder of prepared data sets",
+        parse=local_path_text,
+        unset="$TFDS_DATA_DIR, else that of TFDS",
     )
 
     def __post_init__(self):

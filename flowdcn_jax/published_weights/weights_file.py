@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from flowdcn_jax.errors import UserError
+from flowdcn_jax.weight_names import lfs_pointer, plain_names
 
 MIN_TORCH = (2, 5)  # the first with safe_globals
 REMAP_BYTES = 2**27
@@ -46,6 +47,8 @@ class WeightsFile(NamedTuple):
 def open_weights_file(path: Path) -> WeightsFile:
     """The tensors of a file, by what it begins with, whatever its name.
 
+    Prefixes of wrappers (module., _orig_mod.) are dropped from the tensors' names.
+
     Raises:
         PublishedWeightsError: no such file, neither of the two kinds, damaged (PyTorch's files of
             1.6 and later carry checksums; the others do not), asking for code to be run, or PyTorch
@@ -57,15 +60,28 @@ def open_weights_file(path: Path) -> WeightsFile:
     except OSError as error:
         raise PublishedWeightsError(f"--source={path} cannot be read: {error.strerror}") from error
     if head[8:9] == b"{":  # after the header's length, which can be any bytes
-        return _open_safetensors(path)
+        return _plainly_named(_open_safetensors(path), path)
     if head[:2] == b"PK":
-        return _open_torch(path, is_zip=True)
+        return _plainly_named(_open_torch(path, is_zip=True), path)
     if head[:1] == b"\x80":  # a pickle: PyTorch's form of before 1.6
-        return _open_torch(path, is_zip=False)
+        return _plainly_named(_open_torch(path, is_zip=False), path)
+    if lfs_pointer(path):
+        raise PublishedWeightsError(
+            f"--source={path} is the pointer that Git LFS leaves in the place of a file; fetch the "
+            "file itself, with git lfs pull"
+        )
     raise PublishedWeightsError(
         f"--source={path} is neither a PyTorch file (.pth, .pt, .ckpt) nor safetensors: it begins "
         f"with {head[:8]!r}"
     )
+
+
+def _plainly_named(file: WeightsFile, path: Path) -> WeightsFile:
+    try:
+        names = plain_names(file.tensors)
+    except ValueError as error:
+        raise PublishedWeightsError(f"--source={path} cannot be used: {error}") from error
+    return file._replace(tensors={plain: file.tensors[name] for plain, name in names.items()})
 
 
 def _open_safetensors(path: Path) -> WeightsFile:

@@ -6,28 +6,30 @@ posthoc_emas/<name>/<step>/, each a checkpoint of its own with the items `ema_<n
 """
 
 import contextlib
-import logging
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from flowdcn_jax import ema
+from flowdcn_jax.files import local_path
 from flowdcn_jax.runs.items import (
     FOLDER,
     WEIGHTS_STEP,
     CheckpointError,
     EmaError,
     SavedRun,
+    check_items,
     checksum,
-    first_line,
+    first_whole,
     item_of,
     none_whole,
+    read_items,
     reader,
-    restore_items,
     restore_run,
     save_args,
 )
@@ -57,19 +59,17 @@ def saved_run(workdir: str) -> SavedRun | None:
     Raises:
         CheckpointError: there are checkpoints, and none with a readable config.
     """
-    folder = Path(workdir).absolute() / FOLDER
+    folder = local_path(workdir).absolute() / FOLDER
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
-    unreadable: dict[int, str] = {}
     with reader(folder) as manager:
-        for step in sorted(manager.all_steps(), reverse=True):
-            try:
-                return restore_run(manager, step)
-            except Exception as e:
-                unreadable[step] = first_line(e)
-    if unreadable:
+        steps = sorted(manager.all_steps(), reverse=True)
+        run, unreadable = first_whole(
+            folder, steps, functools.partial(restore_run, manager), lambda run: run
+        )
+    if unreadable and run is None:
         raise CheckpointError(none_whole(folder.parent, unreadable))
-    return None
+    return run
 
 
 def read_run(workdir: str, step: int | None, *, name: str = ema.MAIN) -> SavedRun:
@@ -84,7 +84,7 @@ def read_run(workdir: str, step: int | None, *, name: str = ema.MAIN) -> SavedRu
         CheckpointError: no checkpoint, not that step, or it is damaged.
         EmaError: it holds no EMA of that name.
     """
-    return _read_newest(workdir, step, lambda manager, candidate, run: run, name)
+    return _read_newest(workdir, step, lambda manager, candidate, run: run, lambda run: run, name)
 
 
 def saved_emas(workdir: str) -> dict[int, tuple[str, ...]]:
@@ -94,7 +94,7 @@ def saved_emas(workdir: str) -> dict[int, tuple[str, ...]]:
         CheckpointError: no checkpoint.
     """
     found = {}
-    with reader(_existing(Path(workdir).absolute() / FOLDER)) as manager:
+    with reader(_existing(local_path(workdir).absolute() / FOLDER)) as manager:
         for step in sorted(manager.all_steps()):
             with contextlib.suppress(Exception):  # damaged: `restore_ema` says so
                 found[step] = restore_run(manager, step).emas
@@ -104,7 +104,7 @@ def saved_emas(workdir: str) -> dict[int, tuple[str, ...]]:
 def posthoc_emas(workdir: str) -> dict[str, list[int]]:
     """The steps of the EMAs that were made after training, by name."""
     made: dict[str, list[int]] = {}
-    for path in (Path(workdir) / POSTHOC_FOLDER).glob("*/*"):
+    for path in (local_path(workdir) / POSTHOC_FOLDER).glob("*/*"):
         if path.name.isdecimal():  # not one that is being written
             made.setdefault(path.parent.name, []).append(int(path.name))
     return {name: sorted(steps) for name, steps in sorted(made.items())}
@@ -117,7 +117,7 @@ def save_weights(workdir: str | Path, params: dict, config) -> None:
     no more memory than the weights and the largest of them.
     """
     weights = Weights(WEIGHTS_STEP, config, None, params)
-    _save_alone(Path(workdir).absolute() / FOLDER, ema.MAIN, weights)
+    _save_alone(local_path(workdir).absolute() / FOLDER, ema.MAIN, weights)
 
 
 def save_posthoc_ema(workdir: str | Path, name: str, weights: "Weights") -> Path:
@@ -126,7 +126,7 @@ def save_posthoc_ema(workdir: str | Path, name: str, weights: "Weights") -> Path
     Returns:
         Its folder, which must not be there yet. Memory is as in `save_weights`.
     """
-    folder = Path(workdir).absolute() / POSTHOC_FOLDER / name
+    folder = local_path(workdir).absolute() / POSTHOC_FOLDER / name
     _save_alone(folder, name, weights)
     return folder / str(weights.step)
 
@@ -171,56 +171,56 @@ def _restore_weights(
 ) -> Weights:
     """The EMA of a name; None: the parameters, or the EMA where there is no more than that."""
 
-    def read(manager: ocp.CheckpointManager, candidate: int, run: SavedRun) -> Weights:
+    def read(manager: ocp.CheckpointManager, candidate: int, run: SavedRun) -> tuple:
         config = ConfigDict(run.config)
         params = abstract_params(config)
         if name is not None or run.weights_only:
-            item = item_of(name or ema.MAIN)
-            params = restore_items(manager, candidate, {item: params})[item]
+            items = read_items(manager, candidate, {item_of(name or ema.MAIN): params})
         else:
             wanted = {"state": {"params": params}}
-            items = restore_items(manager, candidate, wanted, partial=True)
-            params = items["state"]["params"]
+            items = read_items(manager, candidate, wanted, partial=True)
+        return candidate, config, run, items
+
+    def check(read: tuple) -> Weights:
+        candidate, config, run, items = read
+        (params,) = check_items(items).values()
+        params = params["params"] if items.partial else params
         return Weights(candidate, config, run.class_names, params, run.data_identity)
 
-    return _read_newest(workdir, step, read, name or ema.MAIN)
+    return _read_newest(workdir, step, read, check, name or ema.MAIN)
 
 
-def _read_newest(workdir: str, step: int | None, read: Callable, name: str):
-    """read(manager, step, run) of that step, or of the newest one that is whole.
+def _read_newest(workdir: str, step: int | None, read: Callable, check: Callable, name: str):
+    """check(read(manager, step, run)) of that step, or of the newest one that is whole.
 
     `name` is of an EMA that it must hold: saved in training, or made after it.
     """
     made = posthoc_emas(workdir)
     if name in made and (step is None or step in made[name]):
-        folder = Path(workdir).absolute() / POSTHOC_FOLDER / name
+        folder = local_path(workdir).absolute() / POSTHOC_FOLDER / name
     else:
-        folder = _existing(Path(workdir).absolute() / FOLDER)
+        folder = _existing(local_path(workdir).absolute() / FOLDER)
     with reader(folder) as manager:
         steps = sorted(manager.all_steps(), reverse=True)
         if not steps:
             raise CheckpointError(f"{folder.parent} holds no finished checkpoint yet")
         if step is not None and step not in steps:
             raise CheckpointError(f"{folder} has no step {step}; there are {sorted(steps)}")
-        damaged: dict[int, str] = {}
-        for candidate in steps if step is None else [step]:
-            try:
-                run = restore_run(manager, candidate)
-                if name not in run.emas:
-                    later = [f"{other} of {steps}" for other, steps in made.items()]
-                    raise EmaError(
-                        f"step {candidate} of {workdir} has no EMA {name!r}; there are "
-                        f"{', '.join(run.emas)}; made after training: {', '.join(later) or 'none'}"
-                    )
-                return read(manager, candidate, run)
-            except EmaError:
-                raise
-            except Exception as e:
-                damaged[candidate] = first_line(e)
-                logging.warning(
-                    "checkpoint %s is damaged: %s", folder / str(candidate), damaged[candidate]
+
+        def read_whole(candidate: int) -> Any:
+            run = restore_run(manager, candidate)
+            if name not in run.emas:
+                later = [f"{other} of {steps}" for other, steps in made.items()]
+                raise EmaError(
+                    f"step {candidate} of {workdir} has no EMA {name!r}; there are "
+                    f"{', '.join(run.emas)}; made after training: {', '.join(later) or 'none'}"
                 )
+            return read(manager, candidate, run)
+
+        found, damaged = first_whole(folder, steps if step is None else [step], read_whole, check)
+    if found is None:
         raise CheckpointError(none_whole(folder.parent, damaged))
+    return found
 
 
 def _save_alone(folder: Path, name: str, weights: "Weights") -> None:

@@ -8,8 +8,10 @@ A workdir of converted weights has a checkpoint 0 without `state`: training star
 It is never deleted: what was trained from it is compared with it.
 """
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -18,20 +20,29 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from flowdcn_jax import ema
+from flowdcn_jax.faults import MachineError, as_line, machine_status
 from flowdcn_jax.runs.items import (
     FOLDER,
     WEIGHTS_STEP,
     CheckpointError,
-    first_line,
+    ReadItems,
+    SavedRun,
+    check_items,
+    first_whole,
     item_of,
     none_whole,
-    restore_items,
+    read_items,
+    reader,
     restore_run,
     save_args,
 )
 from flowdcn_jax.runs.state import TrainState
 
 DAMAGED_FOLDER = "damaged_checkpoints"
+
+
+class SaveError(MachineError):
+    """The machine did not take a checkpoint; the message names the folder and the cause."""
 
 
 class Checkpointer:
@@ -66,15 +77,17 @@ class Checkpointer:
         """Starts saving; returns once the state is copied, so that it may be donated.
 
         `data_identity` is that of the training data (`data.Source`); None: nothing to compare.
+
+        Raises:
+            SaveError: this save, or the one before, could not be written.
         """
         step = int(state.step)
-        if step in self._manager.all_steps():
-            return
         emas = {item_of(name): tree for name, tree in _emas(state).items()}
         items = {"state": _resumable(state), **emas}
-        self._manager.save(
-            step, args=save_args(items, config, class_names, data_identity), force=True
-        )
+        with self._reporting():
+            if step not in self._manager.all_steps():
+                args = save_args(items, config, class_names, data_identity)
+                self._manager.save(step, args=args, force=True)
 
     def restore_newest(self, abstract: TrainState) -> TrainState | None:
         """The newest state that restores and matches its checksums, in `abstract`'s shardings.
@@ -86,40 +99,56 @@ class Checkpointer:
 
         Raises:
             CheckpointError: there are checkpoints, and not one of them is whole.
+            MachineError: one cannot be read now, in this process or another; nothing is moved.
         """
         self._manager.reload()
-        damaged: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            if step == WEIGHTS_STEP and damaged:
-                raise CheckpointError(
-                    f"{none_whole(self.workdir, damaged)}; with these steps moved away, training "
-                    "starts afresh from the converted weights"
-                )
-            state, error = None, ""
-            try:
-                state = _restore_state(self._manager, step, abstract)
-            except Exception as e:  # whatever a damaged file makes Orbax raise
-                error = first_line(e)
-            if _all_processes(state is not None):
-                self._set_aside(damaged)
-                return state
-            damaged[step] = error or "another process could not read it"
-            logging.warning(
-                "checkpoint %s is damaged and is passed over: %s",
-                self.workdir / FOLDER / str(step),
-                damaged[step],
+        with reader(self.workdir / FOLDER) as manager:
+            state, damaged = first_whole(
+                self.workdir / FOLDER,
+                sorted(self._manager.all_steps(), reverse=True),
+                lambda step: _read_state(manager, step, abstract),
+                lambda read: _checked_state(*read, abstract),
             )
-        if damaged:
+        if state is None and not damaged:
+            return None
+        if state is None:
             raise CheckpointError(none_whole(self.workdir, damaged))
-        return None
+        if damaged and state.opt_state is None:
+            raise CheckpointError(
+                f"{none_whole(self.workdir, damaged)}; with these steps moved away, training "
+                "starts afresh from the converted weights"
+            )
+        self._set_aside(damaged)
+        return state
+
+    def check(self) -> None:
+        """Raises the SaveError of a save that has failed in the background; does not wait."""
+        with self._reporting():
+            self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Returns once the save in progress, if any, is committed."""
-        self._manager.wait_until_finished()
+        """Returns once the save in progress, if any, is committed; or raises SaveError."""
+        with self._reporting():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and ends the background threads."""
-        self._manager.close()
+        """Waits, and ends the background threads; errors are `wait`'s to raise."""
+        with contextlib.suppress(SaveError), self._reporting():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax has none of its own
+            status = machine_status(error)
+            if status is None:
+                raise
+            raise SaveError(
+                f"no checkpoint can be written to {self.workdir / FOLDER} ({as_line(error)}); "
+                "those that are there are whole",
+                status,
+            ) from error
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
         """Moves damaged steps away: their numbers will be saved again."""
@@ -142,12 +171,16 @@ def _emas(state: TrainState) -> dict:
     return {ema.MAIN: state.ema, **state.other_emas}
 
 
-def _restore_state(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> TrainState:
+def _read_state(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> tuple:
     run = restore_run(manager, step)
     wanted = {item_of(name): tree for name, tree in _emas(abstract).items() if name in run.emas}
     if not run.weights_only:
         wanted["state"] = _resumable(abstract)
-    items = restore_items(manager, step, wanted)
+    return step, run, read_items(manager, step, wanted)
+
+
+def _checked_state(step: int, run: SavedRun, read: ReadItems, abstract: TrainState) -> TrainState:
+    items = check_items(read)
     average = items[item_of(ema.MAIN)]
     fresh = {"step": jnp.asarray(step, jnp.int32), "params": average, "opt_state": None}
     resumed = items.get("state", fresh)
@@ -157,9 +190,3 @@ def _restore_state(manager: ocp.CheckpointManager, step: int, abstract: TrainSta
             logging.warning("no EMA %s was saved: it begins as the parameters at %d", name, step)
         others[name] = items.get(item_of(name)) or jax.tree.map(jnp.copy, resumed["params"])
     return TrainState(**resumed, ema=average, other_emas=others)
-
-
-def _all_processes(mine: bool) -> bool:
-    if jax.process_count() == 1:
-        return mine
-    return bool(multihost_utils.process_allgather(jnp.asarray(mine)).all())

@@ -8,15 +8,12 @@ Damage is named. Damaged parts are deleted as well, so that the run makes them a
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import logging
 import os
 import socket
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,26 +22,11 @@ import numpy as np
 from tqdm import tqdm
 
 from flowdcn_jax.errors import UserError
+from flowdcn_jax.faults import DamagedError, is_damage, retried
 from flowdcn_jax.files import atomic_write
 
 RECORD_FILE = "settings.json"
 LOCK_FILE = ".lock"
-
-# What zipfile and NumPy raise when an .npz file is damaged.
-_SIGNS_OF_DAMAGE = (
-    zipfile.BadZipFile,
-    EOFError,
-    KeyError,
-    ValueError,
-    NotImplementedError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-)
-
-
-class DamagedError(Exception):
-    """A file that is not what was written; the message says in which respect."""
 
 
 class ResumableFolder:
@@ -143,7 +125,7 @@ class ResumableFolder:
         path = self.path / RECORD_FILE
         with self.reporting():
             try:
-                record = json.loads(path.read_text(encoding="utf-8"))
+                record = json.loads(retried(lambda: path.read_text(encoding="utf-8")))
                 if not isinstance(record, dict):
                     raise ValueError("it holds no settings")
             except FileNotFoundError:
@@ -309,12 +291,10 @@ def read_npz(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except UserError:  # some are ValueErrors too
+    except (UserError, DamagedError):  # some are ValueErrors too
         raise
-    except _SIGNS_OF_DAMAGE as problem:
-        raise DamagedError(f"{type(problem).__name__}: {problem}") from problem
-    except OSError as problem:
-        if problem.errno != errno.EINVAL:  # a place before the file's beginning
+    except Exception as problem:
+        if not is_damage(problem):
             raise
         raise DamagedError(f"{type(problem).__name__}: {problem}") from problem
 

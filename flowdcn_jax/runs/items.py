@@ -5,10 +5,14 @@ bits, taken on the devices before saving and again after restoring, so a flipped
 way is noticed, whatever the number of devices on either side.
 """
 
+import dataclasses
+import functools
 import json
+import logging
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +21,8 @@ import orbax.checkpoint as ocp
 from flowdcn_jax import ema
 from flowdcn_jax.config import modernise
 from flowdcn_jax.errors import UserError
+from flowdcn_jax.faults import DamagedError, MachineError, is_damage, machine_status, retried
+from flowdcn_jax.runs.processes import first_list, highest
 
 FOLDER = "checkpoints"
 WEIGHTS_STEP = 0  # of converted weights; training saves later ones
@@ -78,8 +84,65 @@ def item_of(name: str) -> str:
 
 
 def reader(folder: Path) -> ocp.CheckpointManager:
-    """A manager that changes nothing in a folder of checkpoints."""
-    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False))
+    """A manager that changes nothing in a folder of checkpoints, and waits for no other process.
+
+    One that could not read would leave the others waiting: see `first_whole`.
+    """
+    options = ocp.CheckpointManagerOptions(create=False)
+    if jax.process_count() > 1:
+        number = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=number, active_processes={number}, barrier_sync_key_prefix=f"alone{number}"
+        )
+        options = dataclasses.replace(options, multiprocessing_options=alone)
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def first_whole(
+    folder: Path, steps: list[int], read: Callable[[int], Any], check: Callable[[Any], Any]
+) -> tuple[Any, dict[int, str]]:
+    """What `check` makes of the first of `steps` that every process can read.
+
+    All processes call it, and get the same step: each says what it met before any of them goes on.
+    Steps that one of them finds damaged are passed over, with a warning.
+
+    Args:
+        folder: of checkpoints.
+        steps: to try, in order; process 0's count.
+        read: from a step to what was read; waits for no other process.
+        check: from that to the result; raises DamagedError, in all processes alike.
+
+    Returns:
+        (the result, or None; {step that was passed over: why}).
+
+    Raises:
+        MachineError: a process could not read, now.
+    """
+    damaged: dict[int, str] = {}
+    for step in first_list(steps):
+        path, found, problem, status = folder / str(step), None, "", 0
+        try:
+            found = retried(functools.partial(read, step), what=str(path))
+        except Exception as error:
+            problem = first_line(error)
+            status = -1 if is_damage(error) else machine_status(error)
+            if status is None:
+                raise
+        if (worst := highest(status)) > 0:
+            problem = problem or "another process says why"
+            raise MachineError(
+                f"checkpoint {path} cannot be read now ({problem}); nothing was moved, and the "
+                "same command goes on",
+                worst,
+            )
+        if -highest(-status) == 0:
+            try:
+                return check(found), damaged
+            except DamagedError as error:
+                problem = str(error)
+        damaged[step] = problem or "another process could not read it"
+        logging.warning("checkpoint %s is damaged and is passed over: %s", path, damaged[step])
+    return None, damaged
 
 
 def save_args(
@@ -109,7 +172,7 @@ def restore_run(manager: ocp.CheckpointManager, step: int) -> SavedRun:
     items = dict(run=ocp.args.JsonRestore(), checksums=ocp.args.JsonRestore())
     restored = manager.restore(step, args=ocp.args.Composite(**items))
     if restored.checksums["run"] != text_checksum(restored.run):
-        raise CheckpointError("checksum mismatch in run")
+        raise DamagedError("checksum mismatch in run")
     names = restored.run["class_names"]
     return SavedRun(
         config=modernise(restored.run["config"]),
@@ -124,10 +187,18 @@ def restore_run(manager: ocp.CheckpointManager, step: int) -> SavedRun:
     )
 
 
-def restore_items(
+class ReadItems(NamedTuple):
+    """Items that are read and not yet checked."""
+
+    items: dict  # name -> tree
+    checksums: dict  # that were saved
+    partial: bool
+
+
+def read_items(
     manager: ocp.CheckpointManager, step: int, wanted: dict, *, partial: bool = False
-) -> dict:
-    """The items `wanted` (name -> abstract tree) of a step, checked against their checksums.
+) -> ReadItems:
+    """The items `wanted` (name -> abstract tree) of a step.
 
     partial: the trees may leave out some of what was saved at their top.
     """
@@ -141,14 +212,23 @@ def restore_items(
     items = {name: restore_args(tree) for name, tree in wanted.items()}
     args = ocp.args.Composite(**items, checksums=ocp.args.JsonRestore())
     restored = manager.restore(step, args=args)
-    for name in wanted:
-        saved, found = restored.checksums[name], checksum(restored[name])
-        if partial:
-            saved = {path: saved[path] for path in saved if path.split("/")[0] in wanted[name]}
+    return ReadItems({name: restored[name] for name in wanted}, restored.checksums, partial)
+
+
+def check_items(read: ReadItems) -> dict:
+    """The items, once they match their checksums; all processes call it.
+
+    Raises:
+        DamagedError: they do not.
+    """
+    for name, tree in read.items.items():
+        saved, found = read.checksums.get(name, {}), checksum(tree)
+        if read.partial:
+            saved = {path: saved[path] for path in saved if path.split("/")[0] in tree}
         wrong = sorted(key for key in saved.keys() | found if saved.get(key) != found.get(key))
         if wrong:
-            raise CheckpointError(f"checksum mismatch in {name}: {', '.join(wrong[:3])}")
-    return {name: restored[name] for name in wanted}
+            raise DamagedError(f"checksum mismatch in {name}: {', '.join(wrong[:3])}")
+    return read.items
 
 
 def first_line(error: Exception) -> str:

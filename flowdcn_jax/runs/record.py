@@ -12,6 +12,8 @@ from flowdcn_jax.runs.folder import differences
 # Keys that were added after runs had been saved, with the values that mean what those did. (The
 # defaults of config.model are such values for its own; the other fixed keys were always there.)
 ADDED = {"data.aspect_buckets.count": 0, "optimizer.name": "adamw"}
+# Where the images lay that latents were made of. The fingerprint, of names and sizes, tells them.
+PATHS = {"data.settings.dataset"}
 
 
 def check_resumable(saved: dict, config, *, weights_only: bool = False) -> None:
@@ -57,7 +59,9 @@ def check_same_data(saved: SavedRun, source: DataSource | BucketedSource) -> Non
         return
     found = []
     if saved.data_identity is not None:
-        found = differences(saved.data_identity, source.identity, "data")
+        told = saved.data_identity.get("settings", {}).get("fingerprint") is not None
+        ignore = PATHS if told else ()
+        found = differences(saved.data_identity, source.identity, "data", ignore=ignore)
     elif source.encoder is not None and "latent_scale" in saved.config["data"]:
         before = {"scale": saved.config["data"]["latent_scale"], "shift": 0}
         now = {"scale": source.encoder.scale, "shift": source.encoder.shift}

@@ -4,12 +4,9 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.runs.folder import lock
+from flowdcn_jax.runs.processes import in_first_process
 
 
 class WorkdirError(UserError, RuntimeError):
@@ -26,18 +23,16 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
         WorkdirError: in every process of the run.
     """
     with contextlib.ExitStack() as stack:
-        problem = ""
-        if jax.process_index() == 0:
+
+        def enter() -> None:
             try:
                 stack.enter_context(lock(workdir, error=WorkdirError))
             except WorkdirError as error:
-                problem = f"{error}. Processes of one run need --distributed"
+                raise WorkdirError(
+                    f"--workdir={error}. Processes of one run need --distributed"
+                ) from error
             except OSError as error:
-                problem = f"{workdir} cannot be written: {error}"
-        failed = bool(problem)
-        if jax.process_count() > 1:
-            failed = bool(multihost_utils.broadcast_one_to_all(np.asarray(failed)))
-        if failed:
-            problem = problem or f"{workdir} cannot be used, as process 0 says"
-            raise WorkdirError(f"--workdir={problem}")
+                raise WorkdirError(f"--workdir={workdir} cannot be written: {error}") from error
+
+        in_first_process(enter, error=WorkdirError)
         yield

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from flowdcn_jax.images import make_grid
 from flowdcn_jax.options import takes_options
+from flowdcn_jax.runs.processes import in_first_process
 from flowdcn_jax.sampling.classes import class_labels
 from flowdcn_jax.sampling.folder import OutputFolder, SampleFolder
 from flowdcn_jax.sampling.generator import count_evaluations, draw_batches
@@ -128,10 +129,10 @@ def _write_images(
                 rows = x if "latents" in folder.rows else images
                 if jax.process_index() == 0:
                     rows = np.asarray(rows)[: stop - start]
-                in_first_process(functools.partial(folder.write, start, rows, labels[start:stop]))
-        in_first_process(folder.join)
+                _in_first(functools.partial(folder.write, start, rows, labels[start:stop]))
+        _in_first(folder.join)
         pictures = (folder, labels, model.words, _png_metadata(model, record, request))
-        in_first_process(lambda: write_pictures(*pictures, save_images=output.save_images))
+        _in_first(lambda: write_pictures(*pictures, save_images=output.save_images))
     return folder.grid
 
 
@@ -161,7 +162,7 @@ def _write_strip(model: TrainedModel, request: Request, settings: Settings, outp
             captions=strip_captions(columns, class_labels(labels, model.words)),
         )
         metadata = _png_metadata(model, record, request)
-        in_first_process(lambda: folder.save_png(picture, strip, metadata))
+        _in_first(lambda: folder.save_png(picture, strip, metadata))
     return folder.path / picture
 
 
@@ -201,22 +202,7 @@ def _print_cost(settings: Settings) -> None:
         )
 
 
-def in_first_process(action: Callable[[], object]) -> None:
-    """Calls `action` in process 0, and raises its SamplingError in every process.
-
-    All processes call it at the same place; the others wait.
-    """
-    error = None
-    if jax.process_index() == 0:
-        try:
-            action()
-        except SamplingError as e:
-            error = e
-    failed = error is not None
-    if jax.process_count() > 1:
-        failed = bool(multihost_utils.broadcast_one_to_all(np.asarray(failed)))
-    if failed:
-        raise error or SamplingError("process 0 had to stop; its own message says why")
+_in_first = functools.partial(in_first_process, error=SamplingError)
 
 
 @contextlib.contextmanager
@@ -227,7 +213,7 @@ def _opened(folder: OutputFolder, record: dict[str, Any]) -> Iterator[None]:
         SamplingError: in every process, if the folder cannot be used.
     """
     with contextlib.closing(folder):
-        in_first_process(lambda: folder.open(record))
+        _in_first(lambda: folder.open(record))
         yield
 
 

@@ -17,7 +17,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ import numpy as np
 from flowdcn_jax.config import modernise
 from flowdcn_jax.files import atomic_write
 from flowdcn_jax.images import save_png
+from flowdcn_jax.runs.contents import IMAGES, check_is_for
 from flowdcn_jax.runs.folder import DamagedError, ResumableFolder, read_npz
 from flowdcn_jax.sampling.settings import SamplingError
 
@@ -58,6 +59,15 @@ class OutputFolder(ResumableFolder):
             read_old=modernise,
         )
         self.grid = path / GRID_FILE
+
+    def open(self, record: dict, **options: Any) -> dict:
+        """As ResumableFolder.open.
+
+        Raises:
+            SamplingError: also if the folder is a run's or a data set's.
+        """
+        check_is_for(self.path, IMAGES, flag="--out", error=SamplingError)
+        return super().open(record, **options)
 
     def save_png(self, name: str, image: np.ndarray, metadata: dict) -> None:
         """Writes a picture, whole or not at all; see `images.save_png`.

@@ -34,18 +34,23 @@ _DATASET = flags.DEFINE_string(
 _SPLIT = flags.DEFINE_string(
     "split", "train", "Split of the TFDS data set, or a slice of it; name of what is made."
 )
-_SOURCE_DIR = flags.DEFINE_string(
-    "source_dir", None, "Where the TFDS data set is prepared.  Default: --data_dir."
+_SOURCE_DIR = command.define_path(
+    "source_dir", "Where the TFDS data set is prepared.  Default: --data_dir."
 )
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Folder of prepared data sets.  Default: $TFDS_DATA_DIR, else that of TFDS."
+_DATA_DIR = command.define_path(
+    "data_dir", "Folder of prepared data sets.  Default: $TFDS_DATA_DIR, else that of TFDS."
+)
+_CLASS_LIST = command.define_path(
+    "class_list",
+    "File with the names of a folder's classes, a line each, in the order of their labels.  "
+    "Default: all subfolders, by name.",
 )
 _IMAGE_SIZE = flags.DEFINE_integer(
     "image_size", 256, "Side of the centre crop, or root of the buckets' area, pixels.", 1
 )
 _AUTOENCODER = flags.DEFINE_enum("autoencoder", None, _ENCODERS, "Which encodes.", required=True)
-_WEIGHTS = flags.DEFINE_string(
-    "autoencoder_weights", None, "Its safetensors file, or the folder that holds it."
+_WEIGHTS = command.define_path(
+    "autoencoder_weights", "Its safetensors file, or the folder that holds it."
 )
 _DTYPE = flags.DEFINE_enum(
     "autoencoder_dtype", "float32", ("float32", "bfloat16"), "Compute dtype of the encoder."
@@ -75,8 +80,6 @@ def main() -> int:
     warnings.filterwarnings("ignore", module="PIL")  # of large images and damaged EXIF
     try:
         _cache()
-    except OSError as error:
-        raise UserError(str(error)) from error
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return command.INTERRUPTED
@@ -141,6 +144,7 @@ def _job() -> Any:
         split=_SPLIT.value,
         data_dir=_SOURCE_DIR.value or _DATA_DIR.value,
         output_dir=data_dir,
+        class_list=_CLASS_LIST.value and Path(_CLASS_LIST.value),
     )
     return Job(
         dataset=images.source,

@@ -18,12 +18,12 @@ from flowdcn_jax import command, config_flag
 from flowdcn_jax.errors import UserError
 
 _CONFIG = config_flag.define_config_flag()
-_SOURCE = flags.DEFINE_string("source", None, "Weights to convert: .pth, .pt, .ckpt, .safetensors.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: to write, or to export.")
+_SOURCE = command.define_path("source", "Weights to convert: .pth, .pt, .ckpt, .safetensors.")
+_WORKDIR = command.define_path("workdir", "Folder of the run: to write, or to export.")
 _WEIGHTS = flags.DEFINE_enum(
     "weights", "ema", ["ema", "model"], "Which, where there are both: averaged, or as trained."
 )
-_EXPORT = flags.DEFINE_string("export", None, "safetensors file to write from --workdir.")
+_EXPORT = command.define_path("export", "safetensors file to write from --workdir.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to export; the newest by default.")
 
 
@@ -63,15 +63,16 @@ def _print_command(title: str, *arguments: str) -> None:
 
 def _fit_config(config) -> dict:
     """Sets what follows from the weights and was not asked for; returns it by key."""
-    from flowdcn_jax.config import check_keys
+    from flowdcn_jax.config import check_classes, check_keys
 
     check_keys(config)
     changed = {}
     if config.model.name == "flowdcn":
         changed["model.boundary"] = "truncate"
     # The default classes are ImageNet's.
-    fit = all(label < config.model.num_classes for label in config.sampling.classes)
-    if not fit and "sampling.classes" not in config_flag.overrides():
+    if "sampling.classes" in config_flag.overrides():
+        check_classes(config)
+    elif max(config.sampling.classes, default=-1) >= config.model.num_classes:
         changed["sampling.classes"] = ()
     config.update_from_flattened_dict(changed)
     return changed

@@ -13,8 +13,8 @@ from absl import flags
 from flowdcn_jax import command
 
 _NETWORK = flags.DEFINE_string("network", None, "inception, dinov2 or efficientnet_lite0.")
-_SOURCE = flags.DEFINE_string("source", None, "Published weights: .pth or .safetensors.")
-_OUT = flags.DEFINE_string("out", None, "safetensors file to write.")
+_SOURCE = command.define_path("source", "Published weights: .pth or .safetensors.")
+_OUT = command.define_path("out", "safetensors file to write.")
 flags.mark_flags_as_required(["network", "source", "out"])
 
 

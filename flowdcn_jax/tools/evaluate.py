@@ -33,9 +33,8 @@ _SEVERAL = ("step", "num_steps", "guidance")  # make a table; the first change l
 
 _SAMPLES = flags.DEFINE_string("samples", None, "Generated images, or a workdir.", required=True)
 _REFERENCE = flags.DEFINE_string("reference", None, "Real images, or statistics.", required=True)
-_OUT = flags.DEFINE_string(
+_OUT = command.define_path(
     "out",
-    None,
     "FILE.json to write; both sides' numbers go beside it, as FILE.samples.npz and so on.",
 )
 _KEEP = flags.DEFINE_bool(
@@ -56,7 +55,7 @@ def main() -> None:
     from flowdcn_jax.evaluation import Comparison, evaluate, needs_network, open_side
     from flowdcn_jax.runs.checkpoint import FOLDER
 
-    if (Path(_SAMPLES.value) / FOLDER).is_dir():
+    if (Path(_SAMPLES.value).expanduser() / FOLDER).is_dir():
         variants, samples = _variants(values), None
     else:
         _check_nothing_is_drawn(values)

@@ -52,7 +52,7 @@ _BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "64"], "Images at a time, 
 _TIMING = flags.DEFINE_enum(
     "timing", "auto", ["auto", "always", "never"], "auto: time on GPUs, not on CPUs."
 )
-_JSON = flags.DEFINE_string("json", None, "File to write the numbers to, as JSON.")
+_JSON = command.define_path("json", "File to write the numbers to, as JSON.")
 
 
 def count(config, image_sizes: list[int]) -> dict:

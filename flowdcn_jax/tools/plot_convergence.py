@@ -5,15 +5,13 @@ Two velocity fields whose solutions are known, in float64: flowdcn_jax/samplers/
 
 from pathlib import Path
 
-from absl import flags
-
 from flowdcn_jax import command, samplers
 from flowdcn_jax.command import file_to_write
 from flowdcn_jax.files import atomic_write
 from flowdcn_jax.samplers.known_solutions import FIELDS, solver_error
 from flowdcn_jax.samplers.neural_coefficients import NEURAL_COEFFICIENTS
 
-_OUT = flags.DEFINE_string("out", None, "PNG to write.", required=True)
+_OUT = command.define_path("out", "PNG to write.", required=True)
 
 NUM_STEPS = (4, 8, 16, 32, 64, 128, 256, 512)
 SOLVERS = ("euler", "heun", "heun_cached", "adams2", "adams3", "adams4")

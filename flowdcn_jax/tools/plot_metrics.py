@@ -15,9 +15,9 @@ from flowdcn_jax.errors import UserError
 from flowdcn_jax.files import atomic_write
 from flowdcn_jax.training.metrics import METRICS_FILE
 
-_WORKDIRS = flags.DEFINE_multi_string("workdir", None, "Folder of a run.", required=True)
+_WORKDIRS = command.define_paths("workdir", "Folder of a run.", required=True)
 _METRIC = flags.DEFINE_string("metric", "loss", "Name in metrics.jsonl.")
-_OUT = flags.DEFINE_string("out", None, "PNG to write; by default in the first workdir.")
+_OUT = command.define_path("out", "PNG to write; by default in the first workdir.")
 
 
 def read_metric(workdir: str, name: str) -> tuple[list[int], list[float]]:

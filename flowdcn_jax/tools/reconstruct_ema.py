@@ -12,7 +12,7 @@ from absl import flags
 
 from flowdcn_jax import command
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.", required=True)
+_WORKDIR = command.define_path("workdir", "Folder of the training run.", required=True)
 _WIDTH = flags.DEFINE_float(
     "width", None, "Standard deviation of the profile over the steps done.", required=True
 )

@@ -16,7 +16,7 @@ from flowdcn_jax.evaluation.settings import FeatureChoice, ImageChoice
 from flowdcn_jax.options import instance_of
 
 _IMAGES = flags.DEFINE_string("images", None, "Folder, .npz file or data set.", required=True)
-_OUT = flags.DEFINE_string("out", None, "STATS.npz to write.", required=True)
+_OUT = command.define_path("out", "STATS.npz to write.", required=True)
 _NUM_FEATURES = flags.DEFINE_integer(
     "num_features",
     10_000,

@@ -6,12 +6,10 @@ and images/00000.png ... with --save_images. The same command goes on with a run
 hosts: as train.py, with --distributed.
 """
 
-from absl import flags
-
 from flowdcn_jax import command
 from flowdcn_jax.sampling import ModelChoice, Output, Request, Settings
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.", required=True)
+_WORKDIR = command.define_path("workdir", "Folder of the training run.", required=True)
 _OPTIONS = command.option_flags(Request, Settings, ModelChoice, Output)
 command.define_distributed_flags()
 

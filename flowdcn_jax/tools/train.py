@@ -5,7 +5,8 @@
 The same command goes on with a run that was stopped. Several hosts: the same command on each, with
 --distributed (SLURM, Kubernetes and cloud TPUs are recognised; elsewhere name the three others).
 
-Exit status: 0 done; 2 bad input; 75 stopped as asked (SIGTERM, Ctrl-C), a checkpoint is saved.
+Exit status: 0 done; 2 bad input; 75 stopped as asked (SIGTERM, SIGHUP, Ctrl-C) or by what may pass:
+the same command goes on; 74 a disk is full: make room first.
 """
 
 from absl import flags
@@ -14,8 +15,8 @@ from flowdcn_jax import command
 from flowdcn_jax.config_flag import define_config_flag, overrides
 
 _CONFIG = define_config_flag(required=True)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run: checkpoints, metrics, grids.", required=True
+_WORKDIR = command.define_path(
+    "workdir", "Folder of the run: checkpoints, metrics, grids.", required=True
 )
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "End after all checks and compilation; nothing is written."

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,9 +16,11 @@ from flowdcn_jax.autoencoders import Autoencoder, check_fits, load_autoencoder
 from flowdcn_jax.config import validate
 from flowdcn_jax.data import buckets_of, make_source
 from flowdcn_jax.errors import ConfigError
+from flowdcn_jax.files import local_path
 from flowdcn_jax.images import save_png
 from flowdcn_jax.runs import checkpoint, description, record
 from flowdcn_jax.runs.checkpointer import Checkpointer
+from flowdcn_jax.runs.contents import RUN, check_is_for
 from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.runs.state import TrainState, abstract_state, initial_state, state_from_weights
 from flowdcn_jax.runs.workdir import workdir_lock
@@ -34,6 +35,7 @@ from flowdcn_jax.training.metrics import (
     train_flops_per_image,
 )
 from flowdcn_jax.training.preemption import Preemption
+from flowdcn_jax.training.saving import SaveClock, saved_on_failure
 from flowdcn_jax.training.step import make_train_step
 
 SAMPLES_FOLDER = "samples"
@@ -75,7 +77,8 @@ def train(
         profile_steps: steps of which a trace is written to WORKDIR/profile.
 
     Returns:
-        Whether the last step is done. If not, SIGTERM or Ctrl-C came, and a checkpoint was saved.
+        Whether the last step is done. If not, SIGTERM, SIGHUP or Ctrl-C came, and a checkpoint was
+        saved. An exception that ends the loop leaves one too, if that can be done.
 
     Raises:
         flowdcn_jax.runs.workdir.WorkdirError: another run is at work in `workdir`.
@@ -87,7 +90,8 @@ def train(
     devices = jax.devices() if devices is None else devices
     validate(config, len(devices), jax.process_count())
     check_wandb(config.log)
-    main, folder, num_steps = jax.process_index() == 0, Path(workdir), config.train.num_steps
+    folder = local_path(workdir)
+    main, num_steps = jax.process_index() == 0, config.train.num_steps
     say = print if main else lambda *text: None
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
 
@@ -102,6 +106,7 @@ def train(
 
     with contextlib.ExitStack() as stack:
         # The run's folder, which from here on is this process's, and what it holds.
+        check_is_for(folder, RUN, flag="--workdir", error=ConfigError)
         if not dry_run:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +115,7 @@ def train(
                     f"--workdir={workdir} cannot be made a folder: {error}"
                 ) from error
             stack.enter_context(workdir_lock(folder))
-        saved = checkpoint.saved_run(workdir)
+        saved = checkpoint.saved_run(folder)
         if saved is not None:
             record.check_resumable(saved.config, config, weights_only=saved.weights_only)
             record.check_same_data(saved, source)
@@ -122,7 +127,7 @@ def train(
         step = start_step = 0
         if not dry_run:
             keep, keep_every_steps = config.checkpoint.keep, config.checkpoint.keep_every_steps
-            checkpointer = Checkpointer(workdir, keep=keep, keep_every_steps=keep_every_steps)
+            checkpointer = Checkpointer(folder, keep=keep, keep_every_steps=keep_every_steps)
             stack.callback(checkpointer.close)
             state = starting_state(config, mesh, checkpointer)
             step = start_step = int(state.step)
@@ -156,16 +161,27 @@ def train(
         batch = next(stream)
         unread, window = [], []  # metrics: on the devices, and fetched since the last line
         stopwatch = Stopwatch()
+        clock = SaveClock(config.checkpoint.every_minutes)
+
+        def save_finished() -> int:
+            check_finite(jax.device_get(unread))
+            checkpointer.save(state, config, source.class_names, source.identity)
+            checkpointer.wait()
+            return int(state.step)
+
+        stack.enter_context(saved_on_failure(save_finished))
         while True:
             state, metrics = train_steps[batch["image"].shape](state, batch)
             step += 1
             unread.append((step, metrics))
             writer.advance()
+            checkpointer.check()
             stop = preemption.reached(step)
             evaluate = not stop and _due(config.evaluate.every_steps, step, num_steps)
             log = stop or evaluate or _due(config.log.every_steps, step, num_steps)
             draw = not stop and _due(config.log.sample_every_steps, step, num_steps)
             save = stop or _due(config.checkpoint.every_steps, step, num_steps)
+            save = save or (log and clock.due())
             if log or draw or save:  # nothing gets past a step that is not finite
                 window += check_finite(jax.device_get(unread))
                 unread = []
@@ -185,6 +201,7 @@ def train(
             if save:
                 with stopwatch.pause():
                     checkpointer.save(state, config, source.class_names, source.identity)
+                    clock.restart()
             with stopwatch.pause():
                 if message := profiler.after(step, state):
                     writer.message(message)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from flowdcn_jax.data import buckets_of
 from flowdcn_jax.errors import ConfigError, UserError
-from flowdcn_jax.files import atomic_write
+from flowdcn_jax.files import atomic_write, naming
 from flowdcn_jax.models import forward_macs
 
 METRICS_FILE = "metrics.jsonl"
@@ -133,8 +133,9 @@ class MetricWriter:
         """Appends a line, and shows the most telling numbers beside the bar."""
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        with naming(self._file.name):
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
@@ -161,7 +162,8 @@ class MetricWriter:
     def close(self) -> None:
         if self._active:
             self._bar.close()
-            self._file.close()
+            with naming(self._file.name):
+                self._file.close()
             self._tensorboard.close()
             if self._wandb is not None:
                 self._wandb.finish()

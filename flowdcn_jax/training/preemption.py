@@ -1,4 +1,4 @@
-"""Stopping when asked: after SIGTERM or Ctrl-C the run saves a checkpoint and ends."""
+"""Stopping when asked: after SIGTERM, SIGHUP or Ctrl-C the run saves a checkpoint and ends."""
 
 import os
 import signal
@@ -10,7 +10,8 @@ from jax.experimental import multihost_utils
 class Preemption:
     """Knows, while it is entered, whether any process of the run was asked to stop.
 
-    Clusters ask by SIGTERM, people by Ctrl-C (SIGINT). A second Ctrl-C ends the process at once.
+    Clusters ask by SIGTERM, people by Ctrl-C (SIGINT), a terminal that is closed by SIGHUP. A
+    second Ctrl-C ends the process at once.
     """
 
     def __init__(self):
@@ -19,6 +20,8 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":
         wanted = {signal.SIGINT: self._on_interrupt}
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            wanted[signal.SIGHUP] = self._on_hangup
         if jax.process_count() == 1:  # with several, jax.distributed catches SIGTERM itself
             wanted[signal.SIGTERM] = self._on_terminate
         self._handlers = {number: signal.signal(number, on) for number, on in wanted.items()}
@@ -38,6 +41,10 @@ class Preemption:
     def _on_terminate(self, signum, frame) -> None:
         del signum, frame
         self._asked = True
+
+    def _on_hangup(self, signum, frame) -> None:
+        del signum, frame
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _on_interrupt(self, signum, frame) -> None:
         del signum, frame

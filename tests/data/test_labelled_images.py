@@ -202,7 +202,7 @@ def test_names_in_any_script(tmp_path):
     assert labels(images) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", [b"\xff\xfe", b"two\nlines", b" padded"])
+@pytest.mark.parametrize("name", [b"two\nlines", b" padded"])
 def test_class_names_that_tfds_cannot_keep_are_refused(tmp_path, name):
     os.mkdir(os.fsencode(tmp_path) + b"/" + name)
     with pytest.raises(DataError, match="the class folder"):

@@ -21,7 +21,7 @@ from flowdcn_jax.evaluation import (
     open_images,
     open_side,
 )
-from flowdcn_jax.runs.checkpoint import Checkpointer
+from flowdcn_jax.runs.checkpointer import Checkpointer
 from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.runs.state import abstract_state
 from flowdcn_jax.sampling import Settings, generate, load_trained

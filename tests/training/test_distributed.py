@@ -75,7 +75,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path):
         time.sleep(0.05)
     outputs = finish_all(start_two(tmp_path, **endless), status=2)
     assert f"is in use by another run (process {processes[0].pid} on" in outputs[0]
-    assert "cannot be used, as process 0 says" in outputs[1]
+    assert "process 0 had to stop" in outputs[1]
 
     processes[1].send_signal(signal.SIGINT)  # which becomes SIGTERM, as clusters send
     finish_all(processes, status=75)

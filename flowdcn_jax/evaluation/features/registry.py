@@ -22,7 +22,9 @@ from flowdcn_jax.evaluation.features.weights import (
     read_origin,
     read_weights,
 )
+from flowdcn_jax.files import local_path
 from flowdcn_jax.precision import compute_dtype
+from flowdcn_jax.weight_names import in_hub_cache
 
 PROTOCOLS = ("adm", "torch_fidelity")
 TRANSFORMERS_FILE = "model.safetensors"
@@ -144,7 +146,7 @@ def find_network(name: str) -> Network:
 def _find_file(name: str, weights: str | Path | None) -> Path:
     file, problem = f"{name}.safetensors", "not given"
     if weights is not None:
-        path = Path(weights).expanduser()
+        path = in_hub_cache(local_path(weights))
         choices = (path, path / file, path / TRANSFORMERS_FILE)
         if found := [choice for choice in choices if choice.is_file()]:
             return found[0]
