@@ -43,11 +43,11 @@ _KEEP = flags.DEFINE_bool(
 )
 _DRAWING = (DrawnRequest, Settings, ModelChoice)
 _OPTIONS = command.option_flags(FeatureChoice, ImageChoice, *_DRAWING, several=_SEVERAL)
-command.define_distributed_flags()
+command.define_device_flags()
 
 
 def main() -> None:
-    command.join_processes()
+    command.use_devices()
     out = command.file_to_write(_OUT)
     values = _OPTIONS()
     # Imported here so that --help and usage errors come at once.
