@@ -39,11 +39,11 @@ _INIT_WEIGHTS = flags.DEFINE_string(
     "Which of its weights: ema (by default), another EMA by its name, or params: those that its "
     "training goes on from.",
 )
-command.define_distributed_flags()
+command.define_device_flags()
 
 
 def main() -> int:
-    command.join_processes()
+    command.use_devices()
     # Imported here so that --help and usage errors come at once.
     from flowdcn_jax.evaluation import evaluator
     from flowdcn_jax.sampling import grid_drawer
