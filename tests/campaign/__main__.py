@@ -23,8 +23,10 @@ _PARTS = flags.DEFINE_list("parts", list(PARTS), "Which of them.")
 
 def main(argv: list[str]) -> None:
     del argv
+    from flowdcn_jax import faults
     from tests.campaign import damage, hostile, kills, results, steps, system
 
+    faults.hush()  # as all commands do
     runners = {
         "hostile": hostile.case,
         "damage": damage.case,

@@ -15,6 +15,7 @@ import signal
 import time
 from pathlib import Path
 
+from flowdcn_jax.training.metrics import METRICS_FILE, read_rows
 from tests import forked, tiny
 
 OPTIONS = dict(train__num_steps=120, checkpoint__every_steps=5, model__width=64)
@@ -121,12 +122,15 @@ def _kill(part: str, number: int, *, pair: bool) -> tuple[str, str]:
     assert "damaged" not in outputs, outputs[-1500:]
     assert "Traceback" not in outputs, outputs[-1500:]
     assert last_step(workdir) >= before, f"step {before} was lost; there is {last_step(workdir)}"
+    rows = read_rows(workdir / METRICS_FILE) if (workdir / METRICS_FILE).exists() else []
+    found = [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
+    assert found == losses[: len(found)], "the losses differ"
     kind = "before the first step" if early else "training or saving"
     if last_step(workdir) == OPTIONS["train__num_steps"]:
         _check_end(workdir, losses, checksums)
         shutil.rmtree(workdir)
-        return kind, "went on, every bit the same to the last step"
-    return kind, "goes on"
+        return kind, "at its end, every bit the same"
+    return kind, "goes on, every loss the same so far"
 
 
 def _check_end(workdir: Path, losses: list, checksums: dict) -> None:
