@@ -12,7 +12,6 @@ takes of each device: arguments (parameters, optimizer and EMA), results and tem
 XLA assigned them. "of the first" is images/s over those of the first row.
 """
 
-import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,6 +24,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from benchmarks.memory import process_peak_bytes, program_bytes
+from benchmarks.steps import compile_step, random_batch
 from flowdcn_jax import command
 from flowdcn_jax.command import file_to_write, write_json
 from flowdcn_jax.config import config_names, load_config, validate
@@ -32,9 +32,8 @@ from flowdcn_jax.environment import describe_machine
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.models import parameter_count
 from flowdcn_jax.precision import compute_dtype
-from flowdcn_jax.runs.sharding import batch_sharding, make_mesh
+from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.runs.state import abstract_state, initial_state
-from flowdcn_jax.training.step import make_train_step
 from pallas_kernels.timing import median_ms, none_if_out_of_memory
 
 _MODELS = flags.DEFINE_list("models", ["b2", "sit_b2", "xl2", "sit_xl2"], "Configs of configs/.")
@@ -55,7 +54,7 @@ def main() -> None:
     report = {"machine": describe_machine(), "results": []}
     with ThreadPoolExecutor() as pool:  # a compilation keeps one core busy, and no more
         compiling = pool.map(
-            lambda config: none_if_out_of_memory(_compile_step, config, mesh), configs.values()
+            lambda config: none_if_out_of_memory(compile_step, config, mesh), configs.values()
         )
         bar = tqdm(compiling, desc="compiling", unit="model", total=len(configs))
         programs = dict(zip(configs, bar, strict=True))
@@ -90,20 +89,6 @@ def _load_config(name: str, mesh: Mesh) -> ConfigDict:
     return config
 
 
-def _batch_shapes(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of latents and labels, split over the devices."""
-    rows, side = config.train.batch_size, config.data.image_size // config.autoencoder.downsampling
-    struct = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
-    image = (rows, side, side, config.model.in_channels)
-    return {"image": struct(image, jnp.float32), "label": struct((rows,), jnp.int32)}
-
-
-def _compile_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
-    """The train step as train.py compiles it."""
-    state, batch = abstract_state(config, mesh), _batch_shapes(config, mesh)
-    return make_train_step(config, mesh).lower(state, batch).compile()
-
-
 def _measure(
     name: str, config: ConfigDict, mesh: Mesh, program: jax.stages.Compiled | None
 ) -> dict[str, Any]:
@@ -131,12 +116,7 @@ def _time_step(config: ConfigDict, mesh: Mesh, program: jax.stages.Compiled) -> 
     Raises:
         FloatingPointError: the loss became infinite or NaN, so that the steps were not real ones.
     """
-    rng, shapes = np.random.default_rng(0), _batch_shapes(config, mesh)
-    batch = {
-        "image": rng.standard_normal(shapes["image"].shape, np.float32),
-        "label": rng.integers(0, config.model.num_classes, shapes["label"].shape, np.int32),
-    }
-    batch = jax.device_put(batch, batch_sharding(mesh))
+    batch = random_batch(config, mesh)
     state, metrics = initial_state(config, mesh), {}
 
     def run():

@@ -135,7 +135,8 @@ def option_flags(
 
     Args:
         classes: the dataclasses.
-        several: names of those that may have several values, which come as a list.
+        several: names of those that may have several values, which come as a list; by default
+            they are None.
         flag_values: where the flags are defined; of the command unless given.
 
     Returns:
@@ -185,16 +186,37 @@ class _OptionFlag(flags.Flag):
         """absl sets it."""
 
 
-def define_distributed_flags() -> None:
-    """Defines --distributed, and the flags that name the other processes."""
+def define_device_flags() -> None:
+    """Defines --compilation_cache, --distributed, and the flags that name the other processes."""
+    flags.DEFINE(
+        _PathParser(),
+        "compilation_cache",
+        None,
+        "Folder that compiled programs are kept in, or off: the next start takes seconds. By "
+        "default JAX_COMPILATION_CACHE_DIR, or a folder of the user's cache, except on CPUs.",
+        serializer=flags.ArgumentSerializer(),
+    )
     flags.DEFINE_bool("distributed", False, "Join the other processes, which run the same command.")
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, with --distributed.")
     flags.DEFINE_integer("num_processes", None, "Number of processes, with --distributed.", 1)
     flags.DEFINE_integer("process_id", None, "This process's number from 0, with --distributed.", 0)
 
 
-def join_processes() -> None:
-    """Joins the other processes if --distributed says so; comes before all other use of JAX.
+def use_devices() -> None:
+    """Joins the other processes and keeps compiled programs, as the flags of `define_device_flags`
+    say; comes before all other use of JAX.
+
+    Raises:
+        UserError: see `_join_processes` and `environment.keep_compiled_programs`.
+    """
+    _join_processes()
+    from flowdcn_jax.environment import keep_compiled_programs
+
+    keep_compiled_programs(flags.FLAGS["compilation_cache"].value)
+
+
+def _join_processes() -> None:
+    """Joins the other processes if --distributed says so.
 
     Raises:
         UserError: flags that do not fit each other, or that do not lead to the other processes.

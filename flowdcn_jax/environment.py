@@ -1,7 +1,8 @@
-"""What a measurement was made on, to be written beside it."""
+"""The machine: what a measurement was made on, and where its compiled programs are kept."""
 
 import datetime
 import importlib.metadata
+import logging
 import os
 import platform
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 from jax.extend import backend
 
+from flowdcn_jax.errors import UserError
 from flowdcn_jax.version import __version__
 
 PACKAGES = (
@@ -24,6 +26,34 @@ PACKAGES = (
     "tensorflow-datasets",
     "pillow",
 )
+
+
+def keep_compiled_programs(folder: str | None) -> None:
+    """Has JAX keep compiled programs in `folder`, for processes to come; "off": nowhere.
+
+    None: where JAX_COMPILATION_CACHE_DIR says, else in XDG_CACHE_HOME (~/.cache), except on CPUs:
+    hosts of another kind, if they share a home, would find programs that they cannot run.
+
+    Raises:
+        UserError: the folder cannot be made. The default one is then gone without.
+    """
+    asked_for = folder is not None
+    if folder == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if not asked_for:
+        if jax.config.jax_compilation_cache_dir or jax.default_backend() == "cpu":
+            return
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(cache) / "flowdcn_jax" / "compiled"
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if asked_for:
+            raise UserError(f"--compilation_cache={folder} cannot be made: {error}") from error
+        logging.warning("compiled programs are not kept: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def describe_machine() -> dict[str, Any]:

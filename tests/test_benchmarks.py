@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.kernel_times import by_kind, kernels_of
 from benchmarks.random_autoencoder import random_kl
 from benchmarks.steps import training_step
 from flowdcn_jax.autoencoders import kl
@@ -83,6 +84,25 @@ def test_the_parts_of_an_evaluation_are_timed(tmp_path):
     report = json.loads((tmp_path / "out").read_text())
     assert [row["part"] for row in report["results"]] == parts
     assert all(row["seconds"] > 0 and row["peak_mb"] > 0 for row in report["results"])
+
+
+def test_the_control_of_figures_says_what_is_out_of_order(tmp_path, repository):
+    command = [sys.executable, "-m", "benchmarks.evaluation_control", "--config=configs/digits.py"]
+    network = ["--features=dinov2", f"--weights={repository}/tests/fixtures/tiny_dinov2"]
+    sizes = ["--num_images=10", "--num_references=20", "--features_batch_size=10"]
+    code, output = tiny.run([*command, *network, *sizes, f"--out={tmp_path}/out.json"])
+    report = json.loads((tmp_path / "out.json").read_text())
+    rows = [(row["kind"], row["distance"]) for row in report["results"]]
+    assert [kind for kind, _ in rows] == [
+        *("as they are", *["blurred"] * 3, *["noisy"] * 3, *["fewer classes"] * 3)
+    ]
+    distances = [distance for kind, distance in rows if kind in ("as they are", "noisy")]
+    found = any(line.startswith("distance of noisy") for line in report["out_of_order"])
+    assert found == (sorted(distances) != distances)
+    assert code == (1 if report["out_of_order"] else 0), output
+    assert (tmp_path / "out.png").exists()
+    code, output = tiny.run([*command, *network, "--num_references=900"])
+    assert code == 2 and "is 900 and --num_images 5000; expected at most 898, half" in output
 
 
 def test_the_random_autoencoder_that_is_timed_tells_images_apart():
@@ -161,9 +181,40 @@ def test_the_training_benchmark_compares_models(tmp_path):
         assert f"| {row['step_ms']:.2f} | {row['images_per_s']:.1f} |" in output
 
 
+def test_a_profile_tells_kernels_by_the_instruction_that_started_them():
+    def told(kind, name, **more):
+        return {"ph": "M", "name": kind, "args": {"name": name}} | more
+
+    def ran(name, instruction, start_us, duration_us, tid=7):
+        event = {"ph": "X", "name": name, "pid": 1, "ts": start_us, "dur": duration_us}
+        return event | {"tid": tid, "args": {"hlo_op": instruction}}
+
+    trace = [
+        told("process_name", "/device:GPU:0", pid=1),
+        told("thread_name", "Stream #13(compute)", pid=1, tid=7),
+        told("thread_name", "XLA Ops", pid=1, tid=8),
+        ran("loop_add_fusion_2", "loop_add_fusion.2", 60, 500),
+        ran("nvjet_tst", "custom-call.1", 10, 2000),
+        ran("residual_adaln", "pallas_call.3", 600, 40),
+        ran("what is not a kernel", "custom-call.1", 0, 9e9, tid=8),
+    ]
+    program = """
+      %custom-call.1 = f32[2]{0} custom-call(%a), custom_call_target="__cublas$lt$matmul"
+      ROOT %loop_add_fusion.2 = f32[2]{0} fusion(%b), metadata={op_name="jit(train_step)/add"}
+    """
+    kernels = kernels_of({"traceEvents": trace})
+    assert [kernel.start_us for kernel in kernels] == [10, 60, 600]
+    assert by_kind(kernels, program, steps=2) == [
+        {"kind": "products", "ms": 1.0, "kernels": 0.5},
+        {"kind": "optimizer and EMA", "ms": 0.25, "kernels": 0.5},
+        {"kind": "residual, norm and modulation", "ms": 0.02, "kernels": 0.5},
+    ]
+
+
 @pytest.mark.parametrize(
     "command, message",
     [
+        (("step_profile",), "error: a profile needs a GPU; JAX's devices are"),
         (("reader", "--out=/proc/x/y.json"), "error: --out=/proc/x/y.json cannot be written: "),
         (("reader", "--image_sizes=abc"), "error: --image_sizes is 'abc'; expected numbers of"),
         (("operators", "--shape=64,16,16"), "error: --shape is '64,16,16'; expected five pos"),

@@ -3,12 +3,14 @@
 import shutil
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from flowdcn_jax import sampling
 from flowdcn_jax.autoencoders import WeightsNotFoundError
+from flowdcn_jax.environment import keep_compiled_programs
 from flowdcn_jax.errors import ConfigError, UserError
 from flowdcn_jax.images import read_metadata
 from flowdcn_jax.runs.checkpoint import CheckpointError
@@ -330,3 +332,27 @@ def test_sample_command_writes_grid_npz_and_pngs(trained, tmp_path):
     code, output = tiny.run([*command, "--guidance=3"])
     assert code != 0 and "Traceback" not in output
     assert "another run's images (settings.guidance: " in output and "another --out" in output
+
+
+def test_compiled_programs_are_kept_where_asked(tmp_path):
+    cache = tmp_path / "compiled"
+    options = ("--dry_run", f"--compilation_cache={cache}")
+    code, output = tiny.run(tiny.train_command(tmp_path / "run", *options))
+    assert code == 0, output
+    assert any("train_step" in path.name for path in cache.iterdir())
+
+
+def test_compiled_programs_are_not_kept_for_cpus_unless_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        keep_compiled_programs(None)
+        assert jax.config.jax_compilation_cache_dir is None and not list(tmp_path.iterdir())
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        keep_compiled_programs(None)
+        assert jax.config.jax_compilation_cache_dir == f"{tmp_path}/flowdcn_jax/compiled"
+        with pytest.raises(UserError, match=f"--compilation_cache={__file__} cannot be made"):
+            keep_compiled_programs(__file__)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

@@ -77,6 +77,18 @@ def test_flags_of_options_give_what_makes_an_instance():
     assert Paint(**parse()[1]) == Paint()
 
 
+def test_several_values_of_an_option_come_as_a_list():
+    values = flags.FlagValues()
+    given = option_flags(Paint, several=("opacity", "brush"), flag_values=values)
+    values(["paint", "--opacity=0.5, 1"])
+    assert (given()["opacity"], given()["brush"]) == ([0.5, 1.0], None)
+    text = " ".join(values.get_help().split())
+    assert "--brush: its file; several, with commas between them, make a table." in text
+    for bad in ("0.5,0.50", "0.5,much", ""):
+        with pytest.raises(flags.Error):
+            values(["paint", f"--opacity={bad}"])
+
+
 @pytest.mark.parametrize("bad", ["--layers=2.5", "--opacity=much", "--dry=perhaps", "--layer=1"])
 def test_flags_of_options_are_of_their_type(bad):
     with pytest.raises(flags.Error):

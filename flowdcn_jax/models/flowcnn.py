@@ -47,9 +47,9 @@ class GroupedConv(nnx.Module):
         self.spatial = SpatialConv(options, rngs=rngs)
         self.out = layers.Linear(width, width, bias_init=zeros, **shared)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array) -> layers.Branch:
         """x [B,h,w,d] -> [B,h,w,d]."""
-        return self.out(self.spatial(self.values(x)))
+        return self.out.apart(self.spatial(self.values(x)))
 
 
 class SpatialConv(nnx.Module):

@@ -110,27 +110,28 @@ class MultiscaleDeformableConv(nnx.Module):
         prior = jnp.asarray(SCALE_PRIORS[options.scale_prior](options.num_groups))
         self.scale_prior = nnx.Param(prior) if options.learn_scale_prior else None
 
-    def __call__(self, x: Array, max_scale_factor: Array | None = None) -> Array:
+    def __call__(self, x: Array, max_scale_factor: Array | None = None) -> layers.Branch:
         """x [B,h,w,d] -> [B,h,w,d]; max_scale is multiplied by max_scale_factor [2], (x, y)."""
         options = self.options
         batch, h, w, width = x.shape
         points = (batch, h, w, options.num_groups, SAMPLING_POINTS)
-        values = self.values(x).reshape(*points[:-1], width // options.num_groups)
+        projections = (self.values, self.directions, self.scales, self.weights)
+        values, directions, scales, weights = layers.joint_linear(x, projections)
         if self.scale_prior is None:
             scale_prior = jnp.asarray(SCALE_PRIORS[options.scale_prior](options.num_groups))
         else:
             scale_prior = self.scale_prior[...]
         aggregated = multiscale_deformable_aggregate(
-            values,
-            self.directions(x).reshape(*points, 2),
-            self.scales(x).reshape(points),
-            self.weights(x).reshape(points),
+            values.reshape(*points[:-1], width // options.num_groups),
+            directions.reshape(*points, 2),
+            scales.reshape(points),
+            weights.reshape(points),
             scale_prior,
             direction_prior=direction_prior(),
             max_scale=options.max_scale * (1.0 if max_scale_factor is None else max_scale_factor),
             boundary=options.boundary,
         )
-        return self.out(aggregated.reshape(x.shape))
+        return self.out.apart(aggregated.reshape(x.shape))
 
 
 class FlowDCNBlock(AdaLNBlock):

@@ -4,7 +4,11 @@ Parameters are float32; `dtype` is the compute dtype. In float32 every matrix pr
 precision, because GPUs otherwise round its operands to TF32.
 """
 
+import functools
+import itertools
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +16,8 @@ from flax import nnx
 from jax import Array
 
 from flowdcn_jax.models.products import add_bias, product
+from pallas_kernels import fused
+from pallas_kernels.fused import Norm, takes_kernels
 
 NORM_EPSILON = 1e-6
 TIMESTEP_FREQUENCIES = 128  # pairs of (cos, sin): 256 features
@@ -26,6 +32,13 @@ def uniform_fan_in(fan_in: int):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
+
+
+class Branch(NamedTuple):
+    """What a mixer or an MLP gives: `tokens` + `bias`, which a kernel may add in passing."""
+
+    tokens: Array  # [B,h,w,d], in the compute dtype
+    bias: Array | None  # [d] float32
 
 
 class Linear(nnx.Module):
@@ -60,17 +73,50 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[..., in_features] -> [..., out_features], in out_dtype, by default the compute dtype."""
-        gradient_dtype = self.gradient_dtype
+        y, bias = self.apart(x)
+        return y if bias is None else add_bias(y, bias, gradient_dtype=self.gradient_dtype)
+
+    def apart(self, x: Array) -> Branch:
+        """x W and, apart from it, b, where a kernel adds it in passing; else their sum."""
         y = product(
             x.astype(self.dtype),
             self.kernel[...],
             dtype=self.out_dtype,
-            gradient_dtype=gradient_dtype,
+            gradient_dtype=self.gradient_dtype,
             precision=self.precision,
         )
-        if self.bias is None:
-            return y
-        return add_bias(y, self.bias[...], gradient_dtype=gradient_dtype)
+        bias = None if self.bias is None else self.bias[...]
+        if bias is None or takes_kernels(y.dtype):
+            return Branch(y, bias)
+        return Branch(add_bias(y, bias, gradient_dtype=self.gradient_dtype), None)
+
+
+def joint_product(x: Array, kernels: Sequence[Array], like: Linear) -> Array:
+    """x [..., n] by several kernels [n, m] at once, side by side, with the options of `like`.
+
+    One product reads x once, and in the backward pass sums over all columns at once.
+    """
+    kernel = jnp.concatenate(kernels, axis=1)
+    options = dict(gradient_dtype=like.gradient_dtype, precision=like.precision)
+    return product(x.astype(like.dtype), kernel, dtype=like.out_dtype, **options)
+
+
+def joint_linear(x: Array, linears: Sequence[Linear]) -> list[Array]:
+    """What each of `linears`, which share their options, makes of x [..., n].
+
+    By one product on GPUs, where that is faster.
+    """
+    like = linears[0]
+    if not takes_kernels(like.dtype):
+        return [linear(x) for linear in linears]
+    y = joint_product(x, [linear.kernel[...] for linear in linears], like)
+    ends = itertools.accumulate(linear.kernel.shape[1] for linear in linears)
+    parts = jnp.split(y, list(ends)[:-1], axis=-1)
+    add = functools.partial(add_bias, gradient_dtype=like.gradient_dtype)
+    return [
+        part if linear.bias is None else add(part, linear.bias[...])
+        for part, linear in zip(parts, linears, strict=True)
+    ]
 
 
 def xavier_linear(in_features: int, out_features: int, **options) -> Linear:
@@ -99,6 +145,30 @@ def layer_norm(features: int, *, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
         dtype=dtype,
         rngs=rngs,
     )
+
+
+def residual_adaln(
+    x: Array, branch: Branch, gate: Array, norm: nnx.Module, scale: Array, shift: Array
+) -> tuple[Array, Array]:
+    """y = x + gate * branch, and norm(y) modulated: by one kernel where there is one.
+
+    x [B,h,w,d]; gate, scale and shift [B,d] float32.
+    """
+    if takes_kernels(x.dtype):
+        centred = isinstance(norm, nnx.LayerNorm)
+        factor = 1 + scale if centred else (1 + scale) * norm.scale[...]
+        norm = Norm(centred, NORM_EPSILON)
+        return fused.residual_adaln(x, *branch, gate, factor, shift, norm=norm)
+    y = add_residual(x, branch, gate)
+    return y, modulate(norm(y), shift.astype(x.dtype), scale.astype(x.dtype))
+
+
+def add_residual(x: Array, branch: Branch, gate: Array) -> Array:
+    """x + gate [B,d] * branch, in the dtype of x [B,h,w,d]."""
+    mixed, bias = branch
+    if bias is not None:
+        mixed = add_bias(mixed, bias)
+    return x + gate.astype(x.dtype)[:, None, None, :] * mixed
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
@@ -151,15 +221,16 @@ class SwiGLU(nnx.Module):
     def hidden_width(width: int) -> int:
         return 2 * 4 * width // 3
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array) -> Branch:
         more = (0, hidden_padding(self.w1.kernel.shape[1], self.w1.dtype))
-        hidden = nnx.silu(self._product(x, self.w1, ((0, 0), more)))
-        hidden *= self._product(x, self.w3, ((0, 0), more))
-        return self._product(hidden, self.w2, (more, (0, 0)))
-
-    def _product(self, x: Array, layer: Linear, padding) -> Array:
-        kernel = jnp.pad(layer.kernel[...], padding)
-        return product(x.astype(layer.dtype), kernel, gradient_dtype=layer.gradient_dtype)
+        w1, w3 = (jnp.pad(layer.kernel[...], ((0, 0), more)) for layer in (self.w1, self.w3))
+        w2 = jnp.pad(self.w2.kernel[...], (more, (0, 0)))
+        if takes_kernels(self.w1.dtype):
+            hidden = fused.swiglu(joint_product(x, (w1, w3), self.w1))
+        else:
+            hidden = nnx.silu(joint_product(x, (w1,), self.w1))
+            hidden *= joint_product(x, (w3,), self.w3)
+        return Branch(joint_product(hidden, (w2,), self.w2), None)
 
 
 class GeluMLP(nnx.Module):
@@ -169,8 +240,8 @@ class GeluMLP(nnx.Module):
         self.hidden = linear(width, 4 * width, **linear_options)
         self.out = linear(4 * width, width, **linear_options)
 
-    def __call__(self, x: Array) -> Array:
-        return self.out(nnx.gelu(self.hidden(x), approximate=True))
+    def __call__(self, x: Array) -> Branch:
+        return self.out.apart(nnx.gelu(self.hidden(x), approximate=True))
 
 
 NORMS = {"rms_norm": rms_norm, "layer_norm": layer_norm}

@@ -109,7 +109,7 @@ class Attention(nnx.Module):
                 value,
                 implementation=attention_implementation(qkv.dtype, head_dim),
             )
-        return self.out(mixed.reshape(x.shape))
+        return self.out.apart(mixed.reshape(x.shape))
 
 
 class SiTBlock(AdaLNBlock):

@@ -5,6 +5,7 @@ The models differ in their blocks, and in whether tokens are told their position
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -64,6 +65,13 @@ class NetworkOptions:
             )
 
 
+class Pending(NamedTuple):
+    """A gated branch that the next block adds, as it reads the tokens anyway."""
+
+    branch: layers.Branch
+    gate: Array  # [B,d] float32
+
+
 class AdaLNBlock(nnx.Module):
     """x += gate1 * mixer(adaLN(norm1(x))); x += gate2 * mlp(adaLN(norm2(x))).
 
@@ -72,15 +80,23 @@ class AdaLNBlock(nnx.Module):
 
     mixer: str  # the attribute that maps [B,h,w,d] to [B,h,w,d]: there alone tokens see one another
 
-    def __call__(self, x: Array, condition: Array, *mixer_options) -> Array:
-        """x [B,h,w,d] in the compute dtype, condition [B,d] float32 -> [B,h,w,d]."""
-        modulation = self.modulation(nnx.silu(condition)).astype(x.dtype)
+    def __call__(
+        self, x: Array, pending: Pending | None, condition: Array, *mixer_options
+    ) -> tuple[Array, Pending]:
+        """x [B,h,w,d] in the compute dtype and what is still to be added to it, likewise returned.
+
+        condition [B,d] is float32.
+        """
+        modulation = self.modulation(nnx.silu(condition))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
-        mixer = getattr(self, self.mixer)
-        mixed = mixer(layers.modulate(self.norm1(x), shift1, scale1), *mixer_options)
-        x = x + gate1[:, None, None, :] * mixed
-        mixed = self.mlp(layers.modulate(self.norm2(x), shift2, scale2))
-        return x + gate2[:, None, None, :] * mixed
+        if pending is None:
+            narrow = (a.astype(x.dtype) for a in (shift1, scale1))
+            h = layers.modulate(self.norm1(x), *narrow)
+        else:
+            x, h = layers.residual_adaln(x, *pending, self.norm1, scale1, shift1)
+        mixed = getattr(self, self.mixer)(h, *mixer_options)
+        x, h = layers.residual_adaln(x, mixed, gate1, self.norm2, scale2, shift2)
+        return x, Pending(self.mlp(h), gate2)
 
 
 class FinalLayer(nnx.Module):
@@ -154,12 +170,13 @@ class VelocityNetwork(nnx.Module):
         """
         options = self.options
         self._check(x, t, y, max_scale_factor)
-        tokens = self.embed(x)
+        tokens, pending = self.embed(x), None
         condition = self.time_embedder(t) + self.class_embedder(y)
         for number, block in enumerate(self.blocks):
             factor = () if max_scale_factor is None else (max_scale_factor[number],)
             apply = nnx.remat(type(block).__call__) if options.remat else type(block).__call__
-            tokens = apply(block, tokens, condition, *factor)
+            tokens, pending = apply(block, tokens, pending, condition, *factor)
+        tokens = layers.add_residual(tokens, *pending)
         out = layers.unpatchify(self.final(tokens, condition), options.patch_size)
         return out[..., : options.in_channels].astype(jnp.float32)
 

@@ -22,7 +22,7 @@ def main() -> None:
     command.check_writable(Path(_OUT.value), flag="out")
     import jax
 
-    from flowdcn_jax.evaluation.features.conversion import convert
+    from flowdcn_jax.evaluation.features.registry import convert
 
     jax.config.update("jax_platforms", "cpu")  # a file in, a file out
     origin = convert(_NETWORK.value, _SOURCE.value, _OUT.value)

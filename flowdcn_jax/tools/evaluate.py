@@ -12,6 +12,7 @@ precision and recall; --out=FILE.json keeps all that decides them, and of a tabl
 hosts: as train.py, with --distributed.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ from flowdcn_jax.evaluation.settings import (
 from flowdcn_jax.options import instance_of, options_of
 from flowdcn_jax.sampling.settings import ModelChoice, Settings
 
-_SEVERAL = ("step", "num_steps", "guidance")  # make a table; the first change least often
+_SEVERAL = ("step", "ema", "num_steps", "guidance")  # make a table; the first change least often
 
 _SAMPLES = flags.DEFINE_string("samples", None, "Generated images, or a workdir.", required=True)
 _REFERENCE = flags.DEFINE_string("reference", None, "Real images, or statistics.", required=True)
@@ -42,47 +43,50 @@ _KEEP = flags.DEFINE_bool(
 )
 _DRAWING = (DrawnRequest, Settings, ModelChoice)
 _OPTIONS = command.option_flags(FeatureChoice, ImageChoice, *_DRAWING, several=_SEVERAL)
-command.define_distributed_flags()
+command.define_device_flags()
 
 
 def main() -> None:
-    command.join_processes()
+    command.use_devices()
     out = command.file_to_write(_OUT)
     values = _OPTIONS()
     # Imported here so that --help and usage errors come at once.
-    import jax
-
     from flowdcn_jax.evaluation import Comparison, evaluate, needs_network, open_side
     from flowdcn_jax.runs.checkpoint import FOLDER
+    from flowdcn_jax.runs.processes import in_first_process
 
-    if (Path(_SAMPLES.value).expanduser() / FOLDER).is_dir():
-        variants, samples = _variants(values), None
+    drawn = (Path(_SAMPLES.value).expanduser() / FOLDER).is_dir()
+    if drawn:
+        rows = _draw(_variants(values), values)
     else:
         _check_nothing_is_drawn(values)
         samples = open_side(_SAMPLES.value)
+        rows = [({}, samples)]
     reference = open_side(_REFERENCE.value, **vars(instance_of(ImageChoice, values)))
-    needed = samples is None or needs_network(samples) or needs_network(reference)
+    needed = drawn or needs_network(samples) or needs_network(reference)
     features = instance_of(FeatureChoice, values).load() if needed else None
-    rows = [({}, samples)] if samples is not None else _draw(variants, values)
-    first = jax.process_index() == 0
-    comparison = Comparison(out if first else None)
+    comparison = Comparison(out)
     for varied, samples in rows:
         title = ", ".join(["samples", *(f"{name} {value}" for name, value in varied.items())])
         report = evaluate(samples, reference, features, title=title)
         reference = report.references  # read once
         if varied:
-            comparison.add(varied, report)
-    if first:
-        result = comparison if comparison.rows else report
-        print(result.table())
+            in_first_process(functools.partial(comparison.add, varied, report))
+
+    def finish() -> None:
+        print((comparison if comparison.rows else report).table())
         if out is not None and not comparison.rows:
             report.write(out)
+
+    in_first_process(finish)
 
 
 def _check_nothing_is_drawn(values: dict[str, Any]) -> None:
     """Raises EvaluationError at the first option of drawing that is given."""
-    for name, option in (item for cls in _DRAWING for item in options_of(cls).items()):
-        if values[name] != option.default:
+    given = values | {_KEEP.name: _KEEP.value}
+    unset = {name: each.default for cls in _DRAWING for name, each in options_of(cls).items()}
+    for name, default in (unset | {_KEEP.name: False}).items():
+        if given[name] != default:
             raise EvaluationError(
                 f"--{name} is given, and --samples={_SAMPLES.value} holds no checkpoints to draw "
                 "from; expected a workdir, or no such option"

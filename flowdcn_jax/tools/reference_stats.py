@@ -24,11 +24,11 @@ _NUM_FEATURES = flags.DEFINE_integer(
     lower_bound=2,
 )
 _OPTIONS = command.option_flags(FeatureChoice, ImageChoice)
-command.define_distributed_flags()
+command.define_device_flags()
 
 
 def main() -> None:
-    command.join_processes()
+    command.use_devices()
     out = command.file_to_write(_OUT)
     # Imported here so that --help and usage errors come at once.
     import jax

@@ -11,11 +11,11 @@ from flowdcn_jax.sampling import ModelChoice, Output, Request, Settings
 
 _WORKDIR = command.define_path("workdir", "Folder of the training run.", required=True)
 _OPTIONS = command.option_flags(Request, Settings, ModelChoice, Output)
-command.define_distributed_flags()
+command.define_device_flags()
 
 
 def main() -> None:
-    command.join_processes()
+    command.use_devices()
     # Imported here so that usage errors come at once.
     import jax
 

@@ -24,11 +24,11 @@ _DRY_RUN = flags.DEFINE_bool(
 _PROFILE = flags.DEFINE_integer(
     "profile", 0, "Steps of which a trace is written to WORKDIR/profile.", lower_bound=0
 )
-command.define_distributed_flags()
+command.define_device_flags()
 
 
 def main() -> int:
-    command.join_processes()
+    command.use_devices()
     # Imported here so that --help and usage errors come at once.
     from flowdcn_jax.evaluation import evaluator
     from flowdcn_jax.sampling import grid_drawer

@@ -190,7 +190,11 @@ def train(
                 window = []
                 if evaluate:
                     with stopwatch.pause():
-                        summary |= measure(state.ema)
+                        figures = measure(state.ema)
+                    shown = ", ".join(f"{name} {value:.5g}" for name, value in figures.items())
+                    samples = config.evaluate.num_images
+                    writer.message(f"step {step}: {shown} ({samples} samples)")
+                    summary |= figures
                 writer.write(step, summary)
             if draw:
                 with stopwatch.pause():

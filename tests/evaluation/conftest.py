@@ -96,7 +96,7 @@ def fake_network():
 
 @pytest.fixture(scope="session")
 def evaluated_run(tmp_path_factory, fake_network) -> Path:
-    """A workdir with checkpoints 2, 4 and 6, evaluated at steps 4 and 6."""
+    """A workdir with checkpoints 3 and 6, evaluated at steps 4 and 6."""
     workdir = tmp_path_factory.mktemp("evaluated")
     with compilation.quick():
         tiny.train(tiny.config(**fakes.EVALUATED), workdir)

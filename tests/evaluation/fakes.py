@@ -8,12 +8,14 @@ NUM_FEATURES, NUM_SPATIAL, NUM_CLASSES = 24, 12, 10
 
 # The tiny config of a run that is evaluated, with samples that are more than their noise.
 EVALUATED = dict(
+    checkpoint__every_steps=3,
     evaluate__every_steps=4,
     evaluate__num_images=21,
     evaluate__num_steps=3,
     evaluate__guidance=1.5,
     evaluate__features="efficientnet_lite0",
-    ema__decay=0.0,
+    ema__decay=0.5,
+    ema__others=("constant_0.9",),
     optimizer__learning_rate=0.05,
 )
 

@@ -85,8 +85,12 @@ def test_evaluation_changes_nothing_of_a_run(evaluated_run, tmp_path):
     assert (first["state"], first["ema"]) == (second["state"], second["ema"])
 
 
-def test_eight_devices_and_fsdp_give_the_same_figures(evaluated_run, fake_network):
-    config = tiny.config(**fakes.EVALUATED, mesh__data=2, mesh__fsdp=4)
+def test_eight_devices_and_another_file_of_the_reference_give_the_same_figures(
+    evaluated_run, fake_network, digits, tmp_path
+):
+    (images,) = digits.read([range(digits.count)])
+    file = fakes.save(tmp_path / "digits.npz", images[..., :1])
+    config = tiny.config(**fakes.EVALUATED, mesh__data=2, mesh__fsdp=4, evaluate__reference=file)
     found = figures_of(evaluated_run, config, make_mesh(2, 4))
     assert found == pytest.approx(expected_figures(evaluated_run), rel=1e-6)
 
@@ -183,26 +187,29 @@ NETWORK = ("--features=dinov2", f"--weights={FIXTURES}/tiny_dinov2", "--features
 
 def test_the_command_draws_a_table_and_writes_no_samples(evaluated_run, tmp_path):
     workdir = shutil.copytree(evaluated_run, tmp_path / "run")
-    reference = fakes.save(tmp_path / "grey.npz", fakes.random_images(6, channels=1))
+    images = fakes.save(tmp_path / "grey.npz", fakes.random_images(6, channels=1))
+    reference = tmp_path / "reference.npz"
+    command = ["-m", "flowdcn_jax.tools.reference_stats", f"--images={images}", *NETWORK]
+    code, output = tiny.run([sys.executable, *command, f"--out={reference}"])
+    assert code == 0 and output.splitlines()[-1] == f"6 images in {reference}", output
     flags = [f"--samples={workdir}", f"--reference={reference}", *NETWORK, "--num_images=5"]
+    settings = ["--guidance=3", "--num_steps=2", "--seed=1"]
     before = tiny.files(workdir)
-    code, output = run(*flags, "--guidance=1,3", "--step=4,6", "--num_steps=2", "--seed=1")
+    code, output = run(*flags, *settings, "--ema=ema,constant_0.9")
     assert code == 0, output
     lines = [line.split() for line in output.splitlines()]
-    start = next(index for index, line in enumerate(lines) if line[:2] == ["step", "guidance"])
-    table = lines[start + 1 : start + 5]
-    assert [row[:2] for row in table] == [["4", "1.0"], ["4", "3.0"], ["6", "1.0"], ["6", "3.0"]]
-    assert len({row[2] for row in table}) == 4
+    start = next(index for index, line in enumerate(lines) if line[:1] == ["ema"])
+    (first, value, *_), (second, other, *_) = lines[start + 1 : start + 3]
+    assert (first, second) == ("ema", "constant_0.9") and value != other
     assert tiny.files(workdir) == before
 
-    settings = ("--guidance=3", "--step=6", "--num_steps=2", "--seed=1")
-    code, output = run(*flags, *settings, "--keep_samples", f"--out={tmp_path}/kept.json")
+    options = [*settings, "--ema=constant_0.9", "--keep_samples", f"--out={tmp_path}/kept.json"]
+    code, output = run(*flags, *options)
     assert code == 0, output
     (kept,) = workdir.glob("samples/*/samples.npz")
-    assert [line.split()[1] for line in output.splitlines() if line.startswith("FD-dinov2")] == [
-        table[3][2]
-    ]
     assert np.load(kept)["arr_0"].shape == (5, 8, 8, 1)
+    (line,) = [line.split() for line in output.splitlines() if line.startswith("FD-dinov2")]
+    assert line[1] == other  # as they were drawn without a file
     saved = json.loads((tmp_path / "kept.json").read_text())
     assert saved["samples"]["images"]["settings"]["settings"]["seed"] == 1
 
@@ -212,9 +219,11 @@ def test_the_command_draws_a_table_and_writes_no_samples(evaluated_run, tmp_path
     [
         (("--guidance=1,-2",), "guidance is -2.0; expected at least 0"),
         (("--guidance=1,1",), "flag --guidance=1,1: expected each value once"),
-        (("--step=4,5",), "has no step 5; there are [2, 4, 6]"),
+        (("--step=3,5",), "has no step 5; there are [3, 6]"),
+        (("--ema=ema,power_0.1",), "power_0.1"),
         (("--classes=11",), "'11'; expected numbers from 0 to 9"),
         (("--samples=grey.npz", "--seed=3"), "--seed is given, and --samples=grey.npz holds no ch"),
+        (("--samples=grey.npz", "--keep_samples"), "--keep_samples is given, and --samples=grey"),
     ],
 )
 def test_the_command_refuses_bad_options_in_one_line(evaluated_run, tmp_path, flags, message):

@@ -15,6 +15,7 @@ from flowdcn_jax.evaluation.features import NETWORKS, FeaturesError, WeightsNotF
 from flowdcn_jax.runs.sharding import make_mesh
 from tests import tiny
 from tests.comparison import relative_error
+from tests.evaluation import fakes
 from tests.evaluation.conftest import TINY_DINOV2
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -222,11 +223,14 @@ def test_the_benchmark_writes_its_table(tmp_path):
     command = [sys.executable, "-m", "benchmarks.features", "--networks=efficientnet_lite0"]
     command += ["--image_size=16", "--batch_size=2", "--batches=1", "--runs=1", "--devices=1"]
     out = tmp_path / "out.json"
-    code, output = tiny.run([*command, "--precisions=float32", f"--out={out}"])
+    images = fakes.save(tmp_path / "images.npz", fakes.random_images(4))
+    options = ["--precisions=float32", f"--images={images}", f"--out={out}"]
+    code, output = tiny.run([*command, *options])
     assert code == 0, output
     report = json.loads(out.read_text())
     assert {"devices", "versions", "date"} <= report["machine"].keys()
     (row,) = report["results"]
+    assert row["change"] == 0 and row["distance"] > 0 and row["num_images"] == 2
     assert (row["network"], row["precision"]) == ("efficientnet_lite0", "float32, without TF32")
     assert (row["image_size"], row["batch_size"], row["num_devices"]) == (16, 2, 1)
     assert row["images_per_s"] == pytest.approx(2e3 / row["batch_ms"])

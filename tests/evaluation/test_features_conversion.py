@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from flowdcn_jax.evaluation.features import FeaturesError
-from flowdcn_jax.evaluation.features.conversion import convert
+from flowdcn_jax.evaluation.features.registry import convert
 from flowdcn_jax.published_weights import PublishedWeightsError
 from tests import tiny
 from tests.evaluation.conftest import TINY_DINOV2

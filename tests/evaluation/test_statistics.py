@@ -1,10 +1,13 @@
 """One pass over images: the same statistics for any batches, files, devices and processes."""
 
+import threading
+
 import numpy as np
 import pytest
 
 from flowdcn_jax.evaluation import (
     EvaluationError,
+    ImageSet,
     collect,
     open_images,
 )
@@ -69,6 +72,24 @@ def test_kept_features_lie_evenly_among_all(one_file, statistics):
     some = collect(open_images(one_file), fakes.FakeFeatures(7), num_features=4)
     np.testing.assert_array_equal(some.features, statistics.features[[0, 25, 50, 75]])
     assert some.count == NUM_IMAGES
+
+
+def test_images_are_read_while_others_are_measured(images):
+    begun = [threading.Event() for _ in range(4)]
+
+    def read(ranges):
+        for number, each in enumerate(ranges):
+            begun[number].set()
+            yield images[each.start : each.stop]
+
+    class Waiting(fakes.FakeFeatures):
+        def __call__(self, images):
+            following = min(self.calls + 1, 3)
+            assert begun[following].wait(timeout=60), f"batch {following} is not begun"
+            return super().__call__(images)
+
+    found = collect(ImageSet("some", 40, (8, 9), read), Waiting(10))
+    np.testing.assert_array_equal(found.features, fakes.outputs(images[:40])["features"])
 
 
 def test_bad_features_and_counts_are_refused(tmp_path, images):

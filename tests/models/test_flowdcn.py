@@ -207,7 +207,8 @@ def test_a_fixed_prior_is_the_one_that_a_learned_one_starts_from(scale_prior):
             dtype="float32",
         )
         conv = flowdcn.MultiscaleDeformableConv(options, rngs=nnx.Rngs(0))
-        return conv(jax.random.normal(jax.random.key(1), (1, 4, 4, 24))), conv.scale_prior
+        x = jax.random.normal(jax.random.key(1), (1, 4, 4, 24))
+        return conv(x).tokens, conv.scale_prior
 
     learned, prior = out_and_prior(True)
     fixed, nothing = out_and_prior(False)

@@ -21,7 +21,7 @@ def swiglu(width, dtype):
     graphdef, state = nnx.split(layers.SwiGLU(width, dtype=dtype, rngs=nnx.Rngs(0)))
 
     def loss(params, x):
-        return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(x).astype(jnp.float32)))
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(x).tokens.astype(jnp.float32)))
 
     return loss, nnx.to_pure_dict(state)
 

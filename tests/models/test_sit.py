@@ -10,7 +10,7 @@ from flax import nnx
 
 from flowdcn_jax import models
 from flowdcn_jax.config import load_config
-from flowdcn_jax.models import sit
+from flowdcn_jax.models import layers, sit
 from tests.comparison import relative_error
 from tests.official import model_config, nhwc, to_tree
 from tests.pallas_kernels.test_devices import fake_device
@@ -74,7 +74,8 @@ def test_initial_values(golden, options):
     for layer in (block.attention.qkv, block.attention.out, model.time_embedder.out, model.stem):
         assert not layer.bias[...].any()
     tokens, condition = jax.random.normal(jax.random.key(0), (2, 3, 48))[:, :, None], jnp.ones(48)
-    np.testing.assert_array_equal(block(tokens, condition[None]), tokens)  # adaLN-zero
+    tokens_after, pending = block(tokens, None, condition[None])
+    np.testing.assert_array_equal(layers.add_residual(tokens_after, *pending), tokens)  # adaLN-zero
     assert not model.final.linear.kernel[...].any()
 
 

@@ -150,14 +150,14 @@ def test_commands_run_from_any_folder(tmp_path):
 JOB = """
 import os, signal, sys
 from flowdcn_jax import command, errors, peers
-command.define_distributed_flags()
+command.define_device_flags()
 how, who = sys.argv.pop(1).split(":")
 peers.LOST_S, peers.BEAT_S = 4.0, 0.5
 
 def main():
     import jax
     jax.config.update("jax_platforms", "cpu")
-    command.join_processes()
+    command.use_devices()
     import numpy as np
     from jax.experimental import multihost_utils
     if how == "restore":
