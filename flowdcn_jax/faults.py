@@ -142,8 +142,8 @@ def is_damage(error: BaseException) -> bool:
         return False
     if isinstance(error, OSError) and error.errno == errno.EINVAL:
         return True  # a place before the file's beginning, of which a damaged one tells
-    # array_record and zipfile raise RuntimeError itself, XLA a class of its own.
-    return isinstance(error, _CONTENT) or type(error) is RuntimeError
+    # array_record and zipfile raise RuntimeError itself, XLA a class of its own, Orbax Exception.
+    return isinstance(error, _CONTENT) or type(error) in (RuntimeError, Exception)
 
 
 def as_line(error: BaseException) -> str:

@@ -18,7 +18,8 @@ def local_path(path: str | os.PathLike) -> Path:
     """The path, with the home for `~`; every path that a user names passes here.
 
     Raises:
-        UserError: a URL, which the system would take for a folder named "gs:".
+        UserError: a URL, which the system would take for a folder named "gs:"; or the home of a
+            user whom there is not.
     """
     text = os.fspath(path)
     if url := _SCHEME.match(text):
@@ -26,7 +27,10 @@ def local_path(path: str | os.PathLike) -> Path:
             f"{text} is not a path of this machine; expected one: mount {url[1]}//{url[2]} "
             "(gcsfuse, mount-s3 and rclone do it) and name the folder in it"
         )
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{text} begins with the home of nobody here") from error
 
 
 def local_path_text(path: str) -> str:

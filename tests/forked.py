@@ -36,14 +36,20 @@ def run(command: list[str], *, num_devices: int = 1, timeout_s: float = 240) -> 
     its flags, or -c and a program.
     """
     with tempfile.NamedTemporaryFile("r") as output:
-        arguments = (command, output.name, dict(os.environ), num_devices)
-        process = _CONTEXT.Process(target=_become, args=arguments)
-        process.start()
+        process = start(command, output.name, num_devices=num_devices)
         process.join(timeout_s)
         if process.exitcode is None:
             process.kill()
             process.join()
         return process.exitcode, output.read()
+
+
+def start(command: list[str], output: str, *, num_devices: int = 1):
+    """As `run`, without waiting: a multiprocessing.Process, which prints to the file `output`."""
+    arguments = (command, output, dict(os.environ), num_devices)
+    process = _CONTEXT.Process(target=_become, args=arguments)
+    process.start()
+    return process
 
 
 def _become(command: list[str], output: str, environment: dict, num_devices: int) -> None:

@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 
 from flowdcn_jax.data.prepared import DataError
 
+MAX_NUMBER = 2**16  # of pixels of a side, and of aspects: more than anybody has
+
 
 @dataclasses.dataclass(frozen=True)
 class AspectBuckets:
@@ -36,8 +38,8 @@ class AspectBuckets:
 
     def __post_init__(self):
         for name in ("image_size", "count", "side_multiple"):
-            if getattr(self, name) < 1:
-                raise DataError(f"{name} is {getattr(self, name)}; expected at least 1")
+            if not 1 <= getattr(self, name) <= MAX_NUMBER:
+                raise DataError(f"{name} is {getattr(self, name)}; expected 1 to {MAX_NUMBER}")
         if not 0 < self.min_aspect <= self.max_aspect < math.inf:
             raise DataError(
                 f"aspects go from {self.min_aspect} to {self.max_aspect}; expected two positive "

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import os
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from flowdcn_jax.data import prepared
 from flowdcn_jax.data.image_files import BadImageError, decode_rgb
 from flowdcn_jax.data.labelled_images import FolderImages, LabelledImage
 from flowdcn_jax.data.prepared import DataError, DataNotFoundError
-from flowdcn_jax.faults import retried
+from flowdcn_jax.faults import is_damage, retried
 
 IMAGE_SHAPE = (32, 32, 3)
 NUM_CLASSES = 10
@@ -227,7 +226,9 @@ def _open_one_npz(path: Path) -> SplitFiles:
             if missing:
                 raise ValueError(f"it lacks {missing} (it has {sorted(archive.files)})")
             jpegs, offsets, labels, names = (archive[key] for key in _NPZ_KEYS)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:
+        if not is_damage(error):
+            raise
         raise DataError(f"{path} is not an .npz of JPEGs: {error}") from error
     class_names = _checked_class_names([str(name) for name in names], path)
     labels = labels.astype(np.int64)

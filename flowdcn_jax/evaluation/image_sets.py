@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +29,7 @@ from flowdcn_jax.data.image_files import (
 )
 from flowdcn_jax.data.labelled_images import FOLDER_PREFIX, open_labelled_images
 from flowdcn_jax.evaluation.settings import EvaluationError
-from flowdcn_jax.faults import retried
+from flowdcn_jax.faults import is_damage, retried
 from flowdcn_jax.files import local_path
 
 SAMPLES_FILE, SETTINGS_FILE = "samples.npz", "settings.json"  # in a folder of sample.py
@@ -41,7 +40,6 @@ _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, KeyError)
 _RANGES_AHEAD = 2  # of image files, being decoded
 
 Reader = Callable[[Iterable[range]], Generator[np.ndarray, None, None]]
@@ -192,7 +190,9 @@ def reporting_damage(path: Path) -> Iterator[None]:
         yield
     except EvaluationError:
         raise
-    except _DAMAGE as error:
+    except Exception as error:
+        if not is_damage(error):
+            raise
         raise EvaluationError(f"{path} is damaged or cut short: {error}") from error
 
 

@@ -26,7 +26,7 @@ from flowdcn_jax.config import modernise
 from flowdcn_jax.files import atomic_write
 from flowdcn_jax.images import save_png
 from flowdcn_jax.runs.contents import IMAGES, check_is_for
-from flowdcn_jax.runs.folder import DamagedError, ResumableFolder, read_npz
+from flowdcn_jax.runs.folder import DamagedError, ResumableFolder, read_array, read_npz
 from flowdcn_jax.sampling.settings import SamplingError
 
 GRID_FILE = "grid.png"
@@ -40,6 +40,7 @@ FILES = (
     f"{IMAGES_FOLDER}/*.png",
     "compare_*.png",
 )
+_START = "start"  # of a shard: the number of its first image
 SHARD_NAME = re.compile(r"(\d{8,})-(\d{8,})\.npz")
 COPIED_BYTES = 2**24  # read at a time
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # none of today's, so that the same images give the same bytes
@@ -122,7 +123,8 @@ class SampleFolder(OutputFolder):
             SamplingError: the disk is full, or the folder cannot be written to.
         """
         name = f"{SHARDS_FOLDER}/{start:08d}-{start + len(arrays[0]):08d}.npz"
-        self.write_part(name, dict(zip(self.rows, arrays, strict=True)))
+        rows = dict(zip(self.rows, arrays, strict=True))
+        self.write_part(name, rows | {_START: np.asarray(start)})
 
     def join(self) -> None:
         """Makes samples.npz of the shards, which hold all images, and deletes them.
@@ -189,6 +191,9 @@ class SampleFolder(OutputFolder):
             if not position <= start < stop <= self.num_images:
                 raise DamagedError(f"there are images 0 to {position} of {self.num_images}")
             self._check_arrays(archive, stop - start)
+            if f"{_START}.npy" in archive.namelist():  # shards of older versions do not say it
+                if (found := int(read_array(archive, _START))) != start:
+                    raise DamagedError(f"it holds the images from {found} on")
             position = stop
 
         self.check_parts(list(ranges), check)

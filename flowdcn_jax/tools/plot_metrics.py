@@ -4,7 +4,6 @@
 metrics.jsonl draws that. Writes --out, by default loss.png (or FID.png) in the first workdir.
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
@@ -13,7 +12,7 @@ from flowdcn_jax import command
 from flowdcn_jax.command import check_writable
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.files import atomic_write
-from flowdcn_jax.training.metrics import METRICS_FILE
+from flowdcn_jax.training.metrics import METRICS_FILE, read_rows
 
 _WORKDIRS = command.define_paths("workdir", "Folder of a run.", required=True)
 _METRIC = flags.DEFINE_string("metric", "loss", "Name in metrics.jsonl.")
@@ -33,8 +32,7 @@ def read_metric(workdir: str, name: str) -> tuple[list[int], list[float]]:
     path = Path(workdir) / METRICS_FILE
     if not path.is_file():
         raise UserError(f"{path} does not exist; expected the --workdir of a training run")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the run may be writing
+    rows = read_rows(path)
     if not rows:
         raise UserError(f"{path} holds no metrics yet")
     named = [row for row in rows if name in row]

@@ -224,18 +224,29 @@ def drop_later_lines(path: Path, last_step: int) -> None:
     """Keeps the whole lines of a metrics file up to `last_step`; replaces the file in one go."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if _is_whole_and_not_after(line, last_step)]
+    lines = _lines(path)
+    kept = [line for line in lines if (row := _row(line)) and row["step"] <= last_step]
     if kept != lines:
         with atomic_write(path) as file:
             file.write("".join(kept).encode())
 
 
-def _is_whole_and_not_after(line: str, last_step: int) -> bool:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; the run may be writing, and a crash can leave anything."""
+    return [row for line in _lines(path) if (row := _row(line))]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+
+
+def _row(line: str) -> dict[str, Any] | None:
     try:
-        return line.endswith("\n") and json.loads(line)["step"] <= last_step
-    except ValueError:  # a crash can leave anything at the end of a file
-        return False
+        row = json.loads(line)
+    except ValueError:
+        return None
+    whole = line.endswith("\n") and isinstance(row, dict) and type(row.get("step")) is int
+    return row if whole else None
 
 
 class Stopwatch:

@@ -128,7 +128,7 @@ def test_aspects_of_one_size_share_a_bucket():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"count": 0}, "count is 0; expected at least 1"),
+        ({"count": 0}, "count is 0; expected 1 to 65536"),
         ({"min_aspect": 0.0}, "aspects go from 0.0 to 3.0"),
         ({"min_aspect": 4.0}, "aspects go from 4.0 to 3.0"),
         ({"max_aspect": float("nan")}, "to nan"),

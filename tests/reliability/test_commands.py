@@ -140,6 +140,13 @@ def test_a_config_may_import_what_lies_beside_it_and_unset_keys(tmp_path):
         assert tiny.run([sys.executable, *arguments]) == (0, f"{expected}\n")
 
 
+def test_commands_run_from_any_folder(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(tiny.REPOSITORY)}  # as an installed package
+    command = [sys.executable, "-m", "flowdcn_jax.tools.train", "--config=s2", "--workdir=gs://b/x"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    assert result.returncode == 2 and b"mount gs://b" in result.stderr, result.stderr
+
+
 JOB = """
 import os, signal, sys
 from flowdcn_jax import command, errors, peers

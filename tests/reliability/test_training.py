@@ -15,6 +15,8 @@ from flowdcn_jax.faults import MAKE_ROOM, TRY_AGAIN, MachineError
 from flowdcn_jax.runs import items
 from flowdcn_jax.runs.checkpointer import SaveError
 from flowdcn_jax.runs.contents import DATA, IMAGES, check_is_for
+from flowdcn_jax.sampling.folder import OutputFolder
+from flowdcn_jax.sampling.settings import SamplingError
 from flowdcn_jax.training import loop, saving
 from flowdcn_jax.training.metrics import NonFiniteError
 from flowdcn_jax.training.preemption import Preemption
@@ -175,3 +177,6 @@ def test_folders_of_other_things_are_not_written_into(whole, tmp_path):
     with pytest.raises(DataError, match="--data_dir=.* holds a training run .checkpoints."):
         check_is_for(whole, DATA, flag="--data_dir", error=DataError)
     check_is_for(tmp_path / "new", IMAGES, flag="--out", error=DataError)
+    with pytest.raises(SamplingError, match="--out=.* holds a training run .checkpoints.; expect"):
+        OutputFolder(whole).open({"seed": 0})
+    assert not (whole / "settings.json").exists()
