@@ -162,3 +162,15 @@ def check_released_in_float16(
         return out[..., :channels], d_values[..., :channels], *d_points
 
     check_released(arrays, case, run, tolerance=2e-3, product_tolerance=2e-3)
+
+
+def mostly_slow(cases: list[tuple], *, quick: tuple[int, ...]) -> list:
+    """`cases`, those but for the numbers `quick` marked as slow: to simulate one takes seconds.
+
+    The tests for GPUs take them all.
+    """
+    slow = pytest.mark.slow
+    return [
+        case if number in quick else pytest.param(*case, marks=slow)
+        for number, case in enumerate(cases)
+    ]

@@ -24,6 +24,7 @@ from tests.pallas_kernels.aggregation import (
     cast,
     check_released,
     lowered_for_an_h100,
+    mostly_slow,
     output_and_gradients,
     replace_in_pallas,
 )
@@ -73,27 +74,31 @@ def check(shape, form, boundary, dtype, points_dtype, tolerance):
 
 @pytest.mark.parametrize(
     "shape, form, boundary",
-    [
-        ((2, 5, 7, 2, 12, 9), "multiscale", "truncate"),  # one tile, hanging over the border
-        ((1, 16, 16, 2, 8, 9), "multiscale", "zeros"),  # several tiles a program
-        ((1, 9, 40, 1, 8, 4), "multiscale", "truncate"),  # tiles that nothing connects
-        ((1, 24, 17, 2, 5, 9), "offsets", "zeros"),
-        ((3, 1, 1, 1, 1, 1), "offsets", "truncate"),
-        ((1, 3, 9, 1, 136, 2), "offsets", "truncate"),  # channels in two parts
-        ((1, 2, 3, 1, 4, 25), "multiscale", "zeros"),
-    ],
+    mostly_slow(
+        [
+            ((2, 5, 7, 2, 12, 9), "multiscale", "truncate"),  # one tile, hanging over the border
+            ((1, 16, 16, 2, 8, 9), "multiscale", "zeros"),  # several tiles a program
+            ((1, 9, 40, 1, 8, 4), "multiscale", "truncate"),  # tiles that nothing connects
+            ((1, 24, 17, 2, 5, 9), "offsets", "zeros"),
+            ((3, 1, 1, 1, 1, 1), "offsets", "truncate"),
+            ((1, 3, 9, 1, 136, 2), "offsets", "truncate"),  # channels in two parts
+            ((1, 2, 3, 1, 4, 25), "multiscale", "zeros"),
+        ],
+        quick=(1, 2, 3, 4),
+    ),
 )
 def test_float32_matches_the_definition(shape, form, boundary):
     check(shape, form, boundary, jnp.float32, jnp.float32, 5e-6)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_half_precision_matches_the_definition(dtype):
     check((1, 8, 12, 2, 24, 9), "multiscale", "zeros", dtype, dtype, 1e-2)
     check((1, 8, 12, 2, 24, 9), "offsets", "truncate", dtype, jnp.float32, 1e-2)
 
 
 # Not shrunk: an example takes seconds to compile.
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     shape=st.tuples(
@@ -118,6 +123,7 @@ def test_truncate_is_the_released_kernel(fixture_file, case):
     check_released(fixture_file("op.npz"), case, function)
 
 
+@pytest.mark.slow  # test_not_finite has a smaller one
 def test_points_that_are_not_finite_add_nothing():
     values, points, cotangent = model_inputs((1, 6, 9, 2, 4, 4))
     offsets, weights = (np.array(x) for x in points.to_offsets())

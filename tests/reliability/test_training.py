@@ -151,11 +151,12 @@ def test_a_full_disk_names_the_folder_and_leaves_older_checkpoints_whole(tmp_pat
 
 
 def test_a_closed_terminal_asks_to_stop_and_nohup_is_respected():
-    with Preemption() as preemption:
-        signal.raise_signal(signal.SIGHUP)
-        assert preemption.reached(1)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
+        with Preemption() as preemption:
+            signal.raise_signal(signal.SIGHUP)
+            assert preemption.reached(1)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with Preemption() as preemption:
             signal.raise_signal(signal.SIGHUP)
             assert not preemption.reached(1)

@@ -69,7 +69,8 @@ def test_bad_requests_end_in_one_line(flags, message):
     assert not (tiny.REPOSITORY / "unused").exists()
 
 
-@pytest.mark.parametrize("config", ["b2", pytest.param("xl2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["b2", "xl2"])
 def test_memory_and_time(config):
     """What grows with the tensors' sizes is the weights and the tensor on its way to the disk.
 
