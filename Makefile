@@ -15,7 +15,7 @@ demo: $(INSTALLED)  ## Train on handwritten digits, then draw the classes 3, 7, 
 		--guidance=2 --out=runs/digits/demo
 
 test: $(INSTALLED)  ## Run the tests
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)  ## Check style
 	$(BIN)/ruff check .

@@ -35,9 +35,29 @@ def pytest_unconfigure(config):
         shutil.rmtree(os.environ["FLOWDCN_TEST_CACHE"], ignore_errors=True)
 
 
+# What takes longest, and what waits for processes of its own, comes first: workers that share the
+# files (--dist=loadfile) then end at the same time.
+LONGEST = (
+    "test_distributed.py",
+    "test_run.py",
+    "test_two_processes.py",
+    "test_pallas.py",
+    "test_official.py",
+    "test_list_gradient.py",
+    "test_deformable_conv.py",
+    "test_keys.py",
+    "test_before.py",
+    "test_commands.py",
+    "test_not_finite.py",
+    "test_flowdcn.py",
+)
+
+
 def pytest_collection_modifyitems(config, items):
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     if config.getoption("-m") != "slow":
-        skip_slow = pytest.mark.skip(reason="takes minutes; needs the option -m slow")
+        skip_slow = pytest.mark.skip(reason="takes long; needs the option -m slow")
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip_slow)

@@ -8,13 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import precision
 from benchmarks.kernel_times import by_kind, kernels_of
 from benchmarks.random_autoencoder import random_kl
 from benchmarks.steps import training_step
 from flowdcn_jax.autoencoders import kl
-from flowdcn_jax.config import model_config
-from flowdcn_jax.models import abstract_model, random_params
 from flowdcn_jax.runs.sharding import make_mesh
 from tests import tiny
 
@@ -184,12 +181,22 @@ def test_the_training_benchmark_compares_models(tmp_path):
         assert f"| {row['step_ms']:.2f} | {row['images_per_s']:.1f} |" in output
 
 
-def test_the_precision_benchmark_compares_dtypes(monkeypatch):
-    """On a SiT so small that it takes no time, of random weights."""
-    monkeypatch.setitem(precision.SIZE, "width", 16)
-    monkeypatch.setitem(precision.SIZE, "depth", 1)
-    config = model_config("sit") | precision.SIZE | precision.MODELS["sit"]
-    row = precision.measure("sit", random_params(abstract_model(config)[1]))
+# A SiT so small that it takes no time, of random weights; in a process of its own, for its flags.
+SMALL_PRECISION = """
+import json
+from benchmarks import precision
+from flowdcn_jax.config import model_config
+from flowdcn_jax.models import abstract_model, random_params
+precision.SIZE |= {"width": 16, "depth": 1}
+config = model_config("sit") | precision.SIZE | precision.MODELS["sit"]
+print(json.dumps(precision.measure("sit", random_params(abstract_model(config)[1]))))
+"""
+
+
+def test_the_precision_benchmark_compares_dtypes():
+    code, output = tiny.run([sys.executable, "-c", SMALL_PRECISION])
+    assert code == 0, output
+    row = json.loads(output.splitlines()[-1])
     assert len(row["velocity"]) == len(row["times"]) == 4
     for error in (*row["velocity"], row["gradient"]):
         assert 1e-4 < error < 0.1

@@ -117,8 +117,8 @@ def test_where_cudnn_is_used(monkeypatch, device, dtype, head_dim, expected):
     "name, millions, gmacs, gmacs_512",
     [  # of the DiT paper (arXiv 2212.09748), whose networks SiT took over
         ("s2", 33, 6.06, None),
-        ("b2", 130, 23.01, None),
-        ("l2", 458, 80.71, None),
+        pytest.param("b2", 130, 23.01, None, marks=pytest.mark.slow),
+        pytest.param("l2", 458, 80.71, None, marks=pytest.mark.slow),
         ("xl2", 675, 118.64, 524.60),
     ],
 )

@@ -102,6 +102,7 @@ def test_matches_the_float64_reference(shape, boundary):
     assert_close(actual, expected(boundary, *arrays), 1e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(
     shape=st.tuples(*(st.integers(1, n) for n in (2, 7, 7, 3, 5, 4))),
@@ -202,8 +203,8 @@ def test_offsets_are_dx_then_dy_in_tokens():
 @pytest.mark.parametrize(
     "dtype, shape",
     [
-        ("float32", (8, 16, 16, 6, 64, 9)),
-        ("bfloat16", (16, 8, 8, 4, 32, 9)),
+        pytest.param("float32", (8, 16, 16, 6, 64, 9), marks=pytest.mark.slow),
+        pytest.param("bfloat16", (16, 8, 8, 4, 32, 9), marks=pytest.mark.slow),
         ("float16", (2, 12, 20, 3, 24, 9)),
     ],
 )

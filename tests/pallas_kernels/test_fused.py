@@ -72,7 +72,7 @@ def test_simulated_adaln_agrees(shape, norm, bias):
     assert_close(outputs_and_gradients(kernel, *args), expected, 2e-6)
 
 
-@pytest.mark.parametrize("half", [1024, 1100])
+@pytest.mark.parametrize("half", [1100, pytest.param(1024, marks=pytest.mark.slow)])
 def test_simulated_swiglu_agrees(half):
     both = cotangents(jnp.zeros((3, 2, 1, 2 * half)))
     expected = outputs_and_gradients(lambda x: swiglu_reference(x)[0], both)
@@ -97,7 +97,7 @@ def test_derivatives_along_a_direction():
     assert_close(found, expected, 2e-6)
 
 
-@pytest.mark.parametrize("mapped", ["tokens", "all"])
+@pytest.mark.parametrize("mapped", ["tokens", pytest.param("all", marks=pytest.mark.slow)])
 def test_mapped_axes_join_the_batch(mapped):
     args = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), adaln_arrays((1, 2, 2, 72)))
     axes = (0,) * 6

@@ -148,6 +148,7 @@ def test_far_offsets_are_never_connected():
         assert not np.asarray(array).any()
 
 
+@pytest.mark.slow
 def test_vmap_is_a_loop():
     many = [model_inputs(SMALL, seed=seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *many)
