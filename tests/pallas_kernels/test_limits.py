@@ -29,6 +29,8 @@ from tests.pallas_kernels.aggregation import (
     replace_in_pallas,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CUDA_GRID = {"x": 2**31 - 1, "y": 2**16 - 1, "z": 2**16 - 1}
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
