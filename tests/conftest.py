@@ -35,11 +35,6 @@ def pytest_unconfigure(config):
         shutil.rmtree(os.environ["FLOWDCN_TEST_CACHE"], ignore_errors=True)
 
 
-def pytest_xdist_auto_num_workers():
-    """One more than there are cores, for some tests wait for processes of their own."""
-    return len(os.sched_getaffinity(0)) + 1
-
-
 # What takes longest, and what waits for processes of its own, comes first: workers that share the
 # files (--dist=loadfile) then end at the same time.
 LONGEST = (

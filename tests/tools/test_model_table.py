@@ -39,6 +39,7 @@ def test_every_model_is_in_the_table():
     assert set(model_table.MODELS) == set(config_names()) - others
 
 
+@pytest.mark.slow
 def test_the_committed_table_is_what_the_command_prints(tmp_path):
     out, docs = tmp_path / "new" / "table.json", tiny.REPOSITORY / "docs"
     code, output = tiny.run([*COMMAND, "--timing=never", f"--json={out}"])
