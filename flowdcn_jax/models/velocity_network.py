@@ -81,10 +81,11 @@ class Pending(NamedTuple):
 class AdaLNBlock(nnx.Module):
     """x += gate1 * mixer(adaLN(norm1(x))); x += gate2 * mlp(adaLN(norm2(x))).
 
-    A block defines norm1, norm2, mlp and modulation (a Linear to 6 * width), and names its mixer.
+    A block defines norm1, norm2, mlp and modulation (a Linear to 6 * width), and names its mixer;
+    mlp and mixer give a `layers.Branch`.
     """
 
-    mixer: str  # the attribute that maps [B,h,w,d] to [B,h,w,d]: there alone tokens see one another
+    mixer: str  # the attribute in which, alone, tokens see one another
 
     def __call__(
         self, x: Array, pending: Pending | None, condition: Array, *mixer_options

@@ -41,6 +41,7 @@ def forward(x, mixed, *vectors, norm: Norm, interpret: bool):
         functools.partial(_forward_kernel, norm=norm, tiling=tiling),
         (x, mixed, *vectors),
         (out, out),
+        (),
         tiling=tiling,
         interpret=interpret,
         name="residual_adaln",
@@ -58,7 +59,8 @@ def backward(x, mixed, *others, norm: Norm, has_bias: bool, interpret: bool):
     d_x, d_mixed, *parts = _launch(
         functools.partial(_backward_kernel, norm=norm, tiling=tiling, has_bias=has_bias),
         (x, mixed, d_h, d_y, gate, factor, *bias),
-        (out, out, *[part] * (4 if has_bias else 3)),
+        (out, out),
+        (part,) * (4 if has_bias else 3),
         tiling=tiling,
         interpret=interpret,
         name="residual_adaln_backward",
@@ -67,8 +69,12 @@ def backward(x, mixed, *others, norm: Norm, has_bias: bool, interpret: bool):
     return d_x, d_mixed, d_gate, d_factor, d_shift, *(gate * total for total in d_total)
 
 
-def _launch(kernel, inputs, outputs, *, tiling: Tiling, interpret: bool, name: str):
-    """Runs `kernel` on every few tokens of every image."""
+def _launch(kernel, inputs, outputs, parts, *, tiling: Tiling, interpret: bool, name: str):
+    """Runs `kernel` on every few tokens of every image; gives the outputs, then the parts.
+
+    It gets references to an image's tokens [T,D], to vectors [D], and for each of the parts, of
+    sums [B,programs,D], to what is this program's [D].
+    """
     batch, length, width = inputs[0].shape
     tiles = _tiles(length, tiling)
 
@@ -77,18 +83,20 @@ def _launch(kernel, inputs, outputs, *, tiling: Tiling, interpret: bool, name: s
             return pl.BlockSpec((width,), lambda program: (0,))
         if array.ndim == 2:
             return pl.BlockSpec((None, width), lambda program: (program // tiles, 0))
-        if array.dtype == inputs[0].dtype and array.shape[1] == length:
-            return pl.BlockSpec((None, length, width), lambda program: (program // tiles, 0, 0))
-        return pl.BlockSpec(
-            (None, None, width), lambda program: (program // tiles, program % tiles, 0)
-        )
+        return pl.BlockSpec((None, length, width), lambda program: (program // tiles, 0, 0))
+
+    def own_part(program):
+        return program // tiles, program % tiles, 0
 
     return pl.pallas_call(
         kernel,
         grid=(tiles * batch,),
         in_specs=list(map(spec, inputs)),
-        out_specs=list(map(spec, outputs)),
-        out_shape=list(outputs),
+        out_specs=[
+            *map(spec, outputs),
+            *[pl.BlockSpec((None, None, width), own_part)] * len(parts),
+        ],
+        out_shape=[*outputs, *parts],
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=1),
         interpret=interpret,
         name=name,

@@ -63,6 +63,7 @@ def assert_close(found, expected, tolerance):
         pytest.param((1, 8, 8, 384), LAYER, False, marks=pytest.mark.slow),
         ((1, 9, 8, 1152), LAYER, True),  # four warps, two pieces, a second program with few tokens
         pytest.param((2, 1, 3, 200), LAYER, True, marks=pytest.mark.slow),
+        ((2, 1, 1, 72), RMS, True),  # one token: its parts of sums are all of them
     ],
 )
 def test_simulated_adaln_agrees(shape, norm, bias):
@@ -152,6 +153,29 @@ def test_kernels_are_lowered_for_cuda(width, norm):
 
 
 SWIGLU_HIDDEN = {384: 1024, 768: 2048, 1024: 2752, 1152: 3072}
+
+
+@pytest.mark.parametrize("name, products_a_block", [("s2", 5), ("sit_s2", 7)])
+def test_networks_launch_them_and_multiply_jointly(name, products_a_block, monkeypatch):
+    """As on a GPU: between blocks as well as within them, and in the gradient nothing else."""
+    monkeypatch.setattr(layers, "takes_kernels", lambda dtype: jnp.dtype(dtype).itemsize == 2)
+    config = load_config(name).model
+    config.dtype, config.width, config.depth = "bfloat16", 48, 2
+    graphdef, params = abstract_model(config)
+    x, t, y = jnp.zeros((1, 4, 4, 4)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
+
+    def loss(params):
+        return apply_model(graphdef, params, x, t, y).sum()
+
+    forward, gradient = (lowered_for_cuda(f, params) for f in (loss, jax.grad(loss)))
+    swiglus = 2 if name == "s2" else 0
+    for text, backwards in ((forward, 0), (gradient, 1)):
+        assert text.count('name = "residual_adaln"') == 3
+        assert text.count('name = "residual_adaln_backward"') == 3 * backwards
+        assert text.count('name = "swiglu"') == swiglus
+        assert text.count('name = "swiglu_backward"') == swiglus * backwards
+    around = 6  # the stem, two of the time, the classes, two of the last layer
+    assert forward.count("dot_general") == around + 2 * products_a_block
 
 
 @pytest.mark.gpu
