@@ -23,13 +23,14 @@ class Scheme(NamedTuple):
 
     times: np.ndarray  # [evaluations] float64, ascending
     weights: np.ndarray  # [evaluations, m] float64, of the newest velocity first
+    ends: np.ndarray | None = None  # [evaluations] float64: of the jumps; None: velocities at times
 
 
 def integrate(velocity_fn, x_init: Array, scheme: Scheme) -> Array:
     """x after every evaluation of `scheme`, as one scan.
 
     Args:
-        velocity_fn: (x [B,...], t scalar) -> velocity [B,...].
+        velocity_fn: (x [B,...], t scalar) -> velocity [B,...]; of a scheme with ends (x, t, end).
         x_init: x at t=0, [B,...].
     """
     dtype = x_init.dtype
@@ -37,15 +38,16 @@ def integrate(velocity_fn, x_init: Array, scheme: Scheme) -> Array:
 
     def step(carry, row):
         x, past = carry
-        t, weights = row
-        velocity = velocity_fn(x, t).astype(dtype)
+        *times, weights = row
+        velocity = velocity_fn(x, *times).astype(dtype)
         x = x + weights[0] * velocity
         for j in range(remembered):
             x = x + weights[j + 1] * past[j]
         return (x, (velocity, *past)[:remembered]), None
 
     past = (jnp.zeros_like(x_init),) * remembered
-    rows = (jnp.asarray(scheme.times, dtype), jnp.asarray(scheme.weights, dtype))
+    columns = (scheme.times, scheme.ends, scheme.weights)
+    rows = [jnp.asarray(column, dtype) for column in columns if column is not None]
     (x, _), _ = jax.lax.scan(step, (x_init, past), rows)
     return x
 
@@ -53,6 +55,11 @@ def integrate(velocity_fn, x_init: Array, scheme: Scheme) -> Array:
 def euler(times: np.ndarray) -> Scheme:
     """Euler's method: the velocity at the start of each step."""
     return Scheme(times[:-1], np.diff(times)[:, None])
+
+
+def mean_flow(times: np.ndarray) -> Scheme:
+    """Each step jumps to its end, by the mean velocity up to there."""
+    return euler(times)._replace(ends=times[1:])
 
 
 def heun(times: np.ndarray) -> Scheme:

@@ -91,6 +91,8 @@ def summarise(
         "images_per_s": images_per_s,
         "data_wait": data_wait,
     }
+    for name in window[0].keys() - summary.keys():  # what the objective adds
+        summary[name] = float(np.mean([metrics[name] for metrics in window]))
     utilisation = model_flops_utilisation(images_per_s, flops_per_image)
     if utilisation is not None:
         summary["model_flops_utilisation"] = utilisation
