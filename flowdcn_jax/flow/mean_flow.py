@@ -56,6 +56,20 @@ def guides(options: Any) -> bool:
     return options.guidance_omega != 1 or options.guidance_kappa != 0
 
 
+def forward_passes(options: Any) -> float:
+    """What a step costs an image, in forward passes of the network.
+
+    Three with the gradient; of rows with r > t one for the derivative, and one for its direction
+    where that is the network's own; one or two for guidance.
+    """
+    group = find_group(options.equal_share)
+    jumps = 1 - group.equal / group.size
+    passes = 3 + jumps * (2 if options.tangent == "network" else 1)
+    if guides(options):
+        passes += 2 if options.guidance_kappa else 1
+    return passes
+
+
 def draw(key: Array, shape: tuple[int, ...], *, label_dropout: float, options: Any):
     """Draws two times, noise and dropped labels for data of `shape` [B,H,W,C].
 
@@ -131,11 +145,8 @@ def mean_flow_loss(
     """
     frozen = jax.lax.stop_gradient(params)
     y = jnp.where(draws.drop_label, null_class, label)
-    x, velocity = (
-        path.interpolate(draws.noise, data, draws.t),
-        path.target_velocity(draws.noise, data),
-    )
-    target = velocity
+    x = path.interpolate(draws.noise, data, draws.t)
+    target = velocity = path.target_velocity(draws.noise, data)
     if guides(options):
         target = _guided(network, frozen, x, draws, label, velocity, null_class, options)
     group, rows = find_group(options.equal_share), (x, draws.t, draws.r, y, velocity, target)
@@ -202,5 +213,5 @@ def _per_row(numbers: Array, like: Array) -> Array:
 
 
 def _sum_of_squares(x: Array) -> Array:
-    """[B,...] -> [B] float32."""
-    return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=tuple(range(1, x.ndim)))
+    """[B,...] -> [B]."""
+    return jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)))

@@ -15,6 +15,7 @@ class Objective(NamedTuple):
     # (params, data, label, draws) -> (loss, more metrics by name), scalars
     loss: Callable[..., Any]
     group: int = 1  # adjacent rows that a part of a batch keeps together
+    forward_passes: float = 3  # what a step costs an image; a gradient costs two
 
 
 def make_objective(config) -> Objective:
@@ -57,6 +58,7 @@ def _mean_flow(config) -> Objective:
             options=options,
         ),
         group=mean_flow.find_group(options.equal_share).size,
+        forward_passes=mean_flow.forward_passes(options),
     )
 
 
