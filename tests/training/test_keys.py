@@ -58,9 +58,9 @@ STEP_KEYS = {
             ("guidance_kappa", 0.5, MEAN_FLOW),
             ("guidance_begin", 0.6, GUIDED),
             ("guidance_end", 0.6, GUIDED),
-            ("derivative_dtype", "bfloat16", MEAN_FLOW | {"flow.mean_flow.weight_power": 0.0}),
         )
     },
+    "flow.mean_flow.derivative_dtype": ("bfloat16", MEAN_FLOW, AFTER),  # the first loss: 1e-5
     "optimizer.name": ("muon", {}, AFTER),
     "optimizer.learning_rate": (1e-3, {}, {"learning rates"} | AFTER),
     "optimizer.warmup_steps": (2, {}, {"learning rates"} | AFTER),
