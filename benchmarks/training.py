@@ -2,6 +2,7 @@
 
     python -m benchmarks.training --out=docs/training.json
     python -m benchmarks.training --models=xl2,sit_xl2 --image_size=512 --batch_size=8 --devices=8
+    python -m benchmarks.training --models=s2,sit_s2,xl2,sit_xl2 --objectives=velocity,mean_flow
 
 Each row is the step that train.py runs (loss, gradients, AdamW, EMA, the state donated), from a
 model's initial values on random latents that are on the devices already. Every step starts from
@@ -9,7 +10,11 @@ what the one before has made. Programs are compiled before the first is timed.
 
 "ms" is a step's share of a run of several steps, the median of the runs. "GiB" is what the program
 takes of each device: arguments (parameters, optimizer and EMA), results and temporary buffers, as
-XLA assigned them. "of the first" is images/s over those of the first row.
+XLA assigned them. "of the first" is images/s over those of the first row, "of its velocity" a
+step's time over that of the same model's velocity step, where both are measured.
+
+--objectives=mean_flow is MeanFlow with its defaults (a derivative for a quarter of the rows, no
+guidance in the target), mean_flow_guided with two passes more for guidance, as XL/2 was published.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +41,19 @@ from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.runs.state import abstract_state, initial_state
 from pallas_kernels.timing import median_ms, none_if_out_of_memory
 
+# What each sets beside a model's config.
+OBJECTIVES = {
+    "velocity": {},
+    "mean_flow": {"flow.objective": "mean_flow", "model.second_time": True},
+}
+OBJECTIVES["mean_flow_guided"] = OBJECTIVES["mean_flow"] | {
+    "flow.mean_flow.guidance_omega": 0.2,
+    "flow.mean_flow.guidance_kappa": 0.92,
+    "sampling.guidance": 1.0,
+}
+
 _MODELS = flags.DEFINE_list("models", ["b2", "sit_b2", "xl2", "sit_xl2"], "Configs of configs/.")
+_OBJECTIVES = flags.DEFINE_list("objectives", ["velocity"], f"Some of {', '.join(OBJECTIVES)}.")
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 256, "Side of the images, pixels.", 1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images a device.", 1)
 _DEVICES = flags.DEFINE_integer("devices", 1, "Local devices to use, the first ones.", 1)
@@ -44,13 +61,20 @@ _RUNS = flags.DEFINE_integer("runs", 5, "Runs of each model, of which the median
 _STEPS = flags.DEFINE_integer("steps", 10, "Steps of a run; one run more warms up.", 1)
 _OUT = command.define_path("out", "JSON file to write.")
 
-_COLUMNS = "model | parameters (M) | batch a device | ms | images/s | GiB | of the first"
+_COLUMNS = (
+    "model | objective | parameters (M) | batch a device | ms | images/s | GiB | of the first | "
+    "of its velocity"
+)
 
 
 def main() -> None:
     out = file_to_write(_OUT)
     mesh = _make_mesh()
-    configs = {name: _load_config(name, mesh) for name in _MODELS.value}
+    configs = {
+        (name, objective): _load_config(name, objective, mesh)
+        for name in _MODELS.value
+        for objective in _OBJECTIVES.value
+    }
     report = {"machine": describe_machine(), "results": []}
     with ThreadPoolExecutor() as pool:  # a compilation keeps one core busy, and no more
         compiling = pool.map(
@@ -60,8 +84,8 @@ def main() -> None:
         programs = dict(zip(configs, bar, strict=True))
     print(f"| {_COLUMNS} |")
     print("| --- " * (_COLUMNS.count("|") + 1) + "|")
-    for name, config in configs.items():
-        _add(report["results"], _measure(name, config, mesh, programs[name]))
+    for row, config in configs.items():
+        _add(report["results"], _measure(*row, config, mesh, programs[row]))
     write_json(out, report)
 
 
@@ -73,15 +97,20 @@ def _make_mesh() -> Mesh:
     return make_mesh(devices=devices[: _DEVICES.value])
 
 
-def _load_config(name: str, mesh: Mesh) -> ConfigDict:
-    """The config of configs/`name`.py with the flags' sizes.
+def _load_config(name: str, objective: str, mesh: Mesh) -> ConfigDict:
+    """The config of configs/`name`.py with an objective and the flags' sizes.
 
     Raises:
         UserError: there is none, or it does not go with them.
     """
+    if objective not in OBJECTIVES:
+        raise UserError(
+            f"--objectives names {objective!r}; expected some of {', '.join(OBJECTIVES)}"
+        )
     if name not in config_names():
         raise UserError(f"--models names {name!r}; expected some of {', '.join(config_names())}")
     config = load_config(name)
+    config.update_from_flattened_dict(OBJECTIVES[objective])
     config.data.image_size = _IMAGE_SIZE.value
     config.data.aspect_buckets.count = 0
     config.train.batch_size = _BATCH_SIZE.value * mesh.size
@@ -90,13 +119,18 @@ def _load_config(name: str, mesh: Mesh) -> ConfigDict:
 
 
 def _measure(
-    name: str, config: ConfigDict, mesh: Mesh, program: jax.stages.Compiled | None
+    name: str,
+    objective: str,
+    config: ConfigDict,
+    mesh: Mesh,
+    program: jax.stages.Compiled | None,
 ) -> dict[str, Any]:
     """A row of the results; what memory did not suffice for is None."""
     step_ms = program and none_if_out_of_memory(_time_step, config, mesh, program)
     rows = config.train.batch_size
     return {
         "model": name,
+        "objective": objective,
         "parameters": parameter_count(abstract_state(config, mesh).params),
         "image_size": config.data.image_size,
         "num_devices": mesh.size,
@@ -132,19 +166,24 @@ def _time_step(config: ConfigDict, mesh: Mesh, program: jax.stages.Compiled) -> 
 
 
 def _add(results: list[dict[str, Any]], row: dict[str, Any]) -> None:
-    """Adds a row to the results, with its rate over that of the first, and prints it."""
+    """Adds a row to the results, with what it is of the others, and prints it."""
     results.append(row)
     first, rate = results[0]["images_per_s"], row["images_per_s"]
     row["of_the_first"] = rate / first if rate and first else None
-    cells = [row["model"], f"{row['parameters'] / 1e6:.2f}", str(row["batch_size"])]
+    same = [r for r in results if (r["model"], r["objective"]) == (row["model"], "velocity")]
+    velocity = same[0]["images_per_s"] if same else None
+    row["of_its_velocity"] = velocity / rate if rate and velocity else None
+    cells = [row["model"], row["objective"], f"{row['parameters'] / 1e6:.2f}"]
+    cells.append(str(row["batch_size"]))
     if rate is None:
-        cells += ["out of memory", "", "", ""]
+        cells += ["out of memory", "", "", "", ""]
     else:
         cells += [
             f"{row['step_ms']:.2f}",
             f"{rate:.1f}",
             f"{row['program_bytes'] / 2**30:.2f}",
             f"{row['of_the_first']:.2f}" if first else "",
+            f"{row['of_its_velocity']:.2f}" if velocity else "",
         ]
     print(f"| {' | '.join(cells)} |", flush=True)
 

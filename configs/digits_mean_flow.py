@@ -3,7 +3,7 @@
     python train.py --config=configs/digits_mean_flow.py --workdir=DIR
     python sample.py --workdir=DIR --num_steps=1
 
-1.2 M parameters.
+1.3 M parameters.
 """
 
 from flowdcn_jax.config import load_config

@@ -164,16 +164,21 @@ command.run(training.main)
 
 def test_the_training_benchmark_compares_models(tmp_path):
     command = [sys.executable, "-c", SMALL_TRAINING, "--models=s2,sit_s2", "--image_size=32"]
-    command += ["--batch_size=3", "--devices=2", "--runs=1", "--steps=2", f"--out={tmp_path / 'o'}"]
+    command += ["--batch_size=4", "--devices=2", "--runs=1", "--steps=2", f"--out={tmp_path / 'o'}"]
+    command += ["--objectives=velocity,mean_flow"]
     code, output = tiny.run(command, num_devices=2)
     assert code == 0, output
     report = json.loads((tmp_path / "o").read_text())
     assert {"devices", "versions", "date"} <= report["machine"].keys()
-    flowdcn, sit = report["results"]
+    flowdcn, jumping_flowdcn, sit, jumping_sit = report["results"]
     assert (flowdcn["model"], sit["model"], sit["parameters"]) == ("s2", "sit_s2", WEIGHTS)
-    for row in (flowdcn, sit):
-        assert (row["num_devices"], row["batch_size"]) == (2, 3)
-        assert row["images_per_s"] == pytest.approx(6e3 / row["step_ms"])
+    assert jumping_sit["parameters"] == WEIGHTS + (256 + 1 + 16 + 1) * 16
+    for row, velocity in ((jumping_flowdcn, flowdcn), (jumping_sit, sit)):
+        assert (row["model"], row["objective"]) == (velocity["model"], "mean_flow")
+        assert row["of_its_velocity"] == pytest.approx(row["step_ms"] / velocity["step_ms"])
+    for row in report["results"]:
+        assert (row["num_devices"], row["batch_size"]) == (2, 4)
+        assert row["images_per_s"] == pytest.approx(8e3 / row["step_ms"])
         assert row["of_the_first"] == row["images_per_s"] / flowdcn["images_per_s"]
         # Parameters, their two moments and the EMA are given and taken back in the same place;
         # the gradients come on top.
@@ -242,6 +247,10 @@ def test_a_profile_tells_kernels_by_the_instruction_that_started_them():
         (("reader", "--image_sizes=abc"), "error: --image_sizes is 'abc'; expected numbers of"),
         (("operators", "--shape=64,16,16"), "error: --shape is '64,16,16'; expected five pos"),
         (("training", "--models=xl3"), "error: --models names 'xl3'; expected some of b2, "),
+        (
+            ("training", "--objectives=flow"),
+            "error: --objectives names 'flow'; expected some of ve",
+        ),
         (("training", "--models=b2", "--image_size=100"), "image_size is 100; expected a multiple"),
     ],
 )
