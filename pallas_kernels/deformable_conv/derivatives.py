@@ -129,8 +129,7 @@ def _batch(args, dims, *, rules: Rules, call):
     args = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
     if any(d is not None and not b for d, b in zip(dims, in_batch, strict=True)):
         parts = [
-            [x if d is None else x[i] for x, d in zip(args, dims, strict=True)]
-            for i in range(size)
+            [x if d is None else x[i] for x, d in zip(args, dims, strict=True)] for i in range(size)
         ]
         return jnp.stack([_tangent_of(rules, x[:count], x[count:]) for x in parts]), 0
     merged = []

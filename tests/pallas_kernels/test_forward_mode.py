@@ -233,9 +233,7 @@ def loss(function, wrap, params, data, noise, t, stop=jax.lax.stop_gradient):
         return jax.lax.scan(step, x, params)[0]
 
     velocity = data - noise
-    u, tangent = jax.jvp(
-        network, (t * data + (1 - t) * noise, t), (velocity, jnp.ones_like(t))
-    )
+    u, tangent = jax.jvp(network, (t * data + (1 - t) * noise, t), (velocity, jnp.ones_like(t)))
     return jnp.mean((u - stop(velocity + 0.3 * tangent)) ** 2)
 
 
@@ -297,10 +295,10 @@ def test_works_inside_shard_map():
 
     rows, shared = PartitionSpec("data"), PartitionSpec()
     specs = rows, Multiscale(rows, rows, rows, shared, shared, shared)
-    mapped = jax.shard_map(
-        both, mesh=mesh, in_specs=(specs, specs, rows), out_specs=(rows, specs)
+    mapped = jax.shard_map(both, mesh=mesh, in_specs=(specs, specs, rows), out_specs=(rows, specs))
+    assert_same(
+        jax.jit(mapped)(primals, tangents, cotangent), both(primals, tangents, cotangent), 1e-6
     )
-    assert_same(jax.jit(mapped)(primals, tangents, cotangent), both(primals, tangents, cotangent), 1e-6)
 
 
 # --- what is in a program ------------------------------------------------------------------------
