@@ -61,8 +61,10 @@ def main() -> int:
             side_by_side=_SIDE_BY_SIDE.value,
             minutes=_MINUTES.value,
         )
-    for path in report.write(out, TABLES):
-        print(path)
+    written = report.write(out, TABLES)
+    if not runs and not written:
+        raise UserError(f"--out={out} holds no results; expected some, or --table to make them")
+    print("\n".join(map(str, written)))
     return status
 
 

@@ -26,7 +26,7 @@ class Plan:
     num_images: int = option(10_000, "samples of a row's figure", at_least(2))
     search_images: int = option(2_000, "samples of each guidance that is tried", at_least(2))
     guidances: tuple[float, ...] = option(
-        (1.0, 1.5, 2.0, 3.0),
+        "1,1.5,2,3",  # as a flag has it; `checked` makes it numbers
         "weights that are tried on each row; the best one draws its samples",
         Range(lambda each: each and min(each) >= 0, lambda: "numbers of at least 0, with commas"),
         parse=_numbers,
@@ -51,6 +51,9 @@ class Plan:
 
     def __post_init__(self):
         checked(self)
+        for name in ("weights", "data_dir"):  # commands run in the project's folder
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, type(path)(Path(path).absolute()))
 
     def decides(self) -> dict[str, Any]:
         """What figures depend on beside the run's own settings, as JSON takes it."""

@@ -8,9 +8,7 @@ from benchmarks.study.plan import Plan
 from benchmarks.study.results import Results
 from benchmarks.study.summary import Group, Value
 from benchmarks.study.tables import Table
-from flowdcn_jax.errors import UserError
 from flowdcn_jax.files import atomic_write
-from flowdcn_jax.options import options_of
 
 _HEAD = """# The paper's claims on CIFAR-10
 
@@ -34,14 +32,11 @@ def write(out: Path, tables: Mapping[str, Table]) -> list[Path]:
     """Writes the page beside the folder of the results, plots and pictures into it.
 
     Returns:
-        The paths of what was written, the page last.
-
-    Raises:
-        UserError: there are no results.
+        The paths of what was written, the page last; none without results.
     """
     found = {name: Results(out, name) for name in tables}
     if not any(results.records for results in found.values()):
-        raise UserError(f"{out} holds no results; expected some, or --table to make them")
+        return []
     written, sections = [], []
     for name, table in tables.items():
         of_table = summary.groups(table, found[name].records)
@@ -161,20 +156,15 @@ def _conditions(group: Group) -> str:
 
 def _command(name: str, group: Group) -> str:
     """What makes the records again."""
-    unset = {key: option.default for key, option in options_of(Plan).items()}
     changed = {
         key: group.measured[key]
-        for key in Plan().decides()
-        if key in group.measured and _plain(group.measured[key]) != _plain(unset[key])
+        for key, unset in Plan().decides().items()
+        if group.measured[key] != unset
     }
     flags = [f"--{key}={_flag(value)}" for key, value in changed.items()]
     parts = ["python -m benchmarks.study", f"--table={name}", f"--num_steps={group.num_steps}"]
     parts += [*flags, "--workdir=WORKDIR", "--data_dir=DATA_DIR", "--weights=FILE"]
     return " ".join(parts)
-
-
-def _plain(value):
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _flag(value) -> str:

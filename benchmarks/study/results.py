@@ -106,9 +106,9 @@ def record_of(
         "num_samples": final["samples"]["count"],
         "num_references": final["reference"]["count"],
         "network": final["network"],
-        "config": told["config"],
+        "config": _renamed(told["config"], names),
         "machine": told["machine"],
-        "commands": commands,
+        "commands": _renamed(commands, names),
     }
     if (path := made["files"].get("solver_steps")) is not None:
         record["solver_steps"] = []
@@ -116,12 +116,12 @@ def record_of(
             steps, distance = row["options"]["num_steps"], row["figures"][0]["value"]
             record["solver_steps"].append([steps, distance])
             samples[f"{steps} Euler steps"] = _first_images(row)
-    return _renamed(record, names), samples
+    return record, samples
 
 
-def _renamed(record: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """The record with other names for some paths, in whatever text they are."""
-    text = json.dumps(record)
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    """A value of JSON's types with other names for some paths, in whatever text they are."""
+    text = json.dumps(value)
     for path, name in names.items():
         text = text.replace(json.dumps(path)[1:-1], name)
     return json.loads(text)

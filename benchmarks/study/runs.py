@@ -77,8 +77,8 @@ class Run:
         decides = self.training | {"curve": self._curve_keys(None), "emas": self._widths_after()}
         return workdir / "runs" / f"{slug}-seed{self.seed}-{digest(decides)}"
 
-    def train_command(self, folder: Path, reference: Path) -> list[str]:
-        """train.py with every key of the row."""
+    def train_command(self, folder: Path, reference: Path | None) -> list[str]:
+        """train.py with every key of the row; `reference` is that of figures in training."""
         keys = dict(self.row.changes) | {
             "seed": self.seed,
             "train.num_steps": self.num_steps,
@@ -126,19 +126,23 @@ class Run:
             *flags,
         ]
 
-    def perform(self, folder: Path, reference: Path, call: Call) -> dict[str, Any]:
+    def perform(
+        self, folder: Path, reference_file: Callable[[], Path], call: Call
+    ) -> dict[str, Any]:
         """Trains and measures; returns the files with what came of it, and what was chosen.
 
         Args:
             folder: its own.
-            reference: the statistics of the data set.
+            reference_file: gives the statistics of the data set, once they are made.
             call: runs a command, unless it was done before.
         """
-        call("train", self.train_command(folder, reference))
+        in_training = reference_file() if self.evaluations else None
+        call("train", self.train_command(folder, in_training))
         for name in self._widths_after():
             width = name.removeprefix("power_")
             tool = _python("-m", "flowdcn_jax.tools.reconstruct_ema")
             call(name, [*tool, f"--workdir={folder}", f"--width={width}"])
+        reference = reference_file()
         options = dict(num_steps=self.plan.sampling_steps)
         chosen, search = {"guidance": self.plan.guidances[0], "ema": self.row.emas[0]}, []
         if len(self.plan.guidances) * len(self.row.emas) > 1:

@@ -65,7 +65,7 @@ def environments(side_by_side: int) -> list[dict[str, str]]:
         return [common] * side_by_side
     if side_by_side > 1:
         share = SHARE_OF_MEMORY / side_by_side
-        common |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.3f}"}
+        common = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.3f}"} | common
     return [common | {"CUDA_VISIBLE_DEVICES": gpu} for _ in range(side_by_side) for gpu in found]
 
 

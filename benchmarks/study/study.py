@@ -1,6 +1,8 @@
 """Which runs, what they would take, and their way from a command to a record."""
 
+import functools
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -123,19 +125,17 @@ def perform(
         )
     schedule = Schedule(environments(side_by_side), minutes=minutes, start=start)
 
-    def reference_of(run: Run) -> Path:
-        return workdir / "references" / f"{run.of.data}_{run.plan.features}.npz"
+    making = threading.Lock()  # one reference at a time; whoever needs it waits for it
 
-    def make_reference(run: Run):
-        def job(environment: dict[str, str]) -> None:
-            path = reference_of(run)
+    def reference_file(run: Run, environment: dict[str, str]) -> Path:
+        path = workdir / "references" / f"{run.of.data}_{run.plan.features}.npz"
+        with making:
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
+                _say(f"the reference: {run.of.data}")
                 command = reference_command(run.plan, run.of.data, path)
-                _say(f"the reference, {run.of.data}")
                 schedule.wait(command, environment, path.with_suffix(".log"))
-
-        return job
+        return path
 
     def make(group: list[Run]):
         def job(environment: dict[str, str]) -> None:
@@ -144,7 +144,9 @@ def perform(
                 place = workdir / "commands" / folder.name
                 _say(f"{run.table}: {run.name}")
                 call = schedule.caller(place, environment, commands)
-                made = run.perform(folder, reference_of(run), call)
+                made = run.perform(
+                    folder, functools.partial(reference_file, run, environment), call
+                )
                 record, samples = record_of(
                     run,
                     folder,
@@ -159,13 +161,10 @@ def perform(
 
         return job
 
-    references = {reference_of(run): make_reference(run) for run in waiting}
     groups: dict[Path, list[Run]] = {}  # those that share a training, one after the other
     for run in waiting:
         groups.setdefault(run.folder(workdir), []).append(run)
-    errors = schedule.run(list(references.values()))
-    if not errors and not schedule.stopped:
-        errors = schedule.run([make(group) for group in groups.values()])
+    errors = schedule.run([make(group) for group in groups.values()])
     for error in errors:
         if not isinstance(error, Failed):
             raise error
