@@ -137,7 +137,7 @@ def made(tmp_path_factory):
     """A folder with the records of two tables."""
     folder = tmp_path_factory.mktemp("study")
     tables = {"small": SMALL, "few": FEW}
-    assert perform(folder, Commands(), tables, side_by_side=2) == 0
+    assert perform(folder, Commands(), tables) == 0
     return folder
 
 
@@ -204,8 +204,7 @@ def test_a_record_says_what_was_measured_and_how(made):
     assert record["chosen"] == {"guidance": 2.0, "ema": "ema"}
     assert [each["distance"] for each in record["search"]] == [51, 50]
     assert record["figures"] == {"FD-efficientnet_lite0": 50, "KID": 0.5}
-    assert record["images_per_s"] == 1000  # of the stretches that nothing slowed
-    assert record["minutes"] == pytest.approx(40 * 10 / 1000 / 60)
+    assert record["images_per_s"] == 1000 and record["processes_a_gpu"] == 1
     assert record["curve"] == [[20, 80], [40, 60]]
     assert "python train.py --config=digits --workdir=WORKDIR/runs" in record["commands"][0]
     assert record["config"]["data"]["data_dir"].startswith("WORKDIR/")
@@ -267,18 +266,38 @@ def test_weights_must_be_named(tmp_path):
         study.perform(runs, tmp_path, tmp_path)
 
 
+def group_of(folder, **changes):
+    """The records of the first table, each with some values changed."""
+    records = Results(folder / "out", "small").records
+    (group,) = summary.groups(SMALL, [record | changes for record in records])
+    return group
+
+
 def test_equal_time_is_that_of_the_first_to_be_done(made):
     """slow has 64 images a step, fast 10: when fast is done, slow has done 40 * 10 / 64 steps."""
-    (group,) = summary.groups(SMALL, Results(made / "out", "small").records)
-    minutes, distances = summary.equal_time(group)
+    minutes, distances = summary.equal_time(group_of(made), {})
     assert minutes == pytest.approx(40 * 10 / 1000 / 60)
     assert distances["fast"].of_seeds == (60, 60)
     assert distances["slow"].mean == 80  # its first evaluation: it has none before
-    assert str(summary.final_distances(group)["fast"]) == "50.50 ± 0.71 (2)"
-    record = json.loads(json.dumps(group.rows["fast"][0]))
-    record["config"]["optimizer"]["schedule"] = "cosine"
-    falling = summary.Group(40, group.measured, {"fast": [record]})
-    assert summary.equal_time(falling) is None
+    assert str(summary.final_distances(group_of(made))["fast"]) == "50.50 ± 0.71 (2)"
+    falling = Results(made / "out", "small").records[0]["config"]
+    falling["optimizer"]["schedule"] = "cosine"
+    assert summary.equal_time(group_of(made, config=falling), {}) is None
+
+
+def test_runs_that_shared_a_gpu_have_the_rates_of_others(made, tmp_path):
+    """Only those whose steps are the same as were timed; `fast` has another batch size."""
+    shared = group_of(made, processes_a_gpu=2)
+    rows = [{"model": "digits", "images_per_s": 500, "num_devices": count} for count in (1, 2)]
+    (tmp_path / "rates.json").write_text(json.dumps({"results": rows}))
+    rates = summary.read_rates(tmp_path / "rates.json")
+    assert rates == {"digits": 500} and summary.read_rates(tmp_path / "none") == {}
+    fast, slow = shared.rows["fast"][0], shared.rows["slow"][0]
+    slow["settings"]["changes"] = {}
+    assert summary.images_per_s(fast, rates) is None and summary.minutes(fast, rates) is None
+    assert summary.images_per_s(slow, rates) == 500
+    assert summary.minutes(slow, rates) == pytest.approx(40 * 64 / 500 / 60)
+    assert summary.equal_time(shared, rates) is None
 
 
 def test_claims_are_held_to_all_seeds():

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.study.results import sample_key
-from benchmarks.study.summary import Group, Record, Value, distance_name
+from benchmarks.study.summary import Group, Record, Value, distance_name, minutes
 from flowdcn_jax.files import atomic_write
 
 PIXELS = 64  # of an image's side
@@ -37,10 +37,12 @@ def _band(axes, xs, of_seeds: np.ndarray, label: str) -> None:
         axes.fill_between(xs, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
 
 
-def plot_curves(group: Group, path: Path) -> Path:
-    """Losses, and where there are some the distances in training, against steps and minutes."""
-    with_distances = all(record["curve"] for record in group.records)
-    count = 3 if with_distances else 1
+def plot_curves(group: Group, rates: Mapping[str, float], path: Path) -> Path:
+    """Losses, and the distances in training against steps and minutes, as far as there are such."""
+    taken = {name: [minutes(each, rates) for each in rows] for name, rows in group.rows.items()}
+    count = 1
+    if all(record["curve"] for record in group.records):
+        count = 2 if any(None in of_row for of_row in taken.values()) else 3
     figure, panels = _pyplot().subplots(
         1, count, figsize=(4.6 * count, 4), dpi=110, layout="constrained", squeeze=False
     )
@@ -50,8 +52,7 @@ def plot_curves(group: Group, path: Path) -> Path:
         _band(losses, steps, _second(records, "losses"), name)
         for axes, unit in zip(distances, ("step", "minute"), strict=False):
             steps = np.array([step for step, _ in records[0]["curve"]])
-            minutes = np.mean([each["minutes"] for each in records])
-            xs = steps if unit == "step" else steps * minutes / group.num_steps
+            xs = steps if unit == "step" else steps * np.mean(taken[name]) / group.num_steps
             _band(axes, xs, _second(records, "curve"), name)
     lowest = min(min(loss for _, loss in record["losses"]) for record in group.records)
     losses.set(xlabel="step", ylabel="velocity loss", ylim=(0.99 * lowest, 1.15 * lowest))

@@ -23,9 +23,14 @@ distance of that network's features; it compares the rows of a table, and is no 
 Inception's weights gets FID with `--features=inception --weights=FILE`. After ± stands the standard
 deviation of seeds, whose number follows in brackets.
 
-"Minutes" are those of training on one GPU that nothing else uses, without compilation and
-evaluations, by the rate of the run's fast stretches (the 90th percentile).
+"images/s" and "minutes" are those of training on one GPU that nothing else uses, without
+compilation and evaluations.
 """
+_SHARED = """
+These runs shared a GPU with others. Rates are those that `python -m benchmarks.training` gave of
+the same steps, alone on a GPU; where there is none, it is not known.
+"""
+RATES_FILE = "rates.json"  # of benchmarks.training --out
 
 
 def write(out: Path, tables: Mapping[str, Table]) -> list[Path]:
@@ -37,14 +42,15 @@ def write(out: Path, tables: Mapping[str, Table]) -> list[Path]:
     found = {name: Results(out, name) for name in tables}
     if not any(results.records for results in found.values()):
         return []
+    rates = summary.read_rates(out / RATES_FILE)
     written, sections = [], []
     for name, table in tables.items():
         of_table = summary.groups(table, found[name].records)
         for place, group in enumerate(of_table):
             suffix = f"_{place + 1}" if len(of_table) > 1 else ""
             stem = f"{name}{suffix}"
-            pictures = _draw(group, found[name], out, stem)
-            sections.append(_section(name, table, group, out, pictures))
+            pictures = _draw(group, found[name], rates, out, stem)
+            sections.append(_section(name, table, group, rates, out, pictures))
             written += pictures.values()
     page = out.parent / f"{out.name}.md"
     with atomic_write(page) as file:
@@ -52,7 +58,9 @@ def write(out: Path, tables: Mapping[str, Table]) -> list[Path]:
     return [*written, page]
 
 
-def _draw(group: Group, results: Results, out: Path, stem: str) -> dict[str, Path]:
+def _draw(
+    group: Group, results: Results, rates: Mapping[str, float], out: Path, stem: str
+) -> dict[str, Path]:
     """The plots and pictures of a group, by what is said of them."""
     if steps := summary.in_few_steps(group):
         name = summary.distance_name(group.records[0])
@@ -63,17 +71,24 @@ def _draw(group: Group, results: Results, out: Path, stem: str) -> dict[str, Pat
             ),
         }
     return {
-        "Curves": plots.plot_curves(group, out / f"{stem}_curves.png"),
+        "Curves": plots.plot_curves(group, rates, out / f"{stem}_curves.png"),
         "The first ten samples; a column has the same noise": plots.draw_samples(
             group, results.samples, out / f"{stem}_samples.png"
         ),
     }
 
 
-def _section(name: str, table: Table, group: Group, out: Path, pictures: Mapping[str, Path]) -> str:
+def _section(
+    name: str,
+    table: Table,
+    group: Group,
+    rates: Mapping[str, float],
+    out: Path,
+    pictures: Mapping[str, Path],
+) -> str:
     parts = [f"## {table.title}, {group.num_steps} steps", "", table.text, ""]
-    parts += _markdown(group)
-    compared = _compared(group)
+    compared = _compared(group, rates)
+    parts += _markdown(group, rates, compared)
     parts += _claims(table, compared)
     parts += [_conditions(group), "", "```bash", _command(name, group), "```", ""]
     for text, path in pictures.items():
@@ -81,21 +96,22 @@ def _section(name: str, table: Table, group: Group, out: Path, pictures: Mapping
     return "\n".join(parts)
 
 
-def _compared(group: Group) -> dict[str, Mapping[str, Value]]:
+def _compared(group: Group, rates: Mapping[str, float]) -> dict[str, Mapping[str, Value]]:
     """What claims are held to, by its name."""
     if steps := summary.in_few_steps(group):
         return {f"{each} Euler steps": values for each, values in steps.items()}
     compared: dict[str, Mapping[str, Value]] = {"equal steps": summary.final_distances(group)}
-    if timed := summary.equal_time(group):
+    if timed := summary.equal_time(group, rates):
         compared[f"equal time, {timed[0]:.1f} minutes, in training"] = timed[1]
     return compared
 
 
-def _markdown(group: Group) -> list[str]:
+def _markdown(
+    group: Group, rates: Mapping[str, float], compared: Mapping[str, Mapping[str, Value]]
+) -> list[str]:
     """The table: a line a row, of all its seeds."""
-    compared, first = _compared(group), group.records[0]
+    first = group.records[0]
     distance = summary.distance_name(first)
-    shared = any(record["side_by_side"] > 1 for record in group.records)
     heads = ["", "parameters (M)", "images/s", "minutes", "guidance, EMA"]
     few = bool(group.measured["solver_steps"])
     figures = {} if few else {"final": [n for n in first["figures"] if n != distance]}
@@ -103,15 +119,16 @@ def _markdown(group: Group) -> list[str]:
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for name, records in group.rows.items():
         cells = [name, f"{records[0]['parameters'] / 1e6:.1f}"]
-        cells += [f"{_mean(records, 'images_per_s'):.0f}", f"{_mean(records, 'minutes'):.1f}"]
+        cells.append(_shown([summary.images_per_s(each, rates) for each in records], "{:.0f}"))
+        cells.append(_shown([summary.minutes(each, rates) for each in records], "{:.1f}"))
         chosen = (f"{each['chosen']['guidance']:g}, {each['chosen']['ema']}" for each in records)
         cells.append("; ".join(dict.fromkeys(chosen)))
         cells += [str(values[name]) for values in compared.values()]
         for figure in figures.get("final", []):
             cells.append(_shown([record["figures"][figure] for record in records]))
         lines.append(f"| {' | '.join(cells)} |")
-    if shared:
-        lines += ["", "Several runs shared a GPU: rates are those of stretches with little beside."]
+    if any(record["processes_a_gpu"] > 1 for record in group.records):
+        lines.append(_SHARED.rstrip())
     return [*lines, ""]
 
 
@@ -171,9 +188,6 @@ def _flag(value) -> str:
     return ",".join(f"{each:g}" for each in value) if isinstance(value, list) else str(value)
 
 
-def _mean(records: Sequence[Mapping], key: str) -> float:
-    return sum(record[key] for record in records) / len(records)
-
-
-def _shown(values: Sequence[float | None]) -> str:
-    return "-" if None in values else f"{sum(values) / len(values):.4g}"
+def _shown(values: Sequence[float | None], form: str = "{:.4g}") -> str:
+    """The mean; a dash where one is not known."""
+    return "-" if None in values else form.format(sum(values) / len(values))

@@ -17,13 +17,11 @@ import numpy as np
 
 from benchmarks.study.runs import Run
 from flowdcn_jax.command import write_json
-from flowdcn_jax.config import flatten
 from flowdcn_jax.files import atomic_write
 from flowdcn_jax.training.metrics import METRICS_FILE, read_rows
 
 SHOWN_IMAGES = 10  # of a run
 CURVE_POINTS = 50  # of a curve of losses
-UNSHARED = 90  # percentile of the rates that counts as that of a GPU that nobody else uses
 
 
 class Results:
@@ -72,7 +70,7 @@ def record_of(
     folder: Path,
     made: Mapping[str, Any],
     *,
-    side_by_side: int,
+    processes_a_gpu: int,
     commands: list[str],
     names: Mapping[str, str],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -82,13 +80,12 @@ def record_of(
         run: which is done.
         folder: its own.
         made: of `Run.perform`.
-        side_by_side: processes that had one GPU at a time.
+        processes_a_gpu: that had one at a time.
         commands: that were run, as text.
         names: of paths of this machine, what the record calls them.
     """
     told = json.loads((folder / "config.json").read_text())
     rows = read_rows(folder / METRICS_FILE)
-    batch_size = flatten(told["config"])["train.batch_size"]
     final = json.loads(made["files"]["final"].read_text())
     figures = {each["name"]: each["value"] for each in final["figures"]}
     samples = {"": _first_images(final)}
@@ -96,8 +93,8 @@ def record_of(
         "row": run.row.name,
         "settings": run.settings,
         "parameters": told["parameters"],
-        **_speed(rows, run.num_steps, batch_size),
-        "side_by_side": side_by_side,
+        "images_per_s": float(np.median([row["images_per_s"] for row in rows])),
+        "processes_a_gpu": processes_a_gpu,
         "losses": _thinned(rows),
         "curve": _curve(rows),
         "search": made["search"],
@@ -125,16 +122,6 @@ def _renamed(value: Any, names: Mapping[str, str]) -> Any:
     for path, name in names.items():
         text = text.replace(json.dumps(path)[1:-1], name)
     return json.loads(text)
-
-
-def _speed(rows: list[dict[str, Any]], num_steps: int, batch_size: int) -> dict[str, float]:
-    """Images a second and minutes of training, without evaluations, checkpoints and compilation.
-
-    Other processes on the same GPU slow a run down now and then: the rate is that of its fast
-    stretches.
-    """
-    rate = float(np.percentile([row["images_per_s"] for row in rows], UNSHARED))
-    return {"images_per_s": rate, "minutes": num_steps * batch_size / rate / 60}
 
 
 def _thinned(rows: list[dict[str, Any]]) -> list[list[float]]:

@@ -99,7 +99,7 @@ class Run:
         if not self.evaluations:
             return {}
         return {
-            "evaluate.every_steps": max(1, self.num_steps // self.evaluations),
+            "evaluate.every_steps": -(-self.num_steps // self.evaluations),
             "evaluate.num_images": self.plan.curve_images,
             "evaluate.num_steps": self.plan.sampling_steps,
             "evaluate.guidance": self.plan.curve_guidance,

@@ -3,6 +3,7 @@
 import functools
 import sys
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -123,7 +124,9 @@ def perform(
             f"--weights is missing; expected those of {waiting[0].plan.features}, which "
             "docs/evaluation.md says how to convert"
         )
-    schedule = Schedule(environments(side_by_side), minutes=minutes, start=start)
+    places = environments(side_by_side)
+    shared = Counter(place.get("CUDA_VISIBLE_DEVICES") for place in places)
+    schedule = Schedule(places, minutes=minutes, start=start)
 
     making = threading.Lock()  # one reference at a time; whoever needs it waits for it
 
@@ -151,7 +154,7 @@ def perform(
                     run,
                     folder,
                     made,
-                    side_by_side=side_by_side,
+                    processes_a_gpu=max(shared.values()),
                     commands=commands,
                     names=_paths(workdir, run.plan),
                 )

@@ -1,14 +1,18 @@
 """Numbers of a table from its records: means and spreads, equal GPU time, what agrees."""
 
+import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.study.tables import Claim, Table
+from benchmarks.study.tables import CIFAR10, Claim, Table
 
 Record = Mapping[str, Any]
+
+_OF_A_STEP = ("train.batch_size", "train.accumulation_steps", "optimizer.name")
 
 
 class Value(NamedTuple):
@@ -73,24 +77,60 @@ def final_distances(group: Group) -> dict[str, Value]:
     }
 
 
-def equal_time(group: Group) -> tuple[float, dict[str, Value]] | None:
+def read_rates(path: Path) -> dict[str, float]:
+    """Images a second by name of a config, of a file of benchmarks.training; none without it."""
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text())["results"]
+    return {row["model"]: row["images_per_s"] for row in rows if row["num_devices"] == 1}
+
+
+def images_per_s(record: Record, rates: Mapping[str, float]) -> float | None:
+    """The rate of a run's training on a GPU that nothing else uses; None: it is not known.
+
+    A run's own rate is that if it did not share the GPU. Otherwise it is that of its config among
+    `rates`, unless the run changes what a step computes.
+    """
+    if record["processes_a_gpu"] == 1:
+        return record["images_per_s"]
+    changes = set(record["settings"]["changes"]) - set(CIFAR10)
+    if any(key.startswith("model.") or key in _OF_A_STEP for key in changes):
+        return None
+    return rates.get(record["settings"]["config"])
+
+
+def minutes(record: Record, rates: Mapping[str, float]) -> float | None:
+    """Of training, without evaluations and compilation, at the rate of `images_per_s`."""
+    rate = images_per_s(record, rates)
+    if rate is None:
+        return None
+    batch_size = record["config"]["train"]["batch_size"]
+    return record["settings"]["num_steps"] * batch_size / rate / 60
+
+
+def equal_time(group: Group, rates: Mapping[str, float]) -> tuple[float, dict[str, Value]] | None:
     """(minutes of the row that was done first, of each row the distance in training by then).
 
-    Interpolated between two evaluations, by the rates of an unshared GPU. The learning rate must be
-    constant for that: a run that ended then would have the same weights. None: without curves.
+    Interpolated between two evaluations. The learning rate must be constant for that: a run that
+    ended then would have the same weights. None: without curves, or without all rates.
     """
+    taken = {
+        name: [minutes(record, rates) for record in records] for name, records in group.rows.items()
+    }
+    if any(None in of_row for of_row in taken.values()):
+        return None
     if not all(len(record["curve"]) > 1 for record in group.records):
         return None
     if any(record["config"]["optimizer"]["schedule"] != "constant" for record in group.records):
         return None
-    minutes = min(np.mean([each["minutes"] for each in rows]) for rows in group.rows.values())
+    first = min(statistics.fmean(of_row) for of_row in taken.values())
 
     def by_then(record: Record) -> float:
         steps, distances = zip(*record["curve"], strict=True)
-        step = record["settings"]["num_steps"] * minutes / record["minutes"]
+        step = group.num_steps * first / minutes(record, rates)
         return float(np.interp(step, steps, distances))
 
-    return float(minutes), {
+    return first, {
         name: Value(tuple(map(by_then, records))) for name, records in group.rows.items()
     }
 
