@@ -39,9 +39,10 @@ def main() -> int:
 
     jax.config.update("jax_platforms", "cpu")  # the processes that are started have the GPUs
     from benchmarks.study import report, study
+    from benchmarks.study.runs import REPOSITORY
 
     plan = instance_of(Plan, _PLAN())
-    out = Path(_OUT.value or "docs/study")
+    out = Path(_OUT.value or REPOSITORY / "docs" / "study")
     unknown = [name for name in _TABLE.value if name not in TABLES]
     if unknown:
         raise UserError(f"--table names {unknown[0]!r}; expected some of {', '.join(TABLES)}")

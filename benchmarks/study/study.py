@@ -116,7 +116,7 @@ def perform(
     Raises:
         UserError: no weights of the feature network are named.
     """
-    out, workdir = (REPOSITORY / path.expanduser() for path in (out, workdir))
+    workdir = workdir.absolute()  # commands run in the project's folder
     results = {run.table: Results(out, run.table) for run in runs}
     waiting = [run for run in runs if not results[run.table].holds(run)]
     if waiting and waiting[0].plan.weights is None:
