@@ -163,27 +163,46 @@ command.run(training.main)
 
 
 def test_the_training_benchmark_compares_models(tmp_path):
-    command = [sys.executable, "-c", SMALL_TRAINING, "--models=s2,sit_s2", "--image_size=32"]
-    command += ["--batch_size=4", "--devices=2", "--runs=1", "--steps=2", f"--out={tmp_path / 'o'}"]
-    command += ["--objectives=velocity,mean_flow"]
+    command = [sys.executable, "-c", SMALL_TRAINING, "--models=s2,sit_s2", "--sizes=32x4"]
+    command += ["--passes=train,mean_flow,forward", "--meshes=1x2"]
+    command += ["--runs=1", "--steps=2", f"--out={tmp_path / 'out.json'}"]
     code, output = tiny.run(command, num_devices=2)
     assert code == 0, output
-    report = json.loads((tmp_path / "o").read_text())
+    report = json.loads((tmp_path / "out.json").read_text())
     assert {"devices", "versions", "date"} <= report["machine"].keys()
-    flowdcn, jumping_flowdcn, sit, jumping_sit = report["results"]
-    assert (flowdcn["model"], sit["model"], sit["parameters"]) == ("s2", "sit_s2", WEIGHTS)
-    assert jumping_sit["parameters"] == WEIGHTS + (256 + 1 + 16 + 1) * 16
-    for row, velocity in ((jumping_flowdcn, flowdcn), (jumping_sit, sit)):
-        assert (row["model"], row["objective"]) == (velocity["model"], "mean_flow")
-        assert row["of_its_velocity"] == pytest.approx(row["step_ms"] / velocity["step_ms"])
-    for row in report["results"]:
-        assert (row["num_devices"], row["batch_size"]) == (2, 4)
-        assert row["images_per_s"] == pytest.approx(8e3 / row["step_ms"])
+    rows = report["results"]
+    assert [(row["pass"], row["model"], *row["mesh"].values()) for row in rows] == [
+        (work, model, 1, fsdp)
+        for work, fsdp in (("train", 2), ("mean_flow", 2), ("forward", 1))
+        for model in ("s2", "sit_s2")
+    ]
+    assert (tmp_path / "out.png").exists() and rows[1]["parameters"] == WEIGHTS
+    assert rows[3]["parameters"] == WEIGHTS + (256 + 1 + 16 + 1) * 16
+    assert rows[3]["of_its_train"] == pytest.approx(rows[3]["step_ms"] / rows[1]["step_ms"])
+    for flowdcn, row in zip([x for x in rows[::2] for _ in range(2)], rows, strict=True):
+        images = 4 * row["mesh"]["fsdp"]
+        assert row["batch_size"] == 4
+        assert row["images_per_s"] == pytest.approx(1e3 * images / row["step_ms"])
         assert row["of_the_first"] == row["images_per_s"] / flowdcn["images_per_s"]
+        assert f"| {row['step_ms']:.2f} | {row['images_per_s']:.1f} |" in output
         # Parameters, their two moments and the EMA are given and taken back in the same place;
         # the gradients come on top.
-        assert 5 * 4 * row["parameters"] < row["program_bytes"] < 10 * 4 * row["parameters"]
-        assert f"| {row['step_ms']:.2f} | {row['images_per_s']:.1f} |" in output
+        copies = (1, 2) if row["pass"] == "forward" else (5, 10)
+        least, most = (4 * row["parameters"] * n / row["mesh"]["fsdp"] for n in copies)
+        assert least < row["program_bytes"] < (most if images == 4 else 2 * most)
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        ("--sizes=32", "--sizes is '32'; expected pairs of positive numbers such as 256x64"),
+        ("--meshes=9x9", "--meshes names 9x9; expected at most 1 devices"),
+        ("--passes=back", "--passes is 'back'; expected some of train, mean_flow, "),
+    ],
+)
+def test_the_training_benchmark_names_what_it_cannot_time(option, error):
+    code, output = tiny.run([sys.executable, "-m", "benchmarks.training", option])
+    assert code == 2 and error in output and "Traceback" not in output
 
 
 # A SiT so small that it takes no time, of random weights; in a process of its own, for its flags.
@@ -247,10 +266,6 @@ def test_a_profile_tells_kernels_by_the_instruction_that_started_them():
         (("reader", "--image_sizes=abc"), "error: --image_sizes is 'abc'; expected numbers of"),
         (("operators", "--shape=64,16,16"), "error: --shape is '64,16,16'; expected five pos"),
         (("training", "--models=xl3"), "error: --models names 'xl3'; expected some of b2, "),
-        (
-            ("training", "--objectives=flow"),
-            "error: --objectives names 'flow'; expected some of ve",
-        ),
         (("training", "--models=b2", "--image_size=100"), "image_size is 100; expected a multiple"),
     ],
 )

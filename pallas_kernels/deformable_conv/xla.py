@@ -99,7 +99,6 @@ def _tangent(values, offsets, weights, d_values, d_offsets, d_weights, boundary:
     """The derivative of `_aggregate` along the last three: rows of both kinds of values."""
     shape = values.shape
     _, h, w, groups, channels = shape
-    points = weights.shape[-1]
     arrays = values, offsets, weights, d_values, d_offsets, d_weights
     values, offsets, weights, d_values, d_offsets, d_weights = map(flatten_tokens, arrays)
     size = _tokens_per_step(values, w, 2 * _point_floats(weights) + 3 * channels)
@@ -118,17 +117,24 @@ def _tangent(values, offsets, weights, d_values, d_offsets, d_weights, boundary:
                 jnp.where(finite, d.astype(jnp.float32), 0)
                 for d in (d_offset[..., 0], d_offset[..., 1], d_share)
             )
-            total = jnp.zeros((), jnp.float32)
+            corners = []
             for corner in _corners(x, y, h, w, boundary):
-                factor = share * corner.weight_x * corner.weight_y
+                weight = corner.weight_x * corner.weight_y
                 slope = d_x * corner.slope_x * corner.weight_y
                 slope += d_y * corner.slope_y * corner.weight_x
-                d_factor = d_share * corner.weight_x * corner.weight_y + share * slope
-                for k in range(points):
-                    token = corner.token[..., k, None]
+                corners.append((corner.token, share * weight, d_share * weight + share * slope))
+
+            def add_point(total, corners):
+                for token, factor, d_factor in corners:
                     for by, rows in ((d_factor, image), (factor, d_image)):
-                        found = _gather(rows, token, axis=1).astype(jnp.float32)
-                        total += by[..., k, None] * found
+                        found = _gather(rows, token[..., None], axis=1).astype(jnp.float32)
+                        total += by[..., None] * found
+                return total, None
+
+            # A loop, for it compiles in a quarter of the time.
+            points_first = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), corners)
+            total = jnp.zeros_like(values, jnp.float32, shape=(*x.shape[:2], channels))
+            total, _ = lax.scan(add_point, total, points_first)
             return _update(out, total, group, i * size)
 
         return lax.fori_loop(0, h * w // size, chunk_step, out)
