@@ -43,10 +43,12 @@ _KEEP = flags.DEFINE_bool(
 )
 _DRAWING = (DrawnRequest, Settings, ModelChoice)
 _OPTIONS = command.option_flags(FeatureChoice, ImageChoice, *_DRAWING, several=_SEVERAL)
+_obey_offline = command.define_offline()
 command.define_device_flags()
 
 
 def main() -> None:
+    _obey_offline()
     command.use_devices()
     out = command.file_to_write(_OUT)
     values = _OPTIONS()
