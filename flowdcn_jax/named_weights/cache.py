@@ -156,6 +156,7 @@ class _Entry:
     def __post_init__(self):
         self.made = self.folder / MADE_FOLDER
         self._record = self._read_record()
+        self._commits: dict[str, str] = {}  # of repositories, in this use
 
     def files(self, *, accept_change: bool) -> dict[str, Path]:
         """As `fetch`."""
@@ -216,11 +217,14 @@ class _Entry:
         return path
 
     def _from_hub(self, file: File, known: dict, *, again: bool) -> tuple[Path, dict]:
-        # Of what is taken anew because the user says so, the newest commit; else that of before.
-        options = dict(revision=known.get("commit"), offline=offline())
+        # That of before; else that of this name's files before it, so that they lie in one folder;
+        # else, as where the user takes what is there now, the newest.
+        revision = known.get("commit") or self._commits.get(file.repo)
+        options = dict(revision=revision, offline=offline())
         if again:
             self._say_that_damaged(file, known)
         path, commit = hub.hub_file(file, again=again, **options)
+        self._commits[file.repo] = commit
         return path, {"repo": file.repo, "commit": commit}
 
     def _from_url(self, file: File, known: dict, *, again: bool) -> tuple[Path, dict]:

@@ -37,12 +37,16 @@ def named_config(name: str) -> ConfigDict:
 def named_workdir(name: str, *, accept_change: bool = False) -> Path:
     """The workdir of a named model, fetched and converted if it is not there.
 
+    Args:
+        name: of the table.
+        accept_change: see `named_weights.fetch`.
+
     Raises:
         NamedWeightsError: see `named_weights.fetch`; or several processes would do it at once.
         flowdcn_jax.published_weights.PublishedWeightsError: the file cannot be converted, as
             without PyTorch.
     """
-    check_can_be_had(name)
+    check_can_be_had(name, anew=accept_change)
     (file,) = named_weights.find(name, MODEL).files
 
     def make(files: Mapping[str, Path], folder: Path) -> None:
@@ -98,15 +102,19 @@ def _training_config(name: str) -> ConfigDict:
     return config
 
 
-def check_can_be_had(name: str) -> None:
+def check_can_be_had(name: str, *, anew: bool = False) -> None:
     """Finds out before anything is fetched whether the conversion can be made here.
+
+    Args:
+        name: of the model.
+        anew: whether it is made even if it is there.
 
     Raises:
         NamedWeightsError: no such name of a model; or several processes would do it at once.
         flowdcn_jax.published_weights.PublishedWeightsError: PyTorch is needed, and missing.
     """
     (file,) = named_weights.find(name, MODEL).files
-    if named_weights.is_prepared(name):
+    if named_weights.is_prepared(name) and not anew:
         return
     check_readable(file.name)
     if jax.process_count() > 1:

@@ -200,7 +200,7 @@ def named_features(name: str, network: str | None = None, *, accept_change: bool
     first = weights.files[0].name
     if not weights.converted:
         return fetch(name, accept_change=accept_change)[first]
-    if not is_prepared(name):
+    if accept_change or not is_prepared(name):
         check_readable(first)
     file = f"{weights.of}.safetensors"
 
