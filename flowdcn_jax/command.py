@@ -206,23 +206,6 @@ def define_device_flags() -> None:
     flags.DEFINE_integer("process_id", None, "This process's number from 0, with --distributed.", 0)
 
 
-def define_offline() -> Callable[[], None]:
-    """Defines --offline, which is the hub's own HF_HUB_OFFLINE for this command.
-
-    Returns:
-        A function that lets the flag hold; comes before weights by name are asked for.
-    """
-    holder = flags.DEFINE_bool(
-        "offline", False, "Fetch nothing: weights by name must be in the cache. As HF_HUB_OFFLINE."
-    )
-
-    def obey() -> None:
-        if holder.value:
-            os.environ["HF_HUB_OFFLINE"] = "1"
-
-    return obey
-
-
 def use_devices() -> None:
     """Joins the other processes and keeps compiled programs, as the flags of `define_device_flags`
     say; comes before all other use of JAX.

@@ -2,6 +2,7 @@
 
 import functools
 import numbers
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ def solve(
     diffusion: str | None = None,
     key: Array | None = None,
     step_noise: Array | None = None,
+    keep: Sequence[int] | None = None,
 ) -> Array:
     """Carries noise x_init at t=0 to data at t=1 along dx/dt = velocity_fn(x, t).
 
@@ -56,18 +58,23 @@ def solve(
             row's noise does not depend on the other rows; as jax.random.key makes them.
         step_noise: [num_steps, *x_init.shape], used instead of drawn noise; the last step's is
             ignored, since that step is the ODE's.
+        keep: the trajectory: numbers of steps, ascending, 0 being x_init and num_steps the result.
 
     Returns:
-        x at t=1, [B,...].
+        x at t=1, [B,...]; with `keep`, x after each of these steps, [len(keep),B,...], at the times
+        `time_grid(...)[keep]`.
 
     Raises:
         ValueError: an unknown name or a value out of range (see `time_grid`, `check_diffusion`),
-            an SDE sampler without key and step_noise, or one of them of another shape or kind.
+            an SDE sampler without key and step_noise, or one of them of another shape or kind;
+            numbers to keep that are not steps, or not in order.
     """
     times = time_grid(sampler, num_steps, last_step=last_step, time_shift=time_shift)
     check_diffusion(sampler, diffusion)
+    if keep is not None and list(keep) != sorted(set(keep) & set(range(num_steps + 1))):
+        raise ValueError(f"keep is {keep!r}; expected ascending numbers from 0 to {num_steps}")
     if sampler in ODE_SCHEMES:
-        return schemes.integrate(velocity_fn, x_init, ODE_SCHEMES[sampler](times))
+        return schemes.integrate(velocity_fn, x_init, ODE_SCHEMES[sampler](times), keep=keep)
     return sde.integrate(
         velocity_fn,
         x_init,
@@ -75,6 +82,7 @@ def solve(
         _noise_source(sampler, num_steps, x_init, key, step_noise),
         variant=sde.VARIANTS[sampler],
         diffusion=diffusion or "sigma",
+        keep=keep,
     )
 
 

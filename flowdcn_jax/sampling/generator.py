@@ -120,7 +120,7 @@ def _check_guide(config: ConfigDict, guide: ConfigDict, settings: Settings) -> N
         )
 
 
-def image_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+def image_keys(seed: int | jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(keys of the initial noise, keys of the steps' noise), [n] each.
 
     Image i's depend on the seed and on i alone.
@@ -137,12 +137,15 @@ def make_generator(
     *,
     guide: Guide | None = None,
     autoencoder: Autoencoder | None = None,
+    keep: tuple[int, ...] | None = None,
 ) -> Callable:
     """A compiled function (params, indices [n], labels [n]) -> (x [n,h,w,C], images uint8).
 
     x is in the model's space; images are decoded by `autoencoder`, by default the one that
     config.autoencoder names. n is a multiple of the number of devices; rows are split over them.
-    The function is a functools.partial of a jitted one, so that its program can be looked at.
+    With `keep`, x and images are trajectories [n,len(keep),...]: see `samplers.solve`.
+    The function is a functools.partial of a jitted one, so that its program can be looked at, and
+    given another seed: `with_seed`.
 
     Raises:
         SamplingError: settings that are out of range, or not for this model or this guide.
@@ -158,7 +161,7 @@ def make_generator(
     shape = (height, width, config.model.in_channels)
     rows = batch_sharding(mesh)
 
-    def generate(guide_params, decoder_params, params, indices, labels):
+    def generate(guide_params, decoder_params, seed, params, indices, labels):
         velocity_fn = guided_velocity(
             functools.partial(network, params),
             jax.lax.with_sharding_constraint(labels, rows),
@@ -169,7 +172,7 @@ def make_generator(
             schedule=settings.guidance_schedule,
             guide=guide_network and functools.partial(guide_network, guide_params),
         )
-        initial_keys, step_keys = image_keys(settings.seed, indices)
+        initial_keys, step_keys = image_keys(seed, indices)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(initial_keys)
         x = samplers.solve(
             velocity_fn,
@@ -180,12 +183,22 @@ def make_generator(
             time_shift=settings.time_shift,
             diffusion=settings.diffusion,
             key=step_keys,
+            keep=keep,
         )
-        return x, decode_images(autoencoder, decoder_params, x, mesh=mesh)
+        decode = functools.partial(decode_images, autoencoder, decoder_params, mesh=mesh)
+        if keep is None:
+            return x, decode(x)
+        return x.swapaxes(0, 1), jax.lax.map(decode, x).swapaxes(0, 1)
 
     compiled = jax.jit(generate, out_shardings=replicated(mesh))
     decoder_params = copy_to_devices(autoencoder.params, mesh)
-    return functools.partial(compiled, guide and guide.params, decoder_params)
+    generator = functools.partial(compiled, guide and guide.params, decoder_params, None)
+    return with_seed(generator, settings.seed)
+
+
+def with_seed(generator: Callable, seed: int) -> Callable:
+    """`make_generator`'s function for another seed; nothing compiles anew."""
+    return functools.partial(generator.func, *generator.args[:-1], np.uint32(seed))
 
 
 def copy_to_devices(params: dict, mesh: Mesh) -> dict:

@@ -32,6 +32,7 @@ from flowdcn_jax.sampling.generator import (
     fill_settings,
     generate_images,
     make_generator,
+    with_seed,
 )
 from flowdcn_jax.sampling.named_model import (
     check_can_be_had,
@@ -71,7 +72,7 @@ class TrainedModel:
     words: tuple[tuple[str, ...], ...] | None  # of each class
     # Settings of the published figures, of weights by name.
     published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    _generators: dict[Settings, Callable] = dataclasses.field(default_factory=dict, repr=False)
+    _generators: dict = dataclasses.field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def autoencoder(self) -> Autoencoder:
@@ -135,15 +136,21 @@ class TrainedModel:
         count = self.config.sampling.num_images if count is None else count
         return make_labels(request.labels, chosen, count, num_classes, seed=seed)
 
-    def generator(self, settings: Settings) -> Callable:
-        """`make_generator`'s function for filled settings: compiled once, however often asked."""
-        if settings not in self._generators:
+    def generator(self, settings: Settings, *, keep: tuple[int, ...] | None = None) -> Callable:
+        """`make_generator`'s function for filled settings: compiled once, whatever the seed."""
+        program = (dataclasses.replace(settings, seed=None), keep)
+        if program not in self._generators:
             autoencoder = self.autoencoder  # its errors come before the weights are read
             guide = self.guide and Guide(self.guide_checkpoint.config, self.guide.params)
-            self._generators[settings] = make_generator(
-                self.checkpoint.config, self.mesh, settings, guide=guide, autoencoder=autoencoder
+            self._generators[program] = make_generator(
+                self.checkpoint.config,
+                self.mesh,
+                settings,
+                guide=guide,
+                autoencoder=autoencoder,
+                keep=keep,
             )
-        return self._generators[settings]
+        return with_seed(self._generators[program], settings.seed)
 
     def round_size(self, num_images: int, *, batch_size: int) -> int:
         """Images that all devices together draw at a time.
@@ -154,14 +161,21 @@ class TrainedModel:
         return min(batch_size, num_images) * self.mesh.size
 
     def draw(
-        self, settings: Settings, labels: np.ndarray, *, batch_size: int, progress: bool = True
+        self,
+        settings: Settings,
+        labels: np.ndarray,
+        *,
+        batch_size: int,
+        progress: bool = True,
+        keep: tuple[int, ...] | None = None,
     ) -> np.ndarray:
         """Images of `labels` [n], uint8 [n,H,W,C], batch_size or fewer at a time on each device.
 
-        `settings` are filled; image i has index i.
+        `settings` are filled; image i has index i. With `keep`, trajectories: each image after each
+        of these numbers of steps, [n,len(keep),H,W,C].
         """
         _, images = generate_images(
-            self.generator(settings),
+            self.generator(settings, keep=keep),
             self.weights.params,
             labels,
             batch_size=self.round_size(len(labels), batch_size=batch_size),

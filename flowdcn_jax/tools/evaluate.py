@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import flags
 
-from flowdcn_jax import command
+from flowdcn_jax import command, weights_flags
 from flowdcn_jax.evaluation.settings import (
     DrawnRequest,
     EvaluationError,
@@ -43,7 +43,7 @@ _KEEP = flags.DEFINE_bool(
 )
 _DRAWING = (DrawnRequest, Settings, ModelChoice)
 _OPTIONS = command.option_flags(FeatureChoice, ImageChoice, *_DRAWING, several=_SEVERAL)
-_obey_offline = command.define_offline()
+_obey_offline = weights_flags.define_offline()
 command.define_device_flags()
 
 

@@ -10,24 +10,16 @@ and images/00000.png ... with --save_images. The same command goes on with a run
 hosts: as train.py, with --distributed.
 """
 
-from absl import flags
-
-from flowdcn_jax import command
-from flowdcn_jax.errors import UserError
+from flowdcn_jax import command, weights_flags
 from flowdcn_jax.sampling import ModelChoice, Output, Request, Settings
 
-_WORKDIR = command.define_path("workdir", "Folder of the training run.")
-_WEIGHTS = flags.DEFINE_string("weights", None, "Name of published weights, or a run's folder.")
+_MODEL = weights_flags.define_model()
 _OPTIONS = command.option_flags(Request, Settings, ModelChoice, Output)
-_obey_offline = command.define_offline()
 command.define_device_flags()
 
 
 def main() -> None:
-    if (_WORKDIR.value is None) == (_WEIGHTS.value is None):
-        raise UserError("give either --workdir=DIR, of a run, or --weights=NAME|DIR")
-    _obey_offline()
-    model = _WORKDIR.value or _named_or_folder(_WEIGHTS.value)
+    _, model = _MODEL()
     command.use_devices()
     # Imported here so that usage errors come at once.
     import jax
@@ -37,27 +29,6 @@ def main() -> None:
     picture = sampling.sample_to_folder(model, **_OPTIONS())
     if jax.process_index() == 0:
         print(picture)
-
-
-def _named_or_folder(weights: str) -> str:
-    """What --weights says, once it is found to be a name or the folder of a run.
-
-    Raises:
-        UserError: neither; or a folder of several runs.
-    """
-    from flowdcn_jax.files import local_path
-    from flowdcn_jax.named_weights.table import find, named
-
-    folder = local_path(weights)
-    if named(weights) or (folder / "checkpoints").is_dir():
-        return weights if named(weights) else str(folder)
-    if not folder.is_dir():
-        if "/" in weights:
-            raise UserError(f"--weights={weights} is not there; expected a run's folder, or a name")
-        find(weights)  # raises, with the nearest names
-    runs = sorted(path.parent.name for path in folder.glob("*/checkpoints"))
-    inside = f"; it holds {', '.join(runs)}: name one of them" if runs else ""
-    raise UserError(f"--weights={weights} is no run's folder, which has checkpoints/{inside}")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ from pathlib import Path
 
 from absl import flags
 
-from flowdcn_jax import command
+from flowdcn_jax import command, weights_flags
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.named_weights.table import DECODER, MODEL, TABLE, cache_folder, find
 
 _ACCEPT = flags.DEFINE_bool(
     "accept_change", False, "With fetch: fetch anew, and keep to what the source has now."
 )
-_obey_offline = command.define_offline()
+_obey_offline = weights_flags.define_offline()
 
 
 def main(action: str = "list", *names: str) -> None:

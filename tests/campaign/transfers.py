@@ -119,10 +119,11 @@ class _User:
 
 
 def _damage(path: Path, generator: random.Random) -> None:
-    how, content = generator.choice(["flip", "cut", "remove"]), bytearray(path.read_bytes())
-    place = generator.randrange(len(content))
-    if how == "remove":
-        path.unlink()
+    how = generator.choice(["flip", "cut", "remove"])
+    content = bytearray(path.read_bytes() if path.exists() else b"")
+    place = generator.randrange(len(content) or 1)
+    if how == "remove" or not content:
+        path.unlink(missing_ok=True)
         return
     if how == "flip":
         content[place] ^= 1 << generator.randrange(8)

@@ -179,3 +179,35 @@ def test_a_key_a_row_makes_rows_independent_of_one_another():
 def test_what_cannot_be_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         solve(lambda x, t: x, jnp.zeros((1, 2)), **options)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "adams2", "euler_sde"])
+def test_a_trajectory_goes_from_the_noise_to_the_result(sampler):
+    x = jax.random.normal(jax.random.key(0), (3, 2))
+    options = dict(num_steps=6, key=jax.random.key(1))
+    velocity = FIELDS["normal"].velocity
+    kept = solve(velocity, x, sampler, keep=(0, 1, 4, 6), **options)
+    assert kept.shape == (4, 3, 2)
+    np.testing.assert_array_equal(kept[0], x)
+    assert relative_error(kept[-1], solve(velocity, x, sampler, **options)) < 1e-6
+    assert len({float(jnp.abs(state).sum()) for state in kept}) == 4
+
+
+def test_a_trajectory_is_at_the_times_of_the_grid():
+    """Where dx/dt = 2t, Heun's x is t**2 at each of them, and its predictions are not."""
+    times = samplers.time_grid("heun", 5, time_shift=2.0)
+    kept = solve(
+        lambda x, t: jnp.full_like(x, 2 * t),
+        jnp.zeros(1),
+        "heun",
+        5,
+        time_shift=2.0,
+        keep=range(6),
+    )
+    np.testing.assert_allclose(kept[:-1, 0], times[:-1] ** 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep", [(0, 9), (2, 1), (1, 1), (-1, 3)])
+def test_what_is_kept_are_steps_in_order(keep):
+    with pytest.raises(ValueError, match="keep is .*; expected ascending numbers from 0 to 8"):
+        solve(lambda x, t: x, jnp.zeros(1), keep=keep)

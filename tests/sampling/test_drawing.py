@@ -222,8 +222,10 @@ def test_a_loaded_model_is_read_and_compiled_once(workdir, one_device, tmp_path,
     shutil.rmtree(copy)
     again = flowdcn_jax.generate(model, num_images=8, num_steps=2, guidance=2.0, seed=0)
     np.testing.assert_array_equal(again, first)  # the config's settings in other words
-    settings = model.fill_settings(sampling.Settings())
-    assert model.generator(settings) is model.generator(settings)
+    programs = [
+        model.generator(model.fill_settings(sampling.Settings(seed=seed))).func for seed in (0, 7)
+    ]
+    assert programs[0] is programs[1]
     assert unused.config.model.width == 16  # the config alone was read
     with pytest.raises(CheckpointError):
         flowdcn_jax.generate(unused)
@@ -234,7 +236,7 @@ def test_a_loaded_model_is_read_and_compiled_once(workdir, one_device, tmp_path,
 def test_a_guide_is_compared_with_the_model_as_it_was_trained(workdir, one_device):
     model = sampling.load_trained(workdir, mesh=one_device, guide_step=2, autoencoder="none")
     settings = model.fill_settings(sampling.Settings(**SETTINGS))
-    assert model.generator(settings) is model.generator(settings)
+    assert model.generator(settings).func is model.generator(settings).func
 
 
 def test_what_is_not_given_is_the_runs(model):
