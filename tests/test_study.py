@@ -195,7 +195,8 @@ def test_what_is_done_is_not_done_again(tmp_path):
     shutil.rmtree(tmp_path / "work")  # as on another machine
     assert perform(tmp_path, again) == 0 and not again.started
     longer = study.choose({"small": SMALL}, dataclasses.replace(PLAN, num_steps=50), ["slow"])
-    assert "| small | slow, seed 0 | 50 |" in study.planned(longer, tmp_path / "out")
+    plan = study.planned(longer, tmp_path / "out")
+    assert "| small | slow, seed 0 | 50 |" in plan and "done" not in plan
     assert study.planned(study.choose({"small": SMALL}, PLAN), tmp_path / "out").count("done") == 3
 
 
@@ -288,7 +289,9 @@ def test_equal_time_is_that_of_the_first_to_be_done(made):
 def test_runs_that_shared_a_gpu_have_the_rates_of_others(made, tmp_path):
     """Only those whose steps are the same as were timed; `fast` has another batch size."""
     shared = group_of(made, processes_a_gpu=2)
-    rows = [{"model": "digits", "images_per_s": 500, "num_devices": count} for count in (1, 2)]
+    row = {"model": "digits", "images_per_s": 500, "pass": "train", "image_size": 256}
+    rows = [row | {"mesh": {"data": count, "fsdp": 1}} for count in (1, 2)]
+    rows += [rows[0] | {"pass": "forward", "images_per_s": 9}]
     (tmp_path / "rates.json").write_text(json.dumps({"results": rows}))
     rates = summary.read_rates(tmp_path / "rates.json")
     assert rates == {"digits": 500} and summary.read_rates(tmp_path / "none") == {}

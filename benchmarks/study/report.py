@@ -27,8 +27,9 @@ deviation of seeds, whose number follows in brackets.
 compilation and evaluations.
 """
 _SHARED = """
-These runs shared a GPU with others. Rates are those that `python -m benchmarks.training` gave of
-the same steps, alone on a GPU; where there is none, it is not known.
+These runs shared a GPU with others. Rates are those of the same steps alone on one, on latents with
+as many tokens (`python -m benchmarks.training --passes=train --sizes=256x256 --models=...`); where
+there is none, it is not known.
 """
 RATES_FILE = "rates.json"  # of benchmarks.training --out
 
