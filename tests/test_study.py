@@ -146,7 +146,7 @@ def test_the_tables_can_be_run(name):
     table = TABLES[name]
     names = [row.name for row in table.rows]
     assert len(set(names)) == len(names)
-    for claim in table.claims:
+    for claim in (*table.claims, *table.in_half):
         assert {claim.better, claim.worse} <= set(names)
     for run in runs_of(name, table, PLAN):
         check(run)
@@ -317,6 +317,16 @@ def test_claims_are_held_to_all_seeds():
         claim, {n: summary.Value((1.0,)) for n in ("fast", "slow")}
     )
     assert summary.verdict(claim, {"fast": summary.Value((1.0,))}) is None
+
+
+def test_a_row_can_be_held_to_another_of_twice_the_steps(made):
+    half = group_of(made)
+    whole = half._replace(num_steps=80)
+    (line,) = summary.in_half(SMALL.claims[0], [half, whole])
+    assert line.startswith("- Fast is better, at 40 steps against 80: agrees (50.50")
+    other = whole._replace(measured=whole.measured | {"num_images": 31})
+    assert summary.in_half(SMALL.claims[0], [half, other]) == []
+    assert summary.in_half(SMALL.claims[0], [half]) == []
 
 
 def test_the_page_is_made_of_the_records(made):

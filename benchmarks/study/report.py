@@ -53,6 +53,9 @@ def write(out: Path, tables: Mapping[str, Table]) -> list[Path]:
             pictures = _draw(group, found[name], rates, out, stem)
             sections.append(_section(name, table, group, rates, out, pictures))
             written += pictures.values()
+        halved = [line for claim in table.in_half for line in summary.in_half(claim, of_table)]
+        if halved:
+            sections.append("\n".join([f"## {table.title}, in half the steps", "", *halved, ""]))
     page = out.parent / f"{out.name}.md"
     with atomic_write(page) as file:
         file.write("\n".join([_HEAD.format(folder=out.name), *sections]).encode())
