@@ -281,8 +281,10 @@ def test_a_profile_tells_kernels_by_the_instruction_that_started_them():
         (("reader", "--out=/proc/x/y.json"), "error: --out=/proc/x/y.json cannot be written: "),
         (("reader", "--image_sizes=abc"), "error: --image_sizes is 'abc'; expected numbers of"),
         (("operators", "--shape=64,16,16"), "error: --shape is '64,16,16'; expected five pos"),
+        (("study", "--table=x"), "error: --table names 'x'; expected some of shipped, models, abl"),
+        (("study", "--guidances=a"), "error: guidances is 'a'; expected numbers of at least 0"),
         (("training", "--models=xl3"), "error: --models names 'xl3'; expected some of b2, "),
-        (("training", "--models=b2", "--image_size=100"), "image_size is 100; expected a multiple"),
+        (("training", "--models=b2", "--sizes=100x4"), "image_size is 100; expected a multiple"),
     ],
 )
 def test_bad_flags_of_benchmarks_are_one_line(command, message):
