@@ -7,6 +7,7 @@ import their names when these are asked for: the reference follows `_MODULES`, a
 
 import importlib
 import inspect
+import re
 
 import griffe
 
@@ -61,7 +62,7 @@ def _signature(function):
 def _parameter(parameter: inspect.Parameter) -> griffe.Parameter:
     empty = inspect.Parameter.empty
     kind = griffe.ParameterKind(parameter.kind.description)
-    annotation = inspect.formatannotation(parameter.annotation)
+    annotation = re.sub(r"\w+\.", "", inspect.formatannotation(parameter.annotation))
     return griffe.Parameter(
         parameter.name,
         kind=kind,

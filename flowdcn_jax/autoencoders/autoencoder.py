@@ -47,7 +47,7 @@ class Autoencoder:
         downsampling: image pixels a latent pixel, each side.
         encode: (params, images [B,H,W,3] float32 in [-1,1]) -> (mean, std), unscaled latents
             [B,H/f,W/f,C] float32; std is zero where the autoencoder is deterministic.
-        decode: (params, x [B,h,w,C] in the model's space) -> images [B,h*f,w*f,3], float32 in
+        decode: (params, x [B,h,w,C] in the model's space) -> images [B,f h,f w,3], float32 in
             [-1,1].
         channels: of the latents; None: any number.
         scale: factor that brings latents near unit variance.
