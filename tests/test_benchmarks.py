@@ -163,22 +163,43 @@ command.run(training.main)
 
 
 def test_the_training_benchmark_compares_models(tmp_path):
-    command = [sys.executable, "-c", SMALL_TRAINING, "--models=s2,sit_s2", "--image_size=32"]
-    command += ["--batch_size=3", "--devices=2", "--runs=1", "--steps=2", f"--out={tmp_path / 'o'}"]
+    command = [sys.executable, "-c", SMALL_TRAINING, "--models=s2,sit_s2", "--sizes=32x3"]
+    command += ["--meshes=1x1,1x2", "--runs=1", "--steps=2", f"--out={tmp_path / 'out.json'}"]
     code, output = tiny.run(command, num_devices=2)
     assert code == 0, output
-    report = json.loads((tmp_path / "o").read_text())
+    report = json.loads((tmp_path / "out.json").read_text())
     assert {"devices", "versions", "date"} <= report["machine"].keys()
-    flowdcn, sit = report["results"]
-    assert (flowdcn["model"], sit["model"], sit["parameters"]) == ("s2", "sit_s2", WEIGHTS)
-    for row in (flowdcn, sit):
-        assert (row["num_devices"], row["batch_size"]) == (2, 3)
-        assert row["images_per_s"] == pytest.approx(6e3 / row["step_ms"])
+    rows = report["results"]
+    assert [(row["pass"], row["model"], *row["mesh"].values()) for row in rows] == [
+        (work, model, 1, fsdp)
+        for work, fsdp in (("train", 1), ("train", 2), ("forward", 1))
+        for model in ("s2", "sit_s2")
+    ]
+    assert (tmp_path / "out.png").exists() and rows[1]["parameters"] == WEIGHTS
+    for flowdcn, row in zip([x for x in rows[::2] for _ in range(2)], rows, strict=True):
+        images = 3 * row["mesh"]["fsdp"]
+        assert row["batch_size"] == 3
+        assert row["images_per_s"] == pytest.approx(1e3 * images / row["step_ms"])
         assert row["of_the_first"] == row["images_per_s"] / flowdcn["images_per_s"]
+        assert f"| {row['step_ms']:.2f} | {row['images_per_s']:.1f} |" in output
         # Parameters, their two moments and the EMA are given and taken back in the same place;
         # the gradients come on top.
-        assert 5 * 4 * row["parameters"] < row["program_bytes"] < 10 * 4 * row["parameters"]
-        assert f"| {row['step_ms']:.2f} | {row['images_per_s']:.1f} |" in output
+        copies = (5, 10) if row["pass"] == "train" else (1, 2)
+        least, most = (4 * row["parameters"] * n / row["mesh"]["fsdp"] for n in copies)
+        assert least < row["program_bytes"] < (most if images == 3 else 2 * most)
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        ("--sizes=32", "--sizes is '32'; expected pairs of positive numbers such as 256x64"),
+        ("--meshes=9x9", "--meshes names 9x9; expected at most 1 devices"),
+        ("--passes=back", "--passes is 'back'; expected some of train, forward"),
+    ],
+)
+def test_the_training_benchmark_names_what_it_cannot_time(option, error):
+    code, output = tiny.run([sys.executable, "-m", "benchmarks.training", option])
+    assert code == 2 and error in output and "Traceback" not in output
 
 
 # A SiT so small that it takes no time, of random weights; in a process of its own, for its flags.

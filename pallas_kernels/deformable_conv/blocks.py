@@ -27,7 +27,7 @@ TOKEN_TILE = 64  # tokens; up to four such tiles, a tile of queries may as well 
 
 
 class Gather(NamedTuple):
-    """gather.forward."""
+    """gather.forward, gather.tangent."""
 
     tile: tuple[int, int]  # (height, width), in queries
     chunk: int  # channels that are loaded at a time
@@ -105,6 +105,12 @@ def choose(
         others = _choose(*sizes, product, hopper)
         blocks = blocks._replace(forward=others.forward, values_gradient=others.values_gradient)
     return blocks
+
+
+def choose_tangent(h: int, w: int, *, dtype) -> Gather:
+    """The block sizes of the derivative along a direction."""
+    wide = jnp.dtype(dtype).itemsize > 2
+    return Gather(tile(16 if wide else 32, 8, w), chunk=32, num_warps=4)
 
 
 def why_not_forward(values, points: Points) -> str | None:

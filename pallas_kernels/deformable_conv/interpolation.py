@@ -54,6 +54,18 @@ def corners(x: jax.Array, size: int, boundary: str) -> Corners:
     return Corners(tokens, tuple(indices), tuple(weights), tuple(slopes))
 
 
+def parts_of_tangent(weight, moved: tuple, rows: Corners, j: int) -> tuple:
+    """Row j's part of what a point's four corners weigh, and of how this moves with the point.
+
+    (share, at_weight, at_slope): corner i of the row weighs share times the column's weight, whose
+    tangent is at_weight times that, and at_slope times the column's slope. `moved` is (d x, d y,
+    d weight) of the point.
+    """
+    d_x, d_y, d_weight = moved
+    share = weight * rows.weight[j]
+    return share, d_weight * rows.weight[j] + weight * (d_y * rows.slope[j]), share * d_x
+
+
 def axis_weights(x: jax.Array, token: jax.Array, boundary: str, tent: Callable) -> jax.Array:
     """The weight of each `token` (float32, inside the image) for the finite coordinates `x`.
 

@@ -41,12 +41,14 @@ from pallas_kernels.deformable_conv.blocks import (
     RowSlices,
     SparseMatrix,
     choose,
+    choose_tangent,
     why_not_backward,
     why_not_forward,
 )
-from pallas_kernels.deformable_conv.derivatives import differentiable_no_more
+from pallas_kernels.deformable_conv.derivatives import Rules, differentiable
 from pallas_kernels.deformable_conv.limits import product_dtype
 from pallas_kernels.deformable_conv.points import (
+    TANGENT_OF,
     Multiscale,
     Offsets,
     Points,
@@ -58,7 +60,6 @@ from pallas_kernels.deformable_conv.xla import deformable_aggregate_xla
 from pallas_kernels.devices import is_hopper
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def deformable_aggregate_pallas(
     values: jax.Array,
     points: Points,
@@ -71,29 +72,31 @@ def deformable_aggregate_pallas(
     `interpret` runs the kernels on any platform, slowly, for tests. With `or_xla` plain JAX does
     what is too large for them on a device, which otherwise is a ValueError.
     """
-    (out,) = _sharded(_forward, type(points), boundary, interpret, or_xla)(values, *points)
-    return out
+    return _differentiable(type(points), boundary, interpret, or_xla)(values, *points)
 
 
-def _vjp_forward(values, points, *options):
-    values, points = differentiable_no_more((values, points))
-    (out,) = _sharded(_forward, type(points), *options)(values, *points)
-    return out, (values, points)
+@functools.cache
+def _differentiable(form: type, *options) -> Callable:
+    """The operator of (values, *points)."""
 
+    def run(function, *arrays):
+        return _sharded(function, form, *options)(*arrays)
 
-def _vjp_backward(boundary, interpret, or_xla, residuals, d_out):
-    (values, points), d_out = differentiable_no_more((residuals, d_out))
-    backward = _sharded(_backward, type(points), boundary, interpret, or_xla)
-    gradients = backward(values, *points, d_out)
-    d_values, *d_points = gradients
-    rest = [jnp.zeros_like(field) for field in points[len(d_points) :]]
-    if isinstance(points, Multiscale):
-        # Each group's prior moves all of its scales. The other two are constants.
-        rest[0] = jnp.sum(d_points[1].astype(jnp.float32), axis=(0, 1, 2, 4))
-    return d_values, type(points)(*d_points, *rest)
+    def backward(inputs, d_out):
+        d_values, *d_points = run(_backward, *inputs, d_out)
+        if form is not Multiscale:
+            return d_values, *d_points
+        # Each group's prior moves all of its scales.
+        return d_values, *d_points, jnp.sum(d_points[1].astype(jnp.float32), axis=(0, 1, 2, 4))
 
-
-deformable_aggregate_pallas.defvjp(_vjp_forward, _vjp_backward)
+    rules = Rules(
+        forward=lambda *inputs: run(_forward, *inputs)[0],
+        backward=backward,
+        tangent=lambda *arrays: run(_tangent, *arrays)[0],
+        inputs=(_VALUES, *_FIELDS[form]),
+        moving=1 + len(_moving(form)),
+    )
+    return differentiable(rules)
 
 
 # --- one device --------------------------------------------------------------------------------
@@ -126,6 +129,33 @@ def _forward(form: type, boundary: str, interpret: bool, or_xla: bool, values, *
         )
     parts = list(map(forward, _channel_parts(values_flat), itertools.repeat(points)))
     return (jnp.concatenate(parts, axis=-1).reshape(values.shape),)
+
+
+def _tangent(form: type, boundary: str, interpret: bool, or_xla: bool, values, *others):
+    """(tangent of out,), of (values, *points) and the tangents of those that move."""
+    count = len(_FIELDS[form])
+    points, d_values, moved = form(*others[:count]), others[count], others[count + 1 :]
+    along = TANGENT_OF[form](*moved)
+    if _too_large(why_not_forward(values, points), or_xla):
+        constants = (jnp.zeros_like(x) for x in points.constant)
+        plain = functools.partial(deformable_aggregate_xla, boundary=boundary)
+        d_points = form(*moved, *constants)
+        return (jax.jvp(plain, (values, points), (d_values, d_points))[1],)
+    h, w = values.shape[1:3]
+    values_flat, d_values = flatten_tokens(values), flatten_tokens(d_values)
+    points, along = flatten_points(points), flatten_points(along)
+    tiling = choose_tangent(h, w, dtype=values.dtype)
+    tangent = functools.partial(
+        gather.tangent,
+        grid=Grid(h, w, *tiling.tile),
+        chunk=tiling.chunk,
+        boundary=boundary,
+        num_warps=tiling.num_warps,
+        interpret=interpret,
+    )
+    parts = zip(_channel_parts(values_flat), _channel_parts(d_values), strict=True)
+    out = [tangent(x, points, dx, along) for x, dx in parts]
+    return (jnp.concatenate(out, axis=-1).reshape(values.shape),)
 
 
 def _backward(form: type, boundary: str, interpret: bool, or_xla: bool, values, *fields_and_d_out):
@@ -246,9 +276,12 @@ def _sharded(
 
     Under vmap the mapped axis becomes a part of the batch.
     """
-    backward = function is _backward
-    arguments = (_VALUES, *_FIELDS[form], *((_VALUES,) if backward else ()))
-    results = (_VALUES, *(_FIELDS[form][: _PER_QUERY[form]] if backward else ()))
+    others, results = {
+        _forward: ((), (_VALUES,)),
+        _backward: ((_VALUES,), (_VALUES, *_FIELDS[form][: _PER_QUERY[form]])),
+        _tangent: ((_VALUES, *_moving(form)), (_VALUES,)),
+    }[function]
+    arguments = (_VALUES, *_FIELDS[form], *others)
     local = functools.partial(function, form, boundary, interpret, or_xla)
     split = custom_partitioning(local)
 
@@ -276,6 +309,11 @@ def _sharded(
         need_replication_factors=("h", "w", "c", "k", "t"),
     )
     return _mapped_as_batch(split, arguments)
+
+
+def _moving(form: type) -> tuple[str, ...]:
+    """Of the fields that are no constants."""
+    return _FIELDS[form][: len(TANGENT_OF[form]._fields)]
 
 
 def _mapped_as_batch(function: Callable, arguments: tuple[str, ...]) -> Callable:

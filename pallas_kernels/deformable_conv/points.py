@@ -23,6 +23,8 @@ class Point(NamedTuple):
     weight: jax.Array
     # (d dx, d dy, d weight) -> gradients of the per-query fields, of a pair (x, y) as a tuple.
     pull_back: Callable
+    # What `entries` of a tangent gives -> (d dx, d dy, d weight).
+    push_forward: Callable
 
     def seen_from(self, query_x, query_y) -> tuple[jax.Array, jax.Array, "Point"]:
         """(x, y, point): its coordinates, for queries that are there, all finite.
@@ -38,7 +40,12 @@ class Point(NamedTuple):
         def pull_back(*gradients):
             return jax.tree.map(keep, self.pull_back(*gradients))
 
-        point = self._replace(weight=keep(self.weight), pull_back=pull_back)
+        def push_forward(*entries):
+            return jax.tree.map(keep, self.push_forward(*entries))
+
+        point = Point(
+            self.dx, self.dy, keep(self.weight), pull_back=pull_back, push_forward=push_forward
+        )
         return *discard_non_finite(x, y), point
 
 
@@ -65,11 +72,48 @@ class Offsets(NamedTuple):
 
     def point(self, read: Callable, k) -> Point:
         """Point k; read(field, *index) gives the queries' entries of a per-query field."""
-        dx, dy = read(self.offsets, k, 0), read(self.offsets, k, 1)
-        return Point(dx, dy, read(self.weights, k), lambda dx, dy, weight: ((dx, dy), weight))
+        (dx, dy), weight = self.entries(read, k)
+        return Point(
+            dx,
+            dy,
+            weight,
+            pull_back=lambda dx, dy, weight: ((dx, dy), weight),
+            push_forward=lambda offset, weight: (*offset, weight),
+        )
+
+    def entries(self, read: Callable, k) -> tuple:
+        """((dx, dy), weight) of point k; of tangents, what push_forward takes."""
+        offset = read(self.offsets, k, 0), read(self.offsets, k, 1)
+        return offset, read(self.weights, k)
 
     def to_offsets(self) -> "Offsets":
         return self
+
+
+class MultiscaleTangent(NamedTuple):
+    """Along which the fields of `Multiscale` move that are no constants."""
+
+    directions: jax.Array  # [B, h, w, G, K, 2]
+    scales: jax.Array  # [B, h, w, G, K]
+    weights: jax.Array  # [B, h, w, G, K]
+    scale_prior: jax.Array  # [G] float32
+
+    @property
+    def per_query(self) -> tuple:
+        return tuple(self[:3])
+
+    @property
+    def per_group(self) -> tuple:
+        return (self.scale_prior,)
+
+    @property
+    def constant(self) -> tuple:
+        return ()
+
+    def entries(self, read: Callable, k) -> tuple:
+        """What push_forward of point k takes."""
+        direction = read(self.directions, k, 0), read(self.directions, k, 1)
+        return direction, read(self.scales, k) + self.scale_prior[...], read(self.weights, k)
 
 
 class Multiscale(NamedTuple):
@@ -105,8 +149,14 @@ class Multiscale(NamedTuple):
             d_scale = (d_x * direction_x + d_y * direction_y) * fraction * complement
             return (d_x * fraction, d_y * fraction), d_scale, d_weight
 
+        def push_forward(d_direction, d_scale, d_weight):
+            d_fraction = d_scale * (fraction * complement)
+            d_dx = max_x * (d_direction[0] * fraction + direction_x * d_fraction)
+            d_dy = max_y * (d_direction[1] * fraction + direction_y * d_fraction)
+            return d_dx, d_dy, d_weight
+
         dx, dy = direction_x * (fraction * max_x), direction_y * (fraction * max_y)
-        return Point(dx, dy, read(self.weights, k), pull_back)
+        return Point(dx, dy, read(self.weights, k), pull_back, push_forward)
 
     def to_offsets(self) -> Offsets:
         """The same sampling points by their offsets, in float32.
@@ -137,6 +187,8 @@ def _sigmoid(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 Points = Offsets | Multiscale
+PointsTangent = Offsets | MultiscaleTangent
+TANGENT_OF = {Offsets: Offsets, Multiscale: MultiscaleTangent}
 
 
 def flatten_tokens(array: jax.Array) -> jax.Array:
@@ -144,7 +196,7 @@ def flatten_tokens(array: jax.Array) -> jax.Array:
     return array.reshape(array.shape[0], -1, *array.shape[3:])
 
 
-def flatten_points(points: Points) -> Points:
+def flatten_points(points: Points | PointsTangent) -> Points | PointsTangent:
     """The same sampling points, the fields with an entry a query [B, h * w, ...]."""
     per_query = map(flatten_tokens, points.per_query)
     return type(points)(*per_query, *points.per_group, *points.constant)

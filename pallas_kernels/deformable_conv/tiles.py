@@ -69,14 +69,22 @@ class Tile(NamedTuple):
 
         Arrays are [queries] float32; for several points, k int32 [1, points], [queries, points].
         """
-        axes = (slice(None), None) if jnp.ndim(k) else slice(None)
+        axes = _axes(k)
+        x, y = (z.astype(jnp.float32)[axes] for z in (self.x, self.y))
+        return points.point(self._reader(k), k).seen_from(x, y)
+
+    def tangent(self, point, tangent, k) -> tuple:
+        """(d dx, d dy, d weight) of sampling point k, which `self.point` has given."""
+        return point.push_forward(*tangent.entries(self._reader(k), k))
+
+    def _reader(self, k):
+        axes = _axes(k)
 
         def read(ref, *index):
             at = ref.at[(self.token[axes], *index)]
             return backend.load(at, mask=self.inside[axes], other=0.0).astype(jnp.float32)
 
-        x, y = (z.astype(jnp.float32)[axes] for z in (self.x, self.y))
-        return points.point(read, k).seen_from(x, y)
+        return read
 
     def all_points(self, points) -> list:
         """[(x, y, weight)] of all sampling points, [queries] each."""
@@ -91,6 +99,10 @@ class Tile(NamedTuple):
         mask = self.inside[:, None] & exists
         at = ref.at[(self.token[:, None], k, *index)]
         backend.store(at, value.astype(ref.dtype), mask=mask)
+
+
+def _axes(k):
+    return (slice(None), None) if jnp.ndim(k) else slice(None)
 
 
 def load_rows(ref, row: jax.Array, first, count: int, mask: jax.Array | None = None) -> jax.Array:

@@ -4,6 +4,7 @@ A kernel works on one tile of one group of one image. Its references are to that
 values [tokens, C], offsets [tokens, K, 2] and so on.
 """
 
+import itertools
 from contextvars import ContextVar
 
 import jax
@@ -15,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.extend.core import Primitive
 
 from pallas_kernels.deformable_conv.limits import check_indexable
-from pallas_kernels.deformable_conv.points import Points
+from pallas_kernels.deformable_conv.points import Points, PointsTangent
 
 MIN_DOT = 16  # the smallest side that a matrix product may have
 
@@ -34,17 +35,20 @@ def launch(
     outputs: tuple[jax.ShapeDtypeStruct, ...],
     num_warps: int,
     interpret: bool,
+    tangent: PointsTangent | None = None,
 ) -> list[jax.Array]:
     """Runs kernel(points, *inputs, *outputs) on every tile of every group of every image.
 
     `points` has its tokens flattened, [B, tokens, G, ...]; `inputs` and `outputs` are so too, and
     reach the kernel as references of [tokens, ...]. points.per_group reach it as references of one
     number, points.constant whole. `tile_number()` tells the kernel which of the tiles it is to do.
+    A `tangent` of the points comes to the kernel right after these.
 
     Raises:
       ValueError: an array has more elements than the kernels' indices reach.
     """
-    per_token = (*points.per_query, *inputs)
+    all_points = [points] if tangent is None else [points, tangent]
+    per_token = (*itertools.chain(*(p.per_query for p in all_points)), *inputs)
     check_indexable(name, (*per_token, *outputs))
 
     def per_token_spec(array):
@@ -58,22 +62,25 @@ def launch(
         return pl.BlockSpec(array.shape, lambda tile, g, b: (0,) * array.ndim)
 
     def with_points(*refs):
-        fields, others = refs[: len(points)], refs[len(points) :]
+        refs = iter(refs)
+        fields = [type(p)(*itertools.islice(refs, len(p))) for p in all_points]
         token = _interpreted.set(interpret)
         try:
-            kernel(type(points)(*fields), *others)
+            kernel(*fields, *refs)
         finally:
             _interpreted.reset(token)
 
-    per_group_spec = pl.BlockSpec((None,), lambda tile, g, b: (g,))
+    def specs_of(points):
+        yield from map(per_token_spec, points.per_query)
+        yield from (pl.BlockSpec((None,), lambda tile, g, b: (g,)) for _ in points.per_group)
+        yield from map(constant_spec, points.constant)
+
     batch, _, groups = outputs[0].shape[:3]
     return pl.pallas_call(
         with_points,
         grid=(tiles, groups, batch),  # groups next to one another share cache lines
         in_specs=[
-            *map(per_token_spec, points.per_query),
-            *(per_group_spec for _ in points.per_group),
-            *map(constant_spec, points.constant),
+            *itertools.chain(*map(specs_of, all_points)),
             *map(per_token_spec, inputs),
         ],
         out_specs=[*map(per_token_spec, outputs)],
@@ -81,7 +88,7 @@ def launch(
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name=name,
-    )(*points, *inputs)
+    )(*itertools.chain(*all_points), *inputs)
 
 
 def tile_number() -> jax.Array:

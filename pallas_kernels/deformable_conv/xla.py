@@ -21,14 +21,14 @@ computed, coordinates that are not finite included: `reference.py`.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.deformable_conv.derivatives import differentiable_no_more
+from pallas_kernels.deformable_conv.derivatives import Rules, differentiable
 from pallas_kernels.deformable_conv.interpolation import BASES, are_finite
 from pallas_kernels.deformable_conv.limits import product_dtype
 from pallas_kernels.deformable_conv.points import Points, flatten_tokens
@@ -47,24 +47,24 @@ class _Corner(NamedTuple):
 
 def deformable_aggregate_xla(values: jax.Array, points: Points, boundary: str) -> jax.Array:
     """`api.deformable_aggregate` without its checks."""
-    return _by_offsets(values, *points.to_offsets(), boundary)
+    return _by_offsets(boundary)(values, *points.to_offsets())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _by_offsets(values, offsets, weights, boundary):
-    return _aggregate(values, offsets, weights, boundary)
+@functools.cache
+def _by_offsets(boundary: str) -> Callable:
+    """The operator of (values, offsets, weights)."""
 
+    def backward(inputs, d_out):
+        return _gradients(*inputs, d_out, boundary)
 
-def _forward(values, offsets, weights, boundary):
-    return _aggregate(values, offsets, weights, boundary), (values, offsets, weights)
-
-
-def _backward(boundary, residuals, d_out):
-    residuals, d_out = differentiable_no_more((residuals, d_out))
-    return _gradients(*residuals, d_out, boundary)
-
-
-_by_offsets.defvjp(_forward, _backward)
+    rules = Rules(
+        forward=functools.partial(_aggregate, boundary=boundary),
+        backward=backward,
+        tangent=functools.partial(_tangent, boundary=boundary),
+        inputs=("b h w g c", "b h w g k t", "b h w g k"),
+        moving=3,
+    )
+    return differentiable(rules)
 
 
 @functools.partial(jax.jit, static_argnames="boundary")
@@ -87,6 +87,54 @@ def _aggregate(values, offsets, weights, boundary: str) -> jax.Array:
                 for k in range(points):
                     rows = _gather(image, corner.token[..., k, None], axis=1)
                     total += factor[..., k, None] * rows.astype(jnp.float32)
+            return _update(out, total, group, i * size)
+
+        return lax.fori_loop(0, h * w // size, chunk_step, out)
+
+    return lax.fori_loop(0, groups, group_step, jnp.zeros_like(values)).reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnames="boundary")
+def _tangent(values, offsets, weights, d_values, d_offsets, d_weights, boundary: str) -> jax.Array:
+    """The derivative of `_aggregate` along the last three: rows of both kinds of values."""
+    shape = values.shape
+    _, h, w, groups, channels = shape
+    arrays = values, offsets, weights, d_values, d_offsets, d_weights
+    values, offsets, weights, d_values, d_offsets, d_weights = map(flatten_tokens, arrays)
+    size = _tokens_per_step(values, w, 2 * _point_floats(weights) + 3 * channels)
+
+    def group_step(group, out):
+        image, d_image = (_slice_group(array, group) for array in (values, d_values))
+
+        def chunk_step(i, out):
+            offset, share, d_offset, d_share = (
+                _chunk(array, group, i * size, size)
+                for array in (offsets, weights, d_offsets, d_weights)
+            )
+            finite = are_finite(*_coordinates(offset, i * size, w))
+            x, y, share = _located(offset, share, i * size, w)
+            d_x, d_y, d_share = (
+                jnp.where(finite, d.astype(jnp.float32), 0)
+                for d in (d_offset[..., 0], d_offset[..., 1], d_share)
+            )
+            corners = []
+            for corner in _corners(x, y, h, w, boundary):
+                weight = corner.weight_x * corner.weight_y
+                slope = d_x * corner.slope_x * corner.weight_y
+                slope += d_y * corner.slope_y * corner.weight_x
+                corners.append((corner.token, share * weight, d_share * weight + share * slope))
+
+            def add_point(total, corners):
+                for token, factor, d_factor in corners:
+                    for by, rows in ((d_factor, image), (factor, d_image)):
+                        found = _gather(rows, token[..., None], axis=1).astype(jnp.float32)
+                        total += by[..., None] * found
+                return total, None
+
+            # A loop, for it compiles in a quarter of the time.
+            points_first = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), corners)
+            total = jnp.zeros_like(values, jnp.float32, shape=(*x.shape[:2], channels))
+            total, _ = lax.scan(add_point, total, points_first)
             return _update(out, total, group, i * size)
 
         return lax.fori_loop(0, h * w // size, chunk_step, out)
@@ -178,14 +226,20 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
+def _coordinates(offsets: jax.Array, start: jax.Array, w: int) -> tuple[jax.Array, jax.Array]:
+    """x and y [B, queries, K] in float32, of the queries from `start` on, row by row."""
+    query = start + jnp.arange(offsets.shape[1])[:, None]
+    x = offsets[..., 0].astype(jnp.float32) + (query % w).astype(jnp.float32)
+    y = offsets[..., 1].astype(jnp.float32) + (query // w).astype(jnp.float32)
+    return x, y
+
+
 def _located(offsets: jax.Array, weights: jax.Array, start: jax.Array, w: int) -> tuple:
     """x, y and weights [B, queries, K] in float32, of the queries from `start` on, row by row.
 
     A point whose coordinates are not finite has no weight.
     """
-    query = start + jnp.arange(offsets.shape[1])[:, None]
-    x = offsets[..., 0].astype(jnp.float32) + (query % w).astype(jnp.float32)
-    y = offsets[..., 1].astype(jnp.float32) + (query // w).astype(jnp.float32)
+    x, y = _coordinates(offsets, start, w)
     return x, y, jnp.where(are_finite(x, y), weights.astype(jnp.float32), 0)
 
 

@@ -37,6 +37,8 @@ def main(argv: list[str]) -> None:
     }
     found = results.Results(Path(_OUT.value).absolute())
     os.environ["FLOWDCN_CAMPAIGN"] = str(found.folder)
+    if "system" in _PARTS.value:
+        system.preload()
     for part in _PARTS.value:
         count = max(1, round(_SHARE.value * COUNTS[part]))
         if part == "steps":
