@@ -80,6 +80,7 @@ class Published(NamedTuple):
 
     family: Family
     how_to_get: str  # what to fetch from where
+    by_name: str  # what flowdcn_jax.named_weights calls them
     files: tuple[Files, ...]  # what to look for in a folder, the preferred first
     channels: int  # of the latents
     scale: float  # x = (latents - shift) * scale, where no config.json says otherwise
@@ -106,6 +107,7 @@ def _tiny(name: str, *, fetch: str, channels: int, space: str) -> Published:
     return Published(
         family=TINY,
         how_to_get=f"{fetch} from https://huggingface.co/madebyollin/{name}",
+        by_name=name,
         files=({"": DIFFUSERS_FILE}, {"": f"{name}.safetensors"}, pair),
         channels=channels,
         scale=1.0,
@@ -119,6 +121,7 @@ PUBLISHED = {
         family=KL,
         how_to_get=f"{DIFFUSERS_FILE} and config.json from "
         "https://huggingface.co/stabilityai/sd-vae-ft-ema (or sd-vae-ft-mse)",
+        by_name="sd-vae-ft-ema",
         files=({"": DIFFUSERS_FILE},),
         channels=4,
         scale=0.18215,
@@ -252,7 +255,8 @@ def _load_preview(config) -> Autoencoder:
 def _load_published(config) -> Autoencoder:
     known = PUBLISHED[config.name]
     how_to_get = (
-        f"Fetch {known.how_to_get} and set config.autoencoder.weights to the folder "
+        f"Fetch {known.how_to_get} (python -m flowdcn_jax.tools.weights fetch {known.by_name} "
+        "does, and prints the folder) and set config.autoencoder.weights to the folder "
         "(sample.py, cache_latents: --autoencoder_weights)"
     )
     files = find_files(config.weights, known.files, how_to_get)

@@ -48,6 +48,7 @@ def fill_settings(
         sampler="euler",
         num_steps=config.sampling.num_steps,
         guidance=config.sampling.guidance,
+        guidance_channels="all",
         resolution_adjustment="none",
         seed=config.sampling.seed,
     )

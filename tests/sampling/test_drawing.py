@@ -254,6 +254,7 @@ def test_what_is_not_given_is_the_runs(model):
         seed=np.int64(5),
         image_size=[8, 12],
         sampler="euler",
+        guidance_channels="all",
         resolution_adjustment="none",
     )
 
@@ -266,7 +267,7 @@ def record_of(model, labels, **options):
 def test_the_default_folder_is_the_settings_own(workdir, model, one_device):
     labels = model.labels(sampling.Request(classes=["three", 1], num_images=4), seed=0)
     assert labels.tolist() == [3, 1, 3, 1]
-    path = find_folder(workdir, record_of(model, labels, **SETTINGS))
+    path = find_folder(workdir / "samples", record_of(model, labels, **SETTINGS))
     assert path.parent == workdir / "samples" and path.name.startswith("step_00000003_")
     earlier = sampling.load_trained(workdir, step=2, mesh=one_device)
     guided = sampling.load_trained(workdir, guide_step=2, mesh=one_device)
@@ -277,7 +278,7 @@ def test_the_default_folder_is_the_settings_own(workdir, model, one_device):
         record_of(model, labels[::-1], **SETTINGS),
         record_of(model, labels),
     ):
-        assert find_folder(workdir, other) != path
+        assert find_folder(workdir / "samples", other) != path
 
 
 @pytest.mark.parametrize("word", ["none", "preview"])
