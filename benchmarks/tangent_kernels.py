@@ -23,9 +23,9 @@ def candidates(
             if row_products.tangent_layout(image, num_warps).shared_bytes <= MAX_SHARED_BYTES:
                 yield RowProducts(num_warps)
     if hopper and row_slices.why_not(*sizes) is None:
-        for num_warps in (4, 8, 12, 16):
+        for num_warps in (4, 8, 16):
             if row_slices.Layout(image, num_warps, sources=2).shared_bytes <= MAX_SHARED_BYTES:
                 yield TangentRowSlices(num_warps, together=True)
-        for num_warps in (8, 12):
-            for rounded in (False, True):
-                yield TangentRowSlices(num_warps, together=False, rounded=rounded)
+        share = row_slices.share_a_multiprocessor(h, w, num_points, dtype, num_warps=8)
+        for rounded in (False, True):
+            yield TangentRowSlices(8 if share else 12, together=False, rounded=rounded)

@@ -135,7 +135,7 @@ def tangent(
 
 def tangent_layout(image: Image, num_warps: int, *exchanged: int) -> Layout:
     tables = image.num_points * (CODES_BYTES + 2 * WEIGHTS_BYTES)
-    return Layout(image, num_warps, max(tables, *exchanged), sources=2)
+    return Layout(image, num_warps, max((tables, *exchanged)), sources=2)
 
 
 def point_gradients(

@@ -34,7 +34,7 @@ WEIGHT_OF_CHANNEL = ((0x4410, 0x1044), (0x4432, 0x3244))
 
 
 class Layout(NamedTuple):
-    """Shared memory, for each source: a slice of all tokens, and for each warp two tables of points.
+    """Shared memory of each source: a slice of all tokens, and two tables of points a warp.
 
     A token's pieces follow one another; from a row of the image to the next there are an odd
     multiple of four pieces. So the pieces 0 and 2 of any four tokens around a point are in
