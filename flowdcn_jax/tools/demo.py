@@ -1,8 +1,8 @@
 """A page that draws with a trained model: python -m flowdcn_jax.tools.demo --workdir=DIR
 
 --weights=NAME draws with published weights, as sample.py does. Prints an address to open in a
-browser of this machine; --host=0.0.0.0 lets others see it. Needs Gradio: the extra demo. Ctrl-C ends
-it.
+browser of this machine; --host=0.0.0.0 lets others see it. Needs Gradio: the extra demo. Ctrl-C
+ends it.
 """
 
 from absl import flags
