@@ -9,10 +9,16 @@ import pytest
 from flax import nnx
 
 import flowdcn_jax
-from flowdcn_jax import weights_flags
+from flowdcn_jax import sampling, weights_flags
+from flowdcn_jax.autoencoders.autoencoder import PUBLISHED
 from flowdcn_jax.errors import UserError
-from flowdcn_jax.evaluation.features import FeaturesError, WeightsNotFoundError, load_features
-from flowdcn_jax.named_weights import NamedWeightsError, transfer
+from flowdcn_jax.evaluation.features import (
+    NETWORKS,
+    FeaturesError,
+    WeightsNotFoundError,
+    load_features,
+)
+from flowdcn_jax.named_weights import NamedWeightsError, table, transfer
 from flowdcn_jax.published_weights import weights_file
 from flowdcn_jax.runs.checkpoint import CheckpointError
 from flowdcn_jax.runs.sharding import make_mesh
@@ -138,12 +144,34 @@ def test_weights_is_a_name_or_the_folder_of_one_run(cache, tmp_path):
             weights_flags._named_or_folder(given)
 
 
+def test_the_published_table_fits_the_rest_of_the_project():
+    for name, weights in table.TABLE.items():
+        assert all(
+            file.limit_bytes > 0 and bool(file.repo) != bool(file.url) for file in weights.files
+        )
+        if weights.kind == table.FEATURES:
+            assert weights.of in NETWORKS
+        elif weights.kind == table.DECODER:
+            known = PUBLISHED[weights.of]
+            assert {weights.files[0].name} <= {
+                name for each in known.files for name in each.values()
+            }
+        else:
+            config = named_model.named_config(name)
+            assert config.data.image_size == weights.resolution
+            settings = named_model.with_published(Settings(), weights.settings)
+            filled = vars(sampling.fill_settings(settings, config))
+            assert weights.settings.items() <= filled.items()
+            assert PUBLISHED[config.autoencoder.name].channels == config.model.in_channels
+    assert {known.by_name for known in PUBLISHED.values()} <= table.TABLE.keys()
+
+
 def test_feature_networks_by_name(cache, server):
     features = load_features("dinov2", weights="tiny-dino")
     assert features.description.network == "dinov2"
     with pytest.raises(FeaturesError, match="are tiny-dino, of dinov2; expected those of i"):
         load_features("inception", weights="tiny-dino")
-    with pytest.raises(NamedWeightsError, match="tiny-vae is the tiny SD-VAE; expected a features"):
+    with pytest.raises(NamedWeightsError, match="tiny-vae is the tiny SD-VAE; expected a feat"):
         load_features("inception", weights="tiny-vae")
 
 
