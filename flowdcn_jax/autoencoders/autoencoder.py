@@ -25,7 +25,9 @@ from flowdcn_jax.autoencoders.weights import (
 from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.precision import compute_dtype
 
-PUBLISHED_DOWNSAMPLING = 8  # image pixels a latent pixel, each side, of all published ones here
+PUBLISHED_DOWNSAMPLING = 8
+"""Image pixels a latent pixel, each side, of all published autoencoders here."""
+
 LATENT_PREVIEW_RANGE = 3.0  # scaled latents have a standard deviation near 1
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 
@@ -45,7 +47,7 @@ class Autoencoder:
         downsampling: image pixels a latent pixel, each side.
         encode: (params, images [B,H,W,3] float32 in [-1,1]) -> (mean, std), unscaled latents
             [B,H/f,W/f,C] float32; std is zero where the autoencoder is deterministic.
-        decode: (params, x [B,h,w,C] in the model's space) -> images [B,h*f,w*f,3], float32 in
+        decode: (params, x [B,h,w,C] in the model's space) -> images [B,f h,f w,3], float32 in
             [-1,1].
         channels: of the latents; None: any number.
         scale: factor that brings latents near unit variance.
@@ -327,6 +329,7 @@ AUTOENCODERS = {
     "taef1": _load_published,
     "taef2": _load_published,
 }
+"""The autoencoders by the names of config.autoencoder.name; `load_autoencoder` loads one."""
 
 
 def to_unit_range(images: jax.Array) -> jax.Array:

@@ -185,6 +185,7 @@ TABLE = {
         of="dinov2",
     ),
 }
+"""The names; docs/weights.md shows them."""
 
 
 def named(text: Any) -> bool:

