@@ -146,7 +146,7 @@ def test_the_tables_can_be_run(name):
     table = TABLES[name]
     names = [row.name for row in table.rows]
     assert len(set(names)) == len(names)
-    for claim in table.claims:
+    for claim in (*table.claims, *table.in_half):
         assert {claim.better, claim.worse} <= set(names)
     for run in runs_of(name, table, PLAN):
         check(run)
@@ -195,7 +195,8 @@ def test_what_is_done_is_not_done_again(tmp_path):
     shutil.rmtree(tmp_path / "work")  # as on another machine
     assert perform(tmp_path, again) == 0 and not again.started
     longer = study.choose({"small": SMALL}, dataclasses.replace(PLAN, num_steps=50), ["slow"])
-    assert "| small | slow, seed 0 | 50 |" in study.planned(longer, tmp_path / "out")
+    plan = study.planned(longer, tmp_path / "out")
+    assert "| small | slow, seed 0 | 50 |" in plan and "done" not in plan
     assert study.planned(study.choose({"small": SMALL}, PLAN), tmp_path / "out").count("done") == 3
 
 
@@ -288,7 +289,9 @@ def test_equal_time_is_that_of_the_first_to_be_done(made):
 def test_runs_that_shared_a_gpu_have_the_rates_of_others(made, tmp_path):
     """Only those whose steps are the same as were timed; `fast` has another batch size."""
     shared = group_of(made, processes_a_gpu=2)
-    rows = [{"model": "digits", "images_per_s": 500, "num_devices": count} for count in (1, 2)]
+    row = {"model": "digits", "images_per_s": 500, "pass": "train", "image_size": 256}
+    rows = [row | {"mesh": {"data": count, "fsdp": 1}} for count in (1, 2)]
+    rows += [rows[0] | {"pass": "forward", "images_per_s": 9}]
     (tmp_path / "rates.json").write_text(json.dumps({"results": rows}))
     rates = summary.read_rates(tmp_path / "rates.json")
     assert rates == {"digits": 500} and summary.read_rates(tmp_path / "none") == {}
@@ -314,6 +317,16 @@ def test_claims_are_held_to_all_seeds():
         claim, {n: summary.Value((1.0,)) for n in ("fast", "slow")}
     )
     assert summary.verdict(claim, {"fast": summary.Value((1.0,))}) is None
+
+
+def test_a_row_can_be_held_to_another_of_twice_the_steps(made):
+    half = group_of(made)
+    whole = half._replace(num_steps=80)
+    (line,) = summary.in_half(SMALL.claims[0], [half, whole])
+    assert line.startswith("- Fast is better, at 40 steps against 80: agrees (50.50")
+    other = whole._replace(measured=whole.measured | {"num_images": 31})
+    assert summary.in_half(SMALL.claims[0], [half, other]) == []
+    assert summary.in_half(SMALL.claims[0], [half]) == []
 
 
 def test_the_page_is_made_of_the_records(made):

@@ -46,6 +46,7 @@ class Table:
         text: what differs between the rows, in Markdown.
         rows: the ways to train; the first ones are run first.
         claims: what is held to the figures.
+        in_half: likewise, where the better row has half the steps of the other.
         num_steps: of training, unless the command says otherwise.
         curves: whether figures are taken in training too, of the EMA named ema.
         solver_steps: numbers of Euler steps at which each row is measured besides.
@@ -56,6 +57,7 @@ class Table:
     text: str
     rows: tuple[Row, ...]
     claims: tuple[Claim, ...] = ()
+    in_half: tuple[Claim, ...] = ()
     num_steps: int = 20_000
     curves: bool = True
     solver_steps: tuple[int, ...] = ()
@@ -200,6 +202,13 @@ RECIPE = Table(
     claims=tuple(
         Claim(text=f"{name} is better than the published recipe", better=name, worse="as published")
         for name in ("together", "logit-normal t", "Muon")
+    ),
+    in_half=(
+        Claim(
+            text="The changes together are better than the published recipe",
+            better="together",
+            worse="as published",
+        ),
     ),
     curves=False,
 )
