@@ -1,17 +1,21 @@
 """How fast models train and run forward: FlowDCN beside SiT of the same size, without their data.
 
     python -m benchmarks.training --out=docs/throughput.json
+    python -m benchmarks.training --models=xl2,sit_xl2 --passes=train,mean_flow --sizes=256x64
     python -m benchmarks.training --models=xl2 --passes=train --sizes=256x64 --meshes=1x1,2x1,1x2
 
 "train" is the step that train.py runs (loss, gradients, AdamW, EMA, the state donated), from a
 model's initial values on random latents that are on the devices already; every step starts from
-what the one before has made. "forward" is the velocity of such a batch without guidance, with
-random parameters, on one device. Programs are compiled before the first is timed.
+what the one before has made. "mean_flow" is a step of MeanFlow with its defaults (a derivative
+for a quarter of the rows, no guidance in the target), "mean_flow_guided" has guidance there, two
+passes more. "forward" is the velocity of such a batch without guidance, with random parameters, on
+one device. Programs are compiled before the first is timed.
 
 "ms" is a step's share of a run of several steps, the median of the runs. "GiB" is what the program
 takes of each device: arguments (of training: parameters, optimizer and EMA), results and temporary
 buffers, as XLA assigned them. "of the first" is images/s over those of the first model, of the same
-pass, size and mesh. Beside FILE.json, FILE.png shows rates and memory over the images' size.
+pass, size and mesh; "of its train" a step's time over that of "train", if that came before. Beside
+FILE.json, FILE.png shows rates and memory over the images' size.
 """
 
 import functools
@@ -42,13 +46,27 @@ from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.runs.state import abstract_state, initial_state
 from pallas_kernels.timing import median_ms, none_if_out_of_memory
 
+_MEAN_FLOW = {"flow.objective": "mean_flow", "model.second_time": True}
+# The passes that are a training step, and what each sets beside a model's config.
+STEPS = {
+    "train": {},
+    "mean_flow": _MEAN_FLOW,
+    "mean_flow_guided": _MEAN_FLOW
+    | {
+        "flow.mean_flow.guidance_omega": 0.2,
+        "flow.mean_flow.guidance_kappa": 0.92,
+        "sampling.guidance": 1.0,
+    },
+}
+PASSES = (*STEPS, "forward")
+
 _MODELS = flags.DEFINE_list("models", ["xl2", "sit_xl2"], "Configs of configs/.")
 _SIZES = flags.DEFINE_list(
     "sizes",
     ["256x64", "512x16", "1024x4", "2048x1"],
     "Side of the images in pixels, x, images a device.",
 )
-_PASSES = flags.DEFINE_list("passes", ["train", "forward"], "What to time: train, forward.")
+_PASSES = flags.DEFINE_list("passes", ["train", "forward"], f"Of {', '.join(PASSES)}.")
 _MESHES = flags.DEFINE_list(
     "meshes", ["1x1"], "Of training: data x fsdp, the first local devices of which are used."
 )
@@ -58,14 +76,14 @@ _OUT = command.define_path("out", "JSON file to write, and beside it a picture."
 
 _COLUMNS = (
     "pass | image | model | parameters (M) | data x fsdp | batch a device | ms | images/s | GiB | "
-    "of the first"
+    "of the first | of its train"
 )
 
 
 class _Case(NamedTuple):
     """A row of the table."""
 
-    work: str  # train or forward
+    work: str  # one of PASSES
     size: tuple[int, int]  # side of the images, images a device
     shape: tuple[int, int]  # of the mesh: data, fsdp
     model: str
@@ -95,16 +113,17 @@ def _cases() -> list[_Case]:
     Raises:
         UserError: a value that cannot be used.
     """
-    unknown = [work for work in _PASSES.value if work not in ("train", "forward")]
-    if unknown or not _PASSES.value:
-        raise UserError(f"--passes is {','.join(_PASSES.value)!r}; expected some of train, forward")
+    if not _PASSES.value or not set(_PASSES.value) <= set(PASSES):
+        raise UserError(
+            f"--passes is {','.join(_PASSES.value)!r}; expected some of {', '.join(PASSES)}"
+        )
     sizes, shapes = _pairs(_SIZES), _pairs(_MESHES)
     cases = []
     for work, size in itertools.product(_PASSES.value, sizes):
-        for shape in shapes if work == "train" else [(1, 1)]:
+        for shape in shapes if work in STEPS else [(1, 1)]:
             mesh = _make_mesh(*shape)
             cases += [
-                _Case(work, size, shape, name, _load_config(name, size, mesh), mesh)
+                _Case(work, size, shape, name, _load_config(name, work, size, mesh), mesh)
                 for name in _MODELS.value
             ]
     return cases
@@ -138,8 +157,8 @@ def _make_mesh(data: int, fsdp: int) -> Mesh:
     return make_mesh(data, fsdp, devices[: data * fsdp])
 
 
-def _load_config(name: str, size: tuple[int, int], mesh: Mesh) -> ConfigDict:
-    """The config of configs/`name`.py with the flags' sizes.
+def _load_config(name: str, work: str, size: tuple[int, int], mesh: Mesh) -> ConfigDict:
+    """The config of configs/`name`.py with a pass' keys and the flags' sizes.
 
     Raises:
         UserError: there is none, or it does not go with them.
@@ -147,6 +166,7 @@ def _load_config(name: str, size: tuple[int, int], mesh: Mesh) -> ConfigDict:
     if name not in config_names():
         raise UserError(f"--models names {name!r}; expected some of {', '.join(config_names())}")
     config = load_config(name)
+    config.update_from_flattened_dict(STEPS.get(work, {}))
     config.data.aspect_buckets.count = 0
     config.data.image_size, rows = size
     config.train.batch_size = rows * mesh.size
@@ -156,13 +176,13 @@ def _load_config(name: str, size: tuple[int, int], mesh: Mesh) -> ConfigDict:
 
 
 def _compile(case: _Case) -> jax.stages.Compiled:
-    compile_pass = compile_step if case.work == "train" else compile_forward
+    compile_pass = compile_step if case.work in STEPS else compile_forward
     return compile_pass(case.config, case.mesh)
 
 
 def _measure(case: _Case, program: jax.stages.Compiled | None) -> dict[str, Any]:
     """A row of the results; what memory did not suffice for is None."""
-    time_pass = _time_step if case.work == "train" else _time_forward
+    time_pass = _time_step if case.work in STEPS else _time_forward
     step_ms = program and none_if_out_of_memory(time_pass, case.config, case.mesh, program)
     rows = case.config.train.batch_size
     return {
@@ -224,23 +244,30 @@ def _time_forward(config: ConfigDict, mesh: Mesh, program: jax.stages.Compiled) 
 
 
 def _add(results: list[dict[str, Any]], row: dict[str, Any]) -> None:
-    """Adds a row to the results, with its rate over the first model's, and prints it."""
+    """Adds a row to the results, with what it is of others, and prints it."""
     results.append(row)
-    same = ("pass", "image_size", "batch_size", "mesh")
-    first = next(r for r in results if all(r[key] == row[key] for key in same))["images_per_s"]
-    rate = row["images_per_s"]
+
+    def rate_like(*same: str, **others: str) -> float | None:
+        wanted = {key: row[key] for key in ("image_size", "batch_size", "mesh", *same)} | others
+        rows = (r for r in results if all(r[key] == value for key, value in wanted.items()))
+        return next((r["images_per_s"] for r in rows), None)
+
+    rate, first = row["images_per_s"], rate_like("pass")
+    train = rate_like("model", **{"pass": "train"}) if row["pass"] in STEPS else None
     row["of_the_first"] = rate / first if rate and first else None
+    row["of_its_train"] = train / rate if rate and train else None
     mesh = row["mesh"]
     cells = [row["pass"], f"{row['image_size']}²", row["model"], f"{row['parameters'] / 1e6:.2f}"]
     cells += [f"{mesh['data']} x {mesh['fsdp']}", str(row["batch_size"])]
     if rate is None:
-        cells += ["out of memory", "", "", ""]
+        cells += ["out of memory", "", "", "", ""]
     else:
         cells += [
             f"{row['step_ms']:.2f}",
             f"{rate:.1f}",
             f"{row['program_bytes'] / 2**30:.2f}",
             f"{row['of_the_first']:.2f}" if first else "",
+            f"{row['of_its_train']:.2f}" if train else "",
         ]
     print(f"| {' | '.join(cells)} |", flush=True)
 

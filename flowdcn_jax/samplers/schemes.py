@@ -24,6 +24,7 @@ class Scheme(NamedTuple):
 
     times: np.ndarray  # [evaluations] float64, ascending
     weights: np.ndarray  # [evaluations, m] float64, of the newest velocity first
+    ends: np.ndarray | None = None  # [evaluations] float64: of the jumps; None: velocities at times
 
 
 def integrate(
@@ -32,7 +33,7 @@ def integrate(
     """x after every evaluation of `scheme`, as one scan.
 
     Args:
-        velocity_fn: (x [B,...], t scalar) -> velocity [B,...].
+        velocity_fn: (x [B,...], t scalar) -> velocity [B,...]; of a scheme with ends (x, t, end).
         x_init: x at t=0, [B,...].
         scheme: the solver.
         keep: numbers of the grid's times, ascending: x at each is given, [len(keep),B,...].
@@ -42,15 +43,16 @@ def integrate(
 
     def step(carry, row):
         x, past = carry
-        t, weights = row
-        velocity = velocity_fn(x, t).astype(dtype)
+        *times, weights = row
+        velocity = velocity_fn(x, *times).astype(dtype)
         x = x + weights[0] * velocity
         for j in range(remembered):
             x = x + weights[j + 1] * past[j]
         return (x, (velocity, *past)[:remembered]), x
 
     past = (jnp.zeros_like(x_init),) * remembered
-    rows = (jnp.asarray(scheme.times, dtype), jnp.asarray(scheme.weights, dtype))
+    columns = (scheme.times, scheme.ends, scheme.weights)
+    rows = [jnp.asarray(column, dtype) for column in columns if column is not None]
     states = None if keep is None else _solutions(scheme)[list(keep)]
     (x, _), kept = scan_states(step, (x_init, past), rows, x_init, states)
     return x if keep is None else kept
@@ -69,6 +71,11 @@ def _solutions(scheme: Scheme) -> np.ndarray:
 def euler(times: np.ndarray) -> Scheme:
     """Euler's method: the velocity at the start of each step."""
     return Scheme(times[:-1], np.diff(times)[:, None])
+
+
+def mean_flow(times: np.ndarray) -> Scheme:
+    """Each step jumps to its end, by the mean velocity up to there."""
+    return euler(times)._replace(ends=times[1:])
 
 
 def heun(times: np.ndarray) -> Scheme:

@@ -22,9 +22,17 @@ ODE_SCHEMES = {
     "adams3": functools.partial(schemes.adams, order=3),
     "adams4": functools.partial(schemes.adams, order=4),
     "neural": schemes.neural,
+    "mean_flow": schemes.mean_flow,
 }
 SAMPLERS = (*ODE_SCHEMES, *sde.VARIANTS)
+"""The samplers by name; docs/sampling.md says what each is."""
+
+OF_MEAN_VELOCITIES = ("mean_flow",)
+"""Samplers of mean velocities; the others take velocities at a time."""
+
 DIFFUSIONS = tuple(sde.DIFFUSIONS)
+"""The diffusion coefficients of the SDE samplers by name."""
+
 SHORTEST_STEP = float(np.finfo(np.float32).eps)  # a shorter one is none at all near t=1
 
 
@@ -46,7 +54,8 @@ def solve(
     It is one scan, which may be compiled and in which `velocity_fn` is traced once.
 
     Args:
-        velocity_fn: (x [B,...], t, a scalar of x's dtype) -> velocity [B,...].
+        velocity_fn: (x [B,...], t, a scalar of x's dtype) -> velocity [B,...]; for the sampler
+            "mean_flow" (x, t, r) -> the mean velocity from t to r.
         x_init: [B,...] float32.
         sampler: one of SAMPLERS.
         num_steps: steps of the time grid; the evaluations may be more: `num_evaluations`.

@@ -14,8 +14,14 @@ from tqdm import tqdm
 from flowdcn_jax import samplers
 from flowdcn_jax.autoencoders import Autoencoder, check_fits, decode_images, load_autoencoder
 from flowdcn_jax.flow.guidance import guided_at, guided_velocity
+from flowdcn_jax.flow.mean_flow import guides
 from flowdcn_jax.images import grid_columns, make_grid
-from flowdcn_jax.models import abstract_model, apply_model, takes_max_scale_factor
+from flowdcn_jax.models import (
+    abstract_model,
+    apply_model,
+    takes_max_scale_factor,
+    takes_second_time,
+)
 from flowdcn_jax.models.resolution import max_scale_factor
 from flowdcn_jax.runs.sharding import batch_sharding, replicated
 from flowdcn_jax.sampling.classes import labels_in_turn
@@ -45,14 +51,16 @@ def fill_settings(
     """
     defaults = dict(
         image_size=(config.data.image_size,) * 2,
-        sampler="euler",
+        sampler="mean_flow" if takes_second_time(config.model) else "euler",
         num_steps=config.sampling.num_steps,
         guidance=config.sampling.guidance,
+        guidance_channels="all",
         resolution_adjustment="none",
         seed=config.sampling.seed,
     )
     unset = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
     settings = dataclasses.replace(settings, **unset)
+    _check_sampler(settings, config)
     try:
         _evaluation_times(settings)
         samplers.check_diffusion(settings.sampler, settings.diffusion)
@@ -75,6 +83,23 @@ def fill_settings(
     if guide is not None:
         _check_guide(config, guide, settings)
     return settings
+
+
+def _check_sampler(settings: Settings, config: ConfigDict) -> None:
+    """Raises SamplingError for a sampler of another objective's velocities, or guidance twice."""
+    of_jumps = settings.sampler in samplers.OF_MEAN_VELOCITIES
+    if settings.sampler in samplers.SAMPLERS and of_jumps != takes_second_time(config.model):
+        kind = {True: "mean velocities of jumps", False: "velocities"}
+        fitting = [s for s in samplers.SAMPLERS if (s in samplers.OF_MEAN_VELOCITIES) != of_jumps]
+        raise SamplingError(
+            f"sampler is {settings.sampler!r}, and the model was trained for {kind[not of_jumps]}; "
+            f"expected {'one of ' * (len(fitting) > 1)}{', '.join(fitting)}"
+        )
+    if of_jumps and settings.guidance != 1 and guides(config.flow.mean_flow):
+        raise SamplingError(
+            f"guidance is {settings.guidance}; expected 1, since the model was trained with "
+            "guidance in its target (config.flow.mean_flow), and its samples have it already"
+        )
 
 
 def count_evaluations(settings: Settings) -> tuple[int, int]:
@@ -100,6 +125,11 @@ def _check_guide(config: ConfigDict, guide: ConfigDict, settings: Settings) -> N
     """Raises SamplingError unless the guide is used, and on the model's kind of images."""
     if settings.guidance == 1:
         raise SamplingError("guidance is 1; expected another number, since a guide is given")
+    if takes_second_time(config.model) != takes_second_time(guide.model):
+        raise SamplingError(
+            "the guide was trained for another objective; expected config.flow.objective to be the "
+            "model's"
+        )
     for section, key in (
         ("model", "in_channels"),
         ("model", "num_classes"),
@@ -209,13 +239,16 @@ def copy_to_devices(params: dict, mesh: Mesh) -> dict:
 
 
 def _network(config: ConfigDict, settings: Settings) -> Callable:
-    """(params, x, t, y) -> velocity; deformable blocks get the resolution adjustment at t."""
+    """(params, x, t, y) -> velocity, of mean velocities (params, x, t, y, r).
+
+    Deformable blocks get the resolution adjustment at t.
+    """
     graphdef, _ = abstract_model(config.model)
     deformable = takes_max_scale_factor(config.model)  # a guide may be without
     stride = config.autoencoder.downsampling * config.model.patch_size
     height, width = settings.image_size
 
-    def apply(params, x, t, y):
+    def apply(params, x, t, y, r=None):
         factor = max_scale_factor(
             settings.resolution_adjustment if deformable else "none",
             t[0],  # a solver's t is the same in every row
@@ -223,7 +256,7 @@ def _network(config: ConfigDict, settings: Settings) -> Callable:
             training_tokens=config.data.image_size // stride,
             depth=config.model.depth,
         )
-        return apply_model(graphdef, params, x, t, y, factor)
+        return apply_model(graphdef, params, x, t, y, factor, r)
 
     return apply
 

@@ -21,7 +21,24 @@ def solve(velocity_fn, x, sampler="euler", num_steps=8, **options):
 @pytest.mark.parametrize("sampler", ODE_SAMPLERS)
 def test_a_constant_velocity_is_integrated_exactly(sampler):
     x = jnp.ones((3, 2, 2, 1))
-    np.testing.assert_allclose(solve(lambda x, t: jnp.full_like(x, 2.0), x, sampler), 3, rtol=2e-6)
+    found = solve(lambda x, *times: jnp.full_like(x, 2.0), x, sampler)
+    np.testing.assert_allclose(found, 3, rtol=2e-6)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+def test_jumps_by_the_mean_velocity_end_where_the_path_does(num_steps):
+    """Of the exact flow from noise to normal data, on any grid."""
+
+    def at(z, t):
+        return t * MEAN + jnp.sqrt((t * DEVIATION) ** 2 + (1 - t) ** 2) * z
+
+    def mean_velocity(x, t, r):
+        z = (x - t * MEAN) / jnp.sqrt((t * DEVIATION) ** 2 + (1 - t) ** 2)
+        return (at(z, r) - x) / (r - t)
+
+    x = jnp.linspace(-2.0, 2.0, 9)
+    found = solve(mean_velocity, x, "mean_flow", num_steps, time_shift=2.0)
+    np.testing.assert_allclose(found, FIELDS["normal"].solution(x), atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -63,11 +80,11 @@ def test_solvers_that_are_the_same():
 def test_evaluations_are_counted_and_the_network_is_traced_once(sampler):
     seen, traces = [], []
 
-    def velocity(x, t):
+    def velocity(x, t, *end):
         seen.append(t)
         return x
 
-    def traced(x, t):
+    def traced(x, t, *end):
         traces.append(t)
         return x
 
@@ -147,7 +164,7 @@ def test_a_key_a_row_makes_rows_independent_of_one_another():
     [
         (
             dict(sampler="ddim"),
-            "sampler is 'ddim'; expected one of euler, heun, .*, neural, euler_",
+            "sampler is 'ddim'; expected one of euler, heun, .*, mean_flow, euler_",
         ),
         (dict(num_steps=0), "num_steps is 0; expected at least 1"),
         (dict(num_steps=2.5), "num_steps is 2.5; expected a whole number"),
