@@ -9,7 +9,7 @@ WHEEL := build/wheel
 CIFAR_WEIGHTS := docs/cifar10_tiny.safetensors
 CIFAR_RUN := runs/cifar10_tiny_demo
 
-.PHONY: demo demo-cifar test lint wheel clean
+.PHONY: demo demo-cifar test lint docs wheel clean
 
 demo: $(INSTALLED)  ## Train on handwritten digits, then draw the classes 3, 7, 0, 8 and 5
 	$(BIN)/python train.py --config=configs/digits.py --workdir=runs/digits
@@ -28,6 +28,9 @@ test: $(INSTALLED)  ## Run the tests
 lint: $(INSTALLED)  ## Check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(INSTALLED)  ## Build the site in build/site; a broken link or a public name left out is an error
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 wheel: $(INSTALLED)  ## Build the wheel, install it afresh and train two steps from another folder
 	rm -rf $(WHEEL)

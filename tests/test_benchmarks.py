@@ -192,6 +192,25 @@ def test_the_training_benchmark_compares_models(tmp_path):
         assert least < row["program_bytes"] < (most if images == 4 else 2 * most)
 
 
+@pytest.mark.slow  # eight starts of train.py
+def test_the_scaling_benchmark_runs_each_mesh(tmp_path):
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "benchmarks.scaling", "--config=configs/sit_s2.py"]
+    command += ["--meshes=1x1,1x1:2,2x1,1x2", "--batch_size=4", "--num_steps=30", "--gb_per_s=1"]
+    small = {"model.width": 16, "model.depth": 1, "model.num_heads": 2, "data.image_size": 32}
+    command += [f"--config.{key}={value}" for key, value in small.items()]
+    code, output = tiny.run([*command, f"--out={out}"], timeout_s=900)
+    assert code == 0, output
+    report = json.loads(out.read_text())
+    one, parts, data, fsdp = report["results"]
+    assert one["losses_differ_by"] is None and one["restore_s"] is None
+    assert parts["batch_size"] == data["batch_size"] == 8 and fsdp["restore_s"] > 0
+    assert 0 <= data["losses_differ_by"] < 1e-5 and fsdp["losses_differ_by"] < 1e-5
+    work_s, sent_s = 4 / one["images_per_s"], 4 * report["parameters"] / 1e9  # n - 1 over n, twice
+    assert data["floor"] == pytest.approx(8 / (work_s + sent_s))
+    assert data["ceiling"] == pytest.approx(8 / max(work_s, sent_s))
+
+
 @pytest.mark.parametrize(
     ("option", "error"),
     [
@@ -265,8 +284,10 @@ def test_a_profile_tells_kernels_by_the_instruction_that_started_them():
         (("reader", "--out=/proc/x/y.json"), "error: --out=/proc/x/y.json cannot be written: "),
         (("reader", "--image_sizes=abc"), "error: --image_sizes is 'abc'; expected numbers of"),
         (("operators", "--shape=64,16,16"), "error: --shape is '64,16,16'; expected five pos"),
+        (("study", "--table=x"), "error: --table names 'x'; expected some of shipped, models, abl"),
+        (("study", "--guidances=a"), "error: guidances is 'a'; expected numbers of at least 0"),
         (("training", "--models=xl3"), "error: --models names 'xl3'; expected some of b2, "),
-        (("training", "--models=b2", "--image_size=100"), "image_size is 100; expected a multiple"),
+        (("training", "--models=b2", "--sizes=100x4"), "image_size is 100; expected a multiple"),
     ],
 )
 def test_bad_flags_of_benchmarks_are_one_line(command, message):

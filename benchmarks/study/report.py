@@ -27,8 +27,9 @@ deviation of seeds, whose number follows in brackets.
 compilation and evaluations.
 """
 _SHARED = """
-These runs shared a GPU with others. Rates are those that `python -m benchmarks.training` gave of
-the same steps, alone on a GPU; where there is none, it is not known.
+These runs shared a GPU with others. Rates are those of the same steps alone on one, on latents with
+as many tokens (`python -m benchmarks.training --passes=train --sizes=256x256 --models=...`); where
+there is none, it is not known.
 """
 RATES_FILE = "rates.json"  # of benchmarks.training --out
 
@@ -52,6 +53,9 @@ def write(out: Path, tables: Mapping[str, Table]) -> list[Path]:
             pictures = _draw(group, found[name], rates, out, stem)
             sections.append(_section(name, table, group, rates, out, pictures))
             written += pictures.values()
+        halved = [line for claim in table.in_half for line in summary.in_half(claim, of_table)]
+        if halved:
+            sections.append("\n".join([f"## {table.title}, in half the steps", "", *halved, ""]))
     page = out.parent / f"{out.name}.md"
     with atomic_write(page) as file:
         file.write("\n".join([_HEAD.format(folder=out.name), *sections]).encode())
@@ -103,7 +107,7 @@ def _compared(group: Group, rates: Mapping[str, float]) -> dict[str, Mapping[str
     compared: dict[str, Mapping[str, Value]] = {"equal steps": summary.final_distances(group)}
     if timed := summary.equal_time(group, rates):
         compared[f"equal time, {timed[0]:.1f} minutes, in training"] = timed[1]
-    return compared
+    return compared | summary.of_shapes(group)
 
 
 def _markdown(

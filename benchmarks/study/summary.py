@@ -48,8 +48,7 @@ def groups(table: Table, records: Iterable[Record]) -> list[Group]:
     found: dict[str, list[Record]] = {}
     for record in records:
         settings = record["settings"]
-        measured = {name: each for name, each in settings["measured"].items() if name != "emas"}
-        key = (settings["num_steps"], sorted(measured.items(), key=lambda each: each[0]))
+        key = (settings["num_steps"], *sorted(_alike(settings["measured"]).items()))
         found.setdefault(repr(key), []).append(record)
     made = []
     for group in found.values():
@@ -78,11 +77,18 @@ def final_distances(group: Group) -> dict[str, Value]:
 
 
 def read_rates(path: Path) -> dict[str, float]:
-    """Images a second by name of a config, of a file of benchmarks.training; none without it."""
+    """Images a second by name of a config, of a file of benchmarks.training; none without it.
+
+    Of steps of training on one device with CIFAR-10's number of tokens.
+    """
     if not path.exists():
         return {}
-    rows = json.loads(path.read_text())["results"]
-    return {row["model"]: row["images_per_s"] for row in rows if row["num_devices"] == 1}
+    return {
+        row["model"]: row["images_per_s"]
+        for row in json.loads(path.read_text())["results"]
+        if (row["pass"], row["image_size"], row["mesh"]) == ("train", 256, {"data": 1, "fsdp": 1})
+        and row["images_per_s"]
+    }
 
 
 def images_per_s(record: Record, rates: Mapping[str, float]) -> float | None:
@@ -144,6 +150,45 @@ def in_few_steps(group: Group) -> dict[int, dict[str, Value]]:
         }
         for steps in group.measured["solver_steps"]
     }
+
+
+def of_shapes(group: Group) -> dict[str, dict[str, Value]]:
+    """By the name of the shape, of each row the distance."""
+    return {
+        shape["name"]: {
+            name: Value(tuple(record["shapes"][shape["name"]] for record in records))
+            for name, records in group.rows.items()
+        }
+        for shape in group.measured.get("shapes", ())
+    }
+
+
+def in_half(claim: Claim, found: Sequence[Group]) -> list[str]:
+    """What is said of a claim whose better row has half the steps: a line a pair of groups."""
+    lines = []
+    for half in found:
+        for whole in found:
+            if whole.num_steps != 2 * half.num_steps or _alike(whole.measured) != _alike(
+                half.measured
+            ):
+                continue
+            values = {
+                row: distances[row]
+                for row, distances in (
+                    (claim.better, final_distances(half)),
+                    (claim.worse, final_distances(whole)),
+                )
+                if row in distances
+            }
+            if (answer := verdict(claim, values)) is not None:
+                steps = f"{half.num_steps} steps against {whole.num_steps}"
+                lines.append(f"- {claim.text}, at {steps}: {answer}.")
+    return lines
+
+
+def _alike(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same of records that are compared."""
+    return {name: each for name, each in measured.items() if name != "emas"}
 
 
 def verdict(claim: Claim, values: Mapping[str, Value]) -> str | None:

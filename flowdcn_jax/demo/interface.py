@@ -30,7 +30,7 @@ def build(page: Page) -> gr.Blocks:
                 with gr.Accordion("More", open=False):
                     inputs += [_component(field) for field in fields[len(FIRST) :]]
             with gr.Column(scale=2, min_width=320):
-                text = gr.Textbox(label="Answer", interactive=False, elem_id="answer", lines=2)
+                text = gr.Textbox(label="Answer", interactive=False, elem_id="answer", max_lines=8)
                 pictures = []
                 for name, title in (("grid", "Images"), ("strip", "From noise to image")):
                     gr.Markdown(f"### {title}")
@@ -44,14 +44,11 @@ def build(page: Page) -> gr.Blocks:
                             buttons=["download", "fullscreen"],
                         )
                     )
-                gr.Markdown("### The same images from the command line")
-                command = gr.Code(
-                    language="shell",
+                command = gr.Textbox(
+                    label="The same images from the command line",
                     interactive=False,
-                    show_label=False,
-                    show_line_numbers=False,
-                    wrap_lines=True,
                     elem_id="command",
+                    buttons=["copy"],
                 )
 
         def answer(*values):
@@ -121,4 +118,4 @@ def serve(page: Page, *, host: str, port: int) -> None:
     try:
         threading.Event().wait()
     finally:
-        blocks.close()
+        blocks.close(verbose=False)

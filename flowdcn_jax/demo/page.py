@@ -160,13 +160,15 @@ class Page:
         )
 
     def _command(self, request: Request, settings: Settings) -> str:
+        """sample.py with the flags that differ from what it would do without."""
         values = vars(request) | vars(settings)
-        run = vars(Request()) | vars(self._model.fill_settings(Settings()))
-        flags = [
-            f"--{name}={_flag_text(name, values[name])}"
-            for name in self._options
-            if values[name] != run[name]
-        ]
+        own = vars(Request()) | vars(self._model.fill_settings(Settings()))
+        given = {name: values[name] for name in self._options if values[name] != own[name]}
+        of_settings = {name: value for name, value in given.items() if hasattr(settings, name)}
+        if self._model.fill_settings(Settings(**of_settings)) != settings:
+            # What a name's published settings fill in depends on what else is given: give it all.
+            given = {name: values[name] for name in self._options if values[name] is not None}
+        flags = [f"--{name}={_flag_text(name, value)}" for name, value in given.items()]
         return shlex.join(["python", "sample.py", *self._flags, *flags])
 
 

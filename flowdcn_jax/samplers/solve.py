@@ -25,8 +25,14 @@ ODE_SCHEMES = {
     "mean_flow": schemes.mean_flow,
 }
 SAMPLERS = (*ODE_SCHEMES, *sde.VARIANTS)
-OF_MEAN_VELOCITIES = ("mean_flow",)  # the others take velocities at a time
+"""The samplers by name; docs/sampling.md says what each is."""
+
+OF_MEAN_VELOCITIES = ("mean_flow",)
+"""Samplers of mean velocities; the others take velocities at a time."""
+
 DIFFUSIONS = tuple(sde.DIFFUSIONS)
+"""The diffusion coefficients of the SDE samplers by name."""
+
 SHORTEST_STEP = float(np.finfo(np.float32).eps)  # a shorter one is none at all near t=1
 
 

@@ -54,6 +54,7 @@ def fill_settings(
         sampler="mean_flow" if takes_second_time(config.model) else "euler",
         num_steps=config.sampling.num_steps,
         guidance=config.sampling.guidance,
+        guidance_channels="all",
         resolution_adjustment="none",
         seed=config.sampling.seed,
     )

@@ -1,10 +1,10 @@
 """From three functions (forward, its transpose, its tangent) to one that JAX can differentiate.
 
-The derivative along a direction is a primitive that is linear in the direction. Its lowering is the
-tangent; its transpose, which is all that `jax.grad` meets, is the backward pass. So both modes
+The derivative along a direction is a primitive that is linear in the direction. Its lowering is
+the tangent; its transpose, which is all that `jax.grad` meets, is the backward pass. So both modes
 work, and `jax.grad` runs nothing of the tangent. There is no second derivative: a stand-in takes
-its place, which is an error where a program needs it. One that differentiates what it computed of
-an output and a tangent, and stops the gradient of the tangent, does not.
+its place, which is an error where a program needs it. A gradient of what holds a tangent does not,
+if the gradient stops at the tangent.
 """
 
 from collections.abc import Callable

@@ -108,11 +108,12 @@ def _tangent_kernel(points, d_points, values, d_values, out, *, grid, chunk: int
         columns, rows = corners(x, grid.w, boundary), corners(y, grid.h, boundary)
         totals = list(totals)
         for j in range(2):
-            share, at_column, at_slope = parts_of_tangent(point.weight, moved, rows, j)
+            share = rows.weight[j] * point.weight
+            parts = parts_of_tangent(point.weight, moved, rows.weight[j], rows.slope[j])
             for i in range(2):
                 token = rows.index[j] * grid.w + columns.index[i]
                 factor = (share * columns.weight[i])[:, None]
-                d_factor = at_column * columns.weight[i] + at_slope * columns.slope[i]
+                d_factor = parts[0] * columns.weight[i] + parts[1] * columns.slope[i]
                 for n, (first, size) in enumerate(blocks):
                     for by, ref in ((d_factor[:, None], values), (factor, d_values)):
                         row = backend.to_float32(load_rows(ref, token, first, size))

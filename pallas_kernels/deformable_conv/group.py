@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.deformable_conv.image import Image
 from pallas_kernels.deformable_conv.point_rows import QUERIES, PointRows
-from pallas_kernels.deformable_conv.points import Points
+from pallas_kernels.deformable_conv.points import Points, PointsTangent
 from pallas_kernels.deformable_conv.warp import Warp
 
 
@@ -60,9 +60,12 @@ class Group:
 
     def __init__(self, warp: Warp, image: Image, number, points: Points):
         self.warp, self.image, self.number = warp, image, number
-        group = number % image.groups
-        self._first = (number // image.groups) * (image.tokens * image.groups) + group
-        self.points = PointRows(warp, image, points, group, self._first)
+        self._group = number % image.groups
+        self._first = (number // image.groups) * (image.tokens * image.groups) + self._group
+        self.points = self.rows_of(points)
+
+    def rows_of(self, points: Points | PointsTangent) -> PointRows:
+        return PointRows(self.warp, self.image, points, self._group, self._first)
 
     def entry(self, token):
         """Number of the token's entry for this group, in arrays [B, tokens, G, ...]."""
@@ -117,14 +120,16 @@ class Group:
             self.warp.store_pair(ref, index, number, mask=self.warp.lane == 0)
 
 
-def for_each_tile(group: Group, copy: Callable, visit: Callable, scratch) -> None:
+def for_each_tile(group: Group, copy: Callable, visit: Callable, scratch, *others) -> None:
     """Calls visit(number, words of its points, is_there) for the tiles of 32 queries of an image.
+
+    With `others`, rows of the points' tangent, their words come after those of the points.
 
     copy() begins to copy the image to shared memory; is_there() waits for it, which all warps of
     the block do, hence in the first step all have a tile, maybe another's. The warps take turns,
     and points are loaded one tile ahead.
     """
-    warp, rows, tiles = group.warp, group.points, num_tiles(group.image)
+    warp, rows, tiles = group.warp, (group.points, *others), num_tiles(group.image)
     workers = warp.num_warps
     steps = -(-tiles // workers)
 
@@ -137,17 +142,18 @@ def for_each_tile(group: Group, copy: Callable, visit: Callable, scratch) -> Non
         return warp.select(exists, number, warp.constant(0)), exists
 
     def load(step):
-        return rows.load(tile(step)[0])
+        number = tile(step)[0]
+        return [x.load(number) for x in rows]
 
     def step(n, loaded):
         number, exists = tile(n)
         first = n == 0
 
         def visit_tile(loaded):
-            words = rows.exchange(loaded, scratch)
+            words = [x.exchange(y, scratch) for x, y in zip(rows, loaded, strict=True)]
             if steps > 1:
                 loaded = warp.when(n + 1 < steps, lambda _: load(n + 1), loaded)
-            visit(number, words, lambda: warp.when(first, lambda _: warp.wait_for_copies()))
+            visit(number, *words, lambda: warp.when(first, lambda _: warp.wait_for_copies()))
             return loaded
 
         if exists is None:

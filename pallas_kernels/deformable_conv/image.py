@@ -31,9 +31,15 @@ def image_of(values, points: Points, h: int, w: int, boundary: str) -> Image:
     return Image(groups, h, w, channels, num_points, np.dtype(values.dtype), boundary)
 
 
+def read_lane(field, k, *index):
+    """What a point's fields are read by that hold one lane's numbers."""
+    del k
+    return field[index[0]] if index else field
+
+
 def located(points: Points, query_x, query_y, image: Image):
     """(the lane's point, its corners along x, along y)."""
-    point = points.point(lambda field, k, *index: field[index[0]] if index else field, 0)
+    point = points.point(read_lane, 0)
     x, y, point = point.seen_from(query_x, query_y)
     return point, corners(x, image.w, image.boundary), corners(y, image.h, image.boundary)
 

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.deformable_conv.group import Group, Queries
-from pallas_kernels.deformable_conv.image import Image, located
-from pallas_kernels.deformable_conv.points import Points
+from pallas_kernels.deformable_conv.image import Image, located, read_lane
+from pallas_kernels.deformable_conv.interpolation import parts_of_tangent
+from pallas_kernels.deformable_conv.point_rows import PointRows
+from pallas_kernels.deformable_conv.points import Points, PointsTangent
 
 
 class Corners(NamedTuple):
@@ -51,6 +53,22 @@ def corners_of_points(group: Group, words: list, queries: Queries) -> list[Corne
     ]
 
 
+def moving_corners_of_points(
+    group: Group, words: list, along: PointRows, d_words: list, queries: Queries
+) -> list[tuple[Corners, list]]:
+    """`corners_of_points`, and the tangents of their weights, where the points move.
+
+    `along` and `d_words` are of the points' tangent what group.points and `words` are of them.
+    """
+    function = functools.partial(_moving_corners, image=group.image)
+    return [
+        group.warp.apply(
+            function, group.points.fields(x, k), along.fields(d, k), queries.x, queries.y
+        )
+        for k, (x, d) in enumerate(zip(words, d_words, strict=True))
+    ]
+
+
 def gradients_of_points(group: Group, words: list, queries: Queries, products: list) -> list:
     """The gradients of each point's fields from d out . v of its four tokens."""
     function = functools.partial(_gradients_of_point, image=group.image)
@@ -61,21 +79,49 @@ def gradients_of_points(group: Group, words: list, queries: Queries, products: l
 
 
 def _inside(corners, size: int):
-    """(first token of two inside that hold the corners inside, weights of the two)."""
-    first, (low, high) = corners.token[0], corners.weight
+    """(first token of two inside that hold the corners inside, what their corners' numbers are).
+
+    The latter is a function of a number for each corner; that of one outside has to be 0.
+    """
+    first = corners.token[0]
     token = jnp.clip(first, 0, size - 2)
     before, after = first < token, token < first
-    return token, (
-        jnp.where(before, high, jnp.where(after, 0.0, low)),
-        jnp.where(after, low, jnp.where(before, 0.0, high)),
-    )
+
+    def of_tokens(low, high):
+        return (
+            jnp.where(before, high, jnp.where(after, 0.0, low)),
+            jnp.where(after, low, jnp.where(before, 0.0, high)),
+        )
+
+    return token, of_tokens
 
 
 def _corners(points: Points, query_x, query_y, *, image: Image) -> Corners:
     point, columns, rows = located(points, query_x, query_y, image)
-    x, column_weights = _inside(columns, image.w)
-    y, row_weights = _inside(rows, image.h)
+    x, of_columns = _inside(columns, image.w)
+    column_weights = of_columns(*columns.weight)
+    y, of_rows = _inside(rows, image.h)
+    row_weights = of_rows(*rows.weight)
     return Corners(x, y, tuple(weight * point.weight for weight in row_weights), column_weights)
+
+
+def _moving_corners(
+    points: Points, tangent: PointsTangent, query_x, query_y, *, image: Image
+) -> tuple[Corners, list]:
+    point, columns, rows = located(points, query_x, query_y, image)
+    x, of_columns = _inside(columns, image.w)
+    y, of_rows = _inside(rows, image.h)
+    weights, slopes = of_columns(*columns.weight), of_columns(*columns.slope)
+    moved = point.push_forward(*tangent.entries(read_lane, 0))
+    d_weights, shares = [], []
+    for row_weight, row_slope in zip(of_rows(*rows.weight), of_rows(*rows.slope), strict=True):
+        shares.append(row_weight * point.weight)
+        at_weight, at_slope = parts_of_tangent(point.weight, moved, row_weight, row_slope)
+        d_weights += [
+            at_weight * weight + at_slope * slope
+            for weight, slope in zip(weights, slopes, strict=True)
+        ]
+    return Corners(x, y, tuple(shares), weights), d_weights
 
 
 def _gradients_of_point(points: Points, query_x, query_y, products, *, image: Image):

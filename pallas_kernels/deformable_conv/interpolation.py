@@ -54,16 +54,15 @@ def corners(x: jax.Array, size: int, boundary: str) -> Corners:
     return Corners(tokens, tuple(indices), tuple(weights), tuple(slopes))
 
 
-def parts_of_tangent(weight, moved: tuple, rows: Corners, j: int) -> tuple:
-    """Row j's part of what a point's four corners weigh, and of how this moves with the point.
+def parts_of_tangent(weight, moved: tuple, row_weight, row_slope) -> tuple:
+    """How the weights of a point's corners in one row of the image move with the point.
 
-    (share, at_weight, at_slope): corner i of the row weighs share times the column's weight, whose
-    tangent is at_weight times that, and at_slope times the column's slope. `moved` is (d x, d y,
-    d weight) of the point.
+    (at_weight, at_slope): the tangent of what the token in a column weighs is at_weight times the
+    column's weight, and at_slope times its slope. `moved` is (d x, d y, d weight) of the point.
     """
     d_x, d_y, d_weight = moved
-    share = weight * rows.weight[j]
-    return share, d_weight * rows.weight[j] + weight * (d_y * rows.slope[j]), share * d_x
+    at_weight = d_weight * row_weight + weight * (d_y * row_slope)
+    return at_weight, weight * row_weight * d_x
 
 
 def axis_weights(x: jax.Array, token: jax.Array, boundary: str, tent: Callable) -> jax.Array:

@@ -1,5 +1,6 @@
 """Launches kernels that are written warp by warp (`warp.Warp`), in Pallas' Mosaic GPU."""
 
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.deformable_conv.limits import check_indexable
-from pallas_kernels.deformable_conv.points import Points
+from pallas_kernels.deformable_conv.points import Points, PointsTangent
 from pallas_kernels.deformable_conv.simulated_warp import SimulatedWarp
 from pallas_kernels.deformable_conv.warp import Warp
 
@@ -27,18 +28,23 @@ def launch(
     outputs: tuple[jax.ShapeDtypeStruct, ...],
     num_warps: int,
     interpret: bool,
+    tangent: PointsTangent | None = None,
 ) -> list[jax.Array]:
     """Runs kernel(warp, points, shared, *inputs, *outputs) on `num_blocks` blocks.
 
-    `shared` is the address of the block's `shared_bytes` of shared memory; num_warps is a multiple
-    of 4. `interpret` simulates the warps on the CPU.
+    With a `tangent` of the points, `points` is the pair of both. `shared` is the address of the
+    block's `shared_bytes` of shared memory; num_warps is a multiple of 4. `interpret` simulates the
+    warps on the CPU.
     """
-    arrays = (*points, *inputs)
+    arrays = (*points, *(tangent or ()), *inputs)
     check_indexable(name, (*arrays, *outputs))
 
     def run(warp, shared, refs):
-        fields, others = refs[: len(points)], refs[len(points) :]
-        kernel(warp, type(points)(*fields), warp.shared_memory(shared), *others)
+        refs = iter(refs)
+        fields = type(points)(*itertools.islice(refs, len(points)))
+        if tangent is not None:
+            fields = fields, type(tangent)(*itertools.islice(refs, len(tangent)))
+        kernel(warp, fields, warp.shared_memory(shared), *refs)
 
     if interpret:
 

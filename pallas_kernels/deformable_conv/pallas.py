@@ -142,20 +142,33 @@ def _tangent(form: type, boundary: str, interpret: bool, or_xla: bool, values, *
         d_points = form(*moved, *constants)
         return (jax.jvp(plain, (values, points), (d_values, d_points))[1],)
     h, w = values.shape[1:3]
+    sizes = values.shape[-1], points.weights.shape[-1]
     values_flat, d_values = flatten_tokens(values), flatten_tokens(d_values)
     points, along = flatten_points(points), flatten_points(along)
-    tiling = choose_tangent(h, w, dtype=values.dtype)
+    dtypes, hopper = (values.dtype, points.weights.dtype), is_hopper() and not interpret
+    tiling = choose_tangent(h, w, *sizes, *dtypes, hopper=hopper)
     tangent = functools.partial(
-        gather.tangent,
-        grid=Grid(h, w, *tiling.tile),
-        chunk=tiling.chunk,
-        boundary=boundary,
-        num_warps=tiling.num_warps,
-        interpret=interpret,
+        tangent_kernel(tiling, h, w), boundary=boundary, interpret=interpret
     )
     parts = zip(_channel_parts(values_flat), _channel_parts(d_values), strict=True)
     out = [tangent(x, points, dx, along) for x, dx in parts]
     return (jnp.concatenate(out, axis=-1).reshape(values.shape),)
+
+
+def tangent_kernel(tiling, h: int, w: int) -> Callable:
+    """(values, points, d values, d points, *, boundary, interpret) -> the tangent of out.
+
+    By the kernel of `tiling`, see `blocks.choose_tangent`; all arrays have flattened tokens.
+    """
+    if isinstance(tiling, Gather):
+        return functools.partial(
+            gather.tangent,
+            grid=Grid(h, w, *tiling.tile),
+            chunk=tiling.chunk,
+            num_warps=tiling.num_warps,
+        )
+    function = row_products.tangent if isinstance(tiling, RowProducts) else row_slices.tangent
+    return functools.partial(function, h=h, w=w, **tiling._asdict())
 
 
 def _backward(form: type, boundary: str, interpret: bool, or_xla: bool, values, *fields_and_d_out):

@@ -30,7 +30,11 @@ from pallas_kernels.deformable_conv.group import (
     point_gradient_structs,
 )
 from pallas_kernels.deformable_conv.image import Image, image_of
-from pallas_kernels.deformable_conv.inner_corners import corners_of_points, gradients_of_points
+from pallas_kernels.deformable_conv.inner_corners import (
+    corners_of_points,
+    gradients_of_points,
+    moving_corners_of_points,
+)
 from pallas_kernels.deformable_conv.launch import MAX_SHARED_BYTES, launch
 from pallas_kernels.deformable_conv.point_rows import QUERIES, WORD, exchange_bytes
 from pallas_kernels.deformable_conv.points import Points
@@ -99,6 +103,41 @@ def forward(
     return out
 
 
+def tangent(
+    values,
+    points,
+    d_values,
+    d_points,
+    *,
+    h: int,
+    w: int,
+    boundary: str,
+    num_warps: int,
+    interpret: bool,
+):
+    """The tangent of `forward`'s result, where values and points move by d_values and d_points."""
+    image = image_of(values, points, h, w, boundary)
+    layout = tangent_layout(image, num_warps, exchange_bytes(points), exchange_bytes(d_points))
+    (out,) = launch(
+        functools.partial(_forward_kernel, layout=layout),
+        name="deformable_tangent_row_products",
+        num_blocks=values.shape[0] * image.groups,
+        shared_bytes=layout.shared_bytes,
+        points=points,
+        tangent=d_points,
+        inputs=(values, d_values),
+        outputs=(jax.ShapeDtypeStruct(values.shape, values.dtype),),
+        num_warps=num_warps,
+        interpret=interpret,
+    )
+    return out
+
+
+def tangent_layout(image: Image, num_warps: int, *exchanged: int) -> Layout:
+    tables = image.num_points * (CODES_BYTES + 2 * WEIGHTS_BYTES)
+    return Layout(image, num_warps, max((tables, *exchanged)), sources=2)
+
+
 def point_gradients(
     values,
     points,
@@ -136,17 +175,26 @@ def point_gradients(
 # --- kernels -------------------------------------------------------------------------------------
 
 
-def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: Layout):
-    image = layout.image
+def _forward_kernel(warp: Warp, points, shared, *refs, layout: Layout):
+    """Of values and the output; for the tangent, points and values are a pair each."""
+    *values, out = refs
+    image, moves = layout.image, layout.sources == 2
+    points, d_points = points if moves else (points, None)
     group = Group(warp, image, warp.block, points)
+    along = [group.rows_of(d_points)] if moves else []
     # Lane 4 i + j reads the four words of a piece of token j: the left sides of two products have
     # words 0 and 1, or 2 and 3, in rows i and i + 8. Of the right side it has column i: of query
-    # i // 2, one channel of a word. Of the products it gets the same words, of query j.
+    # i // 2, one channel of a word. Of the products it gets the same words, of query j. The
+    # tangent's products sum over the tokens of both arrays, values by the weights' tangents first.
     i, j = warp.lane >> 2, warp.lane & 3
     lane = Lane(right=j & 1, below=j >> 1, piece=(i >> 1) + (i & 1) * 4, word=i & 3)
-    rows = TokenRows(warp, layout, shared, lane)
+    rows = [
+        TokenRows(warp, layout, shared + n * layout.tokens_bytes, lane)
+        for n in range(layout.sources)
+    ]
     codes = scratch = layout.scratch(shared, warp)
     weights = codes + image.num_points * CODES_BYTES
+    weights_bytes = layout.sources * WEIGHTS_BYTES  # of a point
     own_weight = weights + (i >> 1) * 8 + j * 2
     shift = (i & 1) * 16
     # Of the rest, which is four words, lanes read two queries' at a time.
@@ -159,13 +207,22 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
         low, top = (warp.select(odd, numbers[n + 1], numbers[n]) for n in (0, 2))
         return warp.select(high, top, low)
 
-    def visit(tile, words, is_there):
+    def corners_and_weights(words: list, queries) -> list:
+        """Of each point: where it is, and its weights for each source."""
+        if not moves:
+            return [(x, [x.weights]) for x in corners_of_points(group, *words, queries)]
+        words, d_words = words
+        found = moving_corners_of_points(group, words, *along, d_words, queries)
+        return [(x, [d_weights, x.weights]) for x, d_weights in found]
+
+    def visit(tile, *words_and_is_there):
+        *words, is_there = words_and_is_there
         queries = group.queries(tile)
-        for k, corners in enumerate(corners_of_points(group, words, queries)):
-            rows.store_code(codes + (k * CODES_BYTES), corners)
-            w = corners.weights
-            place = weights + (k * WEIGHTS_BYTES) + warp.lane * 8
-            warp.store_shared(place, *(warp.pack(*w[n : n + 2], image.dtype) for n in (0, 2)))
+        for k, (corners, found) in enumerate(corners_and_weights(words, queries)):
+            rows[0].store_code(codes + (k * CODES_BYTES), corners)
+            for n, w in enumerate(found):
+                place = weights + (k * weights_bytes + n * WEIGHTS_BYTES) + warp.lane * 8
+                warp.store_shared(place, *(warp.pack(*w[n : n + 2], image.dtype) for n in (0, 2)))
         warp.wait_for_lanes()
         is_there()
 
@@ -175,15 +232,18 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
             rest = zeros
             own = own_weight + step * (AT_A_TIME * 8)
             for k in range(image.num_points):
-                found = rows.load_codes(codes, step * AT_A_TIME, k * CODES_BYTES)
-                right = [warp.load_shared_half(own, k * WEIGHTS_BYTES) << shift]
-                pieces = [rows.load(code) for code in found]
+                found = rows[0].load_codes(codes, step * AT_A_TIME, k * CODES_BYTES)
+                right = [
+                    warp.load_shared_half(own, k * weights_bytes + n * WEIGHTS_BYTES) << shift
+                    for n in range(layout.sources)
+                ]
+                pieces = [[x.load(code) for x in rows] for code in found]
                 for q, half in itertools.product(range(AT_A_TIME), range(2)):
-                    left = pieces[q][2 * half : 2 * half + 2]
+                    left = [w for x in pieces[q] for w in x[2 * half : 2 * half + 2]]
                     totals[q][half] = warp.add_product(totals[q][half], left, right, image.dtype)
                 if layout.rest:
                     own_codes = [warp.select(second, found[n + 1], found[n]) for n in (0, 2)]
-                    left = [rows.load_rest(code, 1)[0] for code in own_codes]
+                    left = [x.load_rest(code, 1)[0] for x in rows for code in own_codes]
                     rest = warp.add_product(rest, left, right, image.dtype)
             token = queries.first + step * AT_A_TIME + j
             exists = None if queries.exists is None else token < image.tokens
@@ -204,8 +264,11 @@ def _forward_kernel(warp: Warp, points: Points, shared, values, out, *, layout: 
         warp.loop(QUERIES // AT_A_TIME, four_queries)
         warp.wait_for_lanes()
 
-    copy = functools.partial(copy_image, group, layout, shared, values)
-    for_each_tile(group, copy, visit, scratch)
+    def copy():
+        for n, ref in enumerate(values):
+            copy_image(group, layout, shared + n * layout.tokens_bytes, ref)
+
+    for_each_tile(group, copy, visit, scratch, *along)
 
 
 def _point_gradients_kernel(

@@ -28,6 +28,7 @@ class Layout(NamedTuple):
     image: Image
     num_warps: int
     own_bytes: int  # of shared memory, for each warp
+    sources: int = 1  # images that a block has
 
     @property
     def rest(self) -> bool:
@@ -44,11 +45,11 @@ class Layout(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        return self.tokens_bytes + self.num_warps * self.own_bytes
+        return self.sources * self.tokens_bytes + self.num_warps * self.own_bytes
 
     def scratch(self, shared, warp: Warp):
         """The address of the warp's own part."""
-        return shared + self.tokens_bytes + warp.warp * self.own_bytes
+        return shared + self.sources * self.tokens_bytes + warp.warp * self.own_bytes
 
 
 def copy_image(group: Group, layout: Layout, shared, values) -> None:

@@ -26,7 +26,7 @@ KINDS = {
     "I/O error on fsync": 7,
     "clock jumps": 8,
 }
-LIMIT_S = 180
+LIMIT_S = 400
 STATUSES = {0: "not stopped", 75: "one line, 75", 74: "one line, 74", 2: "one line, 2"}
 # The faults begin once the libraries are there, for paths of the run.
 PROGRAM = """

@@ -35,7 +35,7 @@ def address(model):
     with pytest.raises(UserError, match=f"--port={port} cannot be listened at"):
         interface.start(page, host="127.0.0.1", port=port)
     yield address
-    blocks.close()
+    blocks.close(verbose=False)
 
 
 @pytest.fixture
@@ -75,14 +75,14 @@ def test_a_person_draws_and_is_told_what_is_wrong(address, browser_page):
         page.wait_for_selector(f"#{name} img", timeout=WAIT_MS)
         width = page.evaluate(f"document.querySelector('#{name} img').naturalWidth")
         assert width > 100
-    assert "sample.py --workdir=runs/digits" in page.locator("#command").inner_text()
+    assert "sample.py --workdir=runs/digits" in page.input_value("#command textarea")
 
     page.fill("#classes input", "seven")
     page.press("#classes input", "Enter")
     page.fill("#num_images input", "2")
     page.click("#draw")
     wait_for("2 images in")
-    assert "--classes=seven" in page.locator("#command").inner_text()
+    assert "--classes=seven" in page.input_value("#command textarea")
 
     page.fill("#image_size input", "9x8")
     page.press("#image_size input", "Enter")

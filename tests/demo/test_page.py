@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -54,6 +55,20 @@ def test_an_answer_has_the_images_of_the_command_that_it_names(page, model, monk
     assert names == ["three", "seven", "three", "seven"]
     expected = flowdcn_jax.generate(model, progress=False, **flags)
     np.testing.assert_allclose(images.astype(int), expected.astype(int), atol=1)
+
+
+def test_the_command_says_all_where_published_settings_depend_on_what_is_given(model):
+    page = pages.Page(model, ["--weights=NAME"])
+    with mock.patch.dict(model.published, dict(num_steps=4, last_step=0.3)):
+
+        def flags(**given):
+            command = page._command(Request(), model.fill_settings(Settings(**given)))
+            return dict(flag.removeprefix("--").split("=") for flag in shlex.split(command)[2:])
+
+        assert flags() == flags(num_steps=4, last_step=0.3) == dict(weights="NAME")
+        fewer = flags(num_steps=3, last_step=0.3)  # with which it is no longer filled in
+        assert fewer["num_steps"] == "3" and fewer["last_step"] == "0.3"
+        assert flags(seed=5) == dict(weights="NAME", seed="5")
 
 
 def test_pictures_and_what_is_left_empty(page):
