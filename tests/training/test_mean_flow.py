@@ -9,7 +9,7 @@ import pytest
 
 from flowdcn_jax.config import load_config, validate
 from flowdcn_jax.errors import ConfigError
-from flowdcn_jax.models import abstract_model, random_params
+from flowdcn_jax.models import abstract_model
 from flowdcn_jax.runs.record import check_resumable
 from flowdcn_jax.runs.sharding import batch_sharding, make_mesh, replicated
 from flowdcn_jax.training.objective import make_objective
@@ -46,8 +46,9 @@ def loss_and_gradients(config, mesh, num_parts):
             return value_and_grad(params, *rows)
         return accumulate(value_and_grad, params, rows, num_parts, mesh, group=objective.group)
 
-    params = random_params(abstract_model(config.model)[1])
-    data = np.random.default_rng(0).standard_normal(image, np.float32)
+    rng, shapes = np.random.default_rng(0), abstract_model(config.model)[1]
+    params = jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes)
+    data = rng.standard_normal(image, np.float32)
     rows = batch_sharding(mesh)
     compiled = jax.jit(step, in_shardings=(replicated(mesh), rows, rows))
     program = compiled.lower(params, data, np.arange(32) % 10).compile()
