@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks.study import report, schedule, study, summary
 from benchmarks.study.plan import Plan
 from benchmarks.study.results import Results
 from benchmarks.study.runs import check, runs_of
-from benchmarks.study.tables import SHORT, TABLES, Claim, Row, Table
+from benchmarks.study.tables import SHORT, TABLES, Claim, InData, Row, Shape, Table
 from flowdcn_jax.config import flatten, load_config, validate
 from flowdcn_jax.errors import UserError
 from tests import tiny
@@ -154,7 +155,8 @@ def test_the_tables_can_be_run(name):
         with config.ignore_type():
             config.update_from_flattened_dict(dict(run.row.changes))
         validate(config, num_devices=1, num_processes=1)
-        assert config.data.name == table.data and config.train.batch_size == 256
+        if not isinstance(table.data, InData):
+            assert config.data.name == table.data and config.train.batch_size == 256
 
 
 def test_short_runs_are_trained_as_the_config_of_cifar10_says():
@@ -349,6 +351,46 @@ def test_the_page_is_made_of_the_records(made):
     assert f"{name}60.0" in kept
     file.write_text(kept.replace(f"{name}60.0", f"{name}61.25"))
     assert "| 61.25 |" in report.write(made / "out", tables)[-1].read_text()
+
+
+def test_rows_are_measured_at_other_sizes(tmp_path):
+    """The data, the weights and the references lie below data_dir."""
+    wide = Shape(name="wide", image_size="4x8", adjustment="paper", data=InData("wide"))
+    row = Row(name="slow", config="digits", changes={"data.data_dir": InData("aspects")})
+    table = dataclasses.replace(
+        SMALL, rows=(row,), claims=(), curves=False, shapes=(wide,), data=InData("square")
+    )
+    commands = Commands()
+    runs = study.choose({"small": table}, PLAN)
+    with pytest.raises(UserError, match="--data_dir is missing; .* that holds aspects"):
+        study.perform(runs, tmp_path / "out", tmp_path / "work", start=commands)
+    plan = dataclasses.replace(PLAN, data_dir=str(tmp_path / "data"))
+    runs = study.choose({"small": table}, plan)
+    assert study.perform(runs, tmp_path / "out", tmp_path / "work", start=commands) == 0
+    train, measured = commands.started[0][0], commands.started[-1][0]
+    assert f"--config.data.data_dir={tmp_path}/data/aspects" in train
+    assert {"--image_size=4x8", "--resolution_adjustment=paper"} <= set(measured)
+    assert f"--reference={tmp_path}/work/references/wide_efficientnet_lite0.npz" in measured
+    for name in ("square", "wide"):
+        assert commands.count(f"--images=folder:{tmp_path}/data/{name}") == 1
+    (record,) = Results(tmp_path / "out", "small").records
+    assert record["shapes"] == {"wide": 60} and record["config"]["data"]["data_dir"]
+    text = report.write(tmp_path / "out", {"small": table})[-1].read_text()
+    assert "equal steps | FD-efficientnet_lite0: wide | KID |" in text and "| 60.00 |" in text
+
+
+def test_photos_are_cropped_to_a_size(tmp_path):
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    image = np.zeros((10, 30, 3), np.uint8)
+    image[:, 10:20] = 255  # what is left of it at 10x10
+    Image.fromarray(image).save(tmp_path / "photos" / "a" / "b.png")
+    command = [sys.executable, "-m", "benchmarks.study.photos", f"--source={tmp_path / 'photos'}"]
+    code, output = tiny.run([*command, "--image_size=5x5", f"--out={tmp_path / 'out'}"])
+    assert code == 0 and "1 photos of 5x5" in output, output
+    with Image.open(tmp_path / "out" / "00000.png") as cropped:
+        assert cropped.size == (5, 5) and np.asarray(cropped).min() > 200
+    code, output = tiny.run([*command, "--image_size=5", f"--out={tmp_path / 'out'}"])
+    assert code == 2 and "--image_size is '5'; expected HxW" in output
 
 
 def test_without_results_no_page_is_written(tmp_path):

@@ -7,6 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study.tables import InData
+from flowdcn_jax.errors import UserError
 from flowdcn_jax.files import local_path_text
 from flowdcn_jax.options import Range, at_least, checked, name_in, option
 
@@ -54,6 +56,18 @@ class Plan:
         for name in ("weights", "data_dir"):  # commands run in the project's folder
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, type(path)(Path(path).absolute()))
+
+    def located(self, value: Any) -> Any:
+        """The path of what lies below data_dir; other values as they are.
+
+        Raises:
+            UserError: there is no data_dir.
+        """
+        if not isinstance(value, InData):
+            return value
+        if self.data_dir is None:
+            raise UserError(f"--data_dir is missing; expected the folder that holds {value}")
+        return str(Path(self.data_dir) / value)
 
     def decides(self) -> dict[str, Any]:
         """What figures depend on beside the run's own settings, as JSON takes it."""

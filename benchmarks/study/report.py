@@ -107,7 +107,7 @@ def _compared(group: Group, rates: Mapping[str, float]) -> dict[str, Mapping[str
     compared: dict[str, Mapping[str, Value]] = {"equal steps": summary.final_distances(group)}
     if timed := summary.equal_time(group, rates):
         compared[f"equal time, {timed[0]:.1f} minutes, in training"] = timed[1]
-    return compared
+    return compared | summary.of_shapes(group)
 
 
 def _markdown(

@@ -113,6 +113,10 @@ def record_of(
             steps, distance = row["options"]["num_steps"], row["figures"][0]["value"]
             record["solver_steps"].append([steps, distance])
             samples[f"{steps} Euler steps"] = _first_images(row)
+    for shape in run.of.shapes:
+        evaluated = json.loads(made["files"][shape.name].read_text())
+        record.setdefault("shapes", {})[shape.name] = evaluated["figures"][0]["value"]
+        samples[shape.name] = _first_images(evaluated)
     return record, samples
 
 

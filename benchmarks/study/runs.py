@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.plan import Plan
-from benchmarks.study.tables import Row, Table
+from benchmarks.study.tables import InData, Row, Table
 from flowdcn_jax.config import load_config, lookup
 from flowdcn_jax.errors import UserError
 
@@ -69,6 +69,8 @@ class Run:
         """What decides the figures: results with the same ones are not made again."""
         measured = self.plan.decides() | {"emas": list(self.row.emas)}
         measured |= {"solver_steps": list(self.of.solver_steps), "curve": self.evaluations}
+        if self.of.shapes:
+            measured["shapes"] = [vars(shape) for shape in self.of.shapes]
         return self.training | {"measured": measured}
 
     def folder(self, workdir: Path) -> Path:
@@ -79,10 +81,11 @@ class Run:
 
     def train_command(self, folder: Path, reference: Path | None) -> list[str]:
         """train.py with every key of the row; `reference` is that of figures in training."""
-        keys = dict(self.row.changes) | {
+        changes = {key: self.plan.located(value) for key, value in self.row.changes.items()}
+        keys = {"data.data_dir": self.plan.data_dir} | changes
+        keys |= {
             "seed": self.seed,
             "train.num_steps": self.num_steps,
-            "data.data_dir": self.plan.data_dir,
             "log.every_steps": max(1, min(LOG_STEPS, self.num_steps // 10)),
             "log.sample_every_steps": 0,
             "checkpoint.every_steps": self.num_steps,
@@ -127,22 +130,22 @@ class Run:
         ]
 
     def perform(
-        self, folder: Path, reference_file: Callable[[], Path], call: Call
+        self, folder: Path, reference_file: Callable[[str], Path], call: Call
     ) -> dict[str, Any]:
         """Trains and measures; returns the files with what came of it, and what was chosen.
 
         Args:
             folder: its own.
-            reference_file: gives the statistics of the data set, once they are made.
+            reference_file: gives the statistics of images, once they are made.
             call: runs a command, unless it was done before.
         """
-        in_training = reference_file() if self.evaluations else None
+        in_training = reference_file(self.of.data) if self.evaluations else None
         call("train", self.train_command(folder, in_training))
         for name in self._widths_after():
             width = name.removeprefix("power_")
             tool = _python("-m", "flowdcn_jax.tools.reconstruct_ema")
             call(name, [*tool, f"--workdir={folder}", f"--width={width}"])
-        reference = reference_file()
+        reference = reference_file(self.of.data)
         options = dict(num_steps=self.plan.sampling_steps)
         chosen, search = {"guidance": self.plan.guidances[0], "ema": self.row.emas[0]}, []
         if len(self.plan.guidances) * len(self.row.emas) > 1:
@@ -160,6 +163,12 @@ class Run:
         if steps := self.of.solver_steps:
             command = self.evaluate_command(folder, reference, num_steps=steps, **drawn)
             files["solver_steps"] = call("solver_steps", command, out=True)
+        for shape in self.of.shapes:
+            drawn |= dict(
+                image_size=shape.image_size, resolution_adjustment=shape.adjustment, **options
+            )
+            command = self.evaluate_command(folder, reference_file(shape.data), **drawn)
+            files[shape.name] = call(f"{shape.image_size}_{shape.adjustment}", command, out=True)
         return {"files": files, "chosen": chosen, "search": search}
 
 
@@ -173,8 +182,9 @@ def runs_of(name: str, table: Table, plan: Plan) -> Iterator[Run]:
 
 
 def reference_command(plan: Plan, data: str, out: Path) -> list[str]:
-    """reference_stats of a data set's training images."""
-    command = [*_python("-m", "flowdcn_jax.tools.reference_stats"), f"--images={data}"]
+    """reference_stats of a data set's training images, or of a folder of images."""
+    images = f"folder:{plan.located(data)}" if isinstance(data, InData) else data
+    command = [*_python("-m", "flowdcn_jax.tools.reference_stats"), f"--images={images}"]
     command += [f"--features={plan.features}", f"--weights={plan.weights}", f"--out={out}"]
     return command + ([f"--data_dir={plan.data_dir}"] if plan.data_dir else [])
 

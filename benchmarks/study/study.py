@@ -85,9 +85,11 @@ def _minutes(run: Run, *, trained: bool) -> float:
     drawn = distinct * plan.search_images + plan.num_images
     passes = 2 * plan.sampling_steps * (drawn + run.evaluations * plan.curve_images)
     passes += 2 * sum(run.of.solver_steps) * plan.num_images
+    passes += 2 * plan.sampling_steps * len(run.of.shapes) * plan.num_images
     seconds = passes / passes_per_s
-    seconds += 2 * _START_S + _COMPILE_S / 2 * (len(plan.guidances) + 1 + len(run.of.solver_steps))
-    seconds += _FIGURES_S * (distinct + 1 + run.evaluations + len(run.of.solver_steps))
+    more = len(run.of.solver_steps) + len(run.of.shapes)
+    seconds += 2 * _START_S + _COMPILE_S / 2 * (len(plan.guidances) + 1 + more)
+    seconds += _FIGURES_S * (distinct + 1 + run.evaluations + more)
     if not trained:
         seconds += _START_S + _COMPILE_S
         seconds += run.num_steps * config.train.batch_size / trained_per_s
@@ -114,11 +116,14 @@ def perform(
         start: what starts a process.
 
     Raises:
-        UserError: no weights of the feature network are named.
+        UserError: no weights of the feature network are named, or no data_dir that is needed.
     """
     workdir = workdir.absolute()  # commands run in the project's folder
     results = {run.table: Results(out, run.table) for run in runs}
     waiting = [run for run in runs if not results[run.table].holds(run)]
+    for run in waiting:
+        for value in (*run.row.changes.values(), run.of.data):
+            run.plan.located(value)
     if waiting and waiting[0].plan.weights is None:
         raise UserError(
             f"--weights is missing; expected those of {waiting[0].plan.features}, which "
@@ -130,13 +135,13 @@ def perform(
 
     making = threading.Lock()  # one reference at a time; whoever needs it waits for it
 
-    def reference_file(run: Run, environment: dict[str, str]) -> Path:
-        path = workdir / "references" / f"{run.of.data}_{run.plan.features}.npz"
+    def reference_file(plan: Plan, environment: dict[str, str], data: str) -> Path:
+        path = workdir / "references" / f"{data}_{plan.features}.npz"
         with making:
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _say(f"the reference: {run.of.data}")
-                command = reference_command(run.plan, run.of.data, path)
+                _say(f"the reference: {data}")
+                command = reference_command(plan, data, path)
                 schedule.wait(command, environment, path.with_suffix(".log"))
         return path
 
@@ -148,7 +153,7 @@ def perform(
                 _say(f"{run.table}: {run.name}")
                 call = schedule.caller(place, environment, commands)
                 made = run.perform(
-                    folder, functools.partial(reference_file, run, environment), call
+                    folder, functools.partial(reference_file, run.plan, environment), call
                 )
                 record, samples = record_of(
                     run,

@@ -152,6 +152,17 @@ def in_few_steps(group: Group) -> dict[int, dict[str, Value]]:
     }
 
 
+def of_shapes(group: Group) -> dict[str, dict[str, Value]]:
+    """By the name of the shape, of each row the distance."""
+    return {
+        shape["name"]: {
+            name: Value(tuple(record["shapes"][shape["name"]] for record in records))
+            for name, records in group.rows.items()
+        }
+        for shape in group.measured.get("shapes", ())
+    }
+
+
 def in_half(claim: Claim, found: Sequence[Group]) -> list[str]:
     """What is said of a claim whose better row has half the steps: a line a pair of groups."""
     lines = []

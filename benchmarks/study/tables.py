@@ -9,6 +9,27 @@ from collections.abc import Mapping
 from typing import Any
 
 
+class InData(str):
+    """A file or folder below --data_dir."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Another size at which the rows are measured.
+
+    Attributes:
+        name: what tables call it.
+        image_size: height x width, pixels.
+        adjustment: of S_max: none, paper or released.
+        data: what its samples are compared with: images of that size.
+    """
+
+    name: str
+    image_size: str
+    adjustment: str
+    data: str
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
     """A way to train.
@@ -50,7 +71,8 @@ class Table:
         num_steps: of training, unless the command says otherwise.
         curves: whether figures are taken in training too, of the EMA named ema.
         solver_steps: numbers of Euler steps at which each row is measured besides.
-        data: name of the data set, whose training images are the reference.
+        shapes: at which each row is measured besides.
+        data: the reference: a data set's training images, or a folder of images.
     """
 
     title: str
@@ -61,6 +83,7 @@ class Table:
     num_steps: int = 20_000
     curves: bool = True
     solver_steps: tuple[int, ...] = ()
+    shapes: tuple[Shape, ...] = ()
     data: str = "cifar10"
 
 
@@ -228,6 +251,62 @@ FEW_STEPS = Table(
     solver_steps=(2, 3, 4, 5, 8, 10),
 )
 
+# Photos in TAEF2's latents, learnt by heart.
+_PHOTOS = {
+    "model.in_channels": 32,
+    "model.num_classes": 1000,
+    "data.random_flip": False,
+    "data.data_dir": InData("square"),
+    "autoencoder.name": "taef2",
+    "autoencoder.weights": InData("taef2"),
+    "train.batch_size": 128,
+    "optimizer.learning_rate": 5e-4,
+    "optimizer.warmup_steps": 200,
+    "optimizer.clip_norm": 1.0,
+    "ema.decay": 0.995,
+}
+_ASPECTS = {"data.data_dir": InData("aspects"), "data.aspect_buckets.count": 10}
+_LOGIT_NORMAL = {"flow.time_distribution": "logit_normal"}
+_WIDE = InData("photos_176x352")
+
+TIMES = Table(
+    title="Times and aspect ratios",
+    text="A thousand photos as squares or in ten aspect buckets (VAR), with times of one or the "
+    "other distribution; the released configuration changes both at once. Their square copies are "
+    "the reference at equal steps, copies of 176x352 at 1:2 (`benchmarks.study.photos` says how "
+    "they are made). They are fewer than the network's features, so that distances are for this "
+    "table alone.",
+    rows=tuple(
+        Row(name=name, config="s2", changes=_PHOTOS | changes, seeds=_THREE)
+        for name, changes in (
+            ("square, uniform t", {}),
+            ("square, logit-normal t", _LOGIT_NORMAL),
+            ("VAR, uniform t", _ASPECTS),
+            ("VAR, logit-normal t", _ASPECTS | _LOGIT_NORMAL),
+        )
+    ),
+    claims=(
+        Claim(
+            text="VAR training is better than squares",
+            better="VAR, uniform t",
+            worse="square, uniform t",
+        ),
+        Claim(
+            text="Logit-normal times are better than uniform ones",
+            better="square, logit-normal t",
+            worse="square, uniform t",
+        ),
+        Claim(text="So they are with VAR", better="VAR, logit-normal t", worse="VAR, uniform t"),
+    ),
+    num_steps=5_000,
+    curves=False,
+    shapes=(
+        Shape(name="1:2", image_size="176x352", adjustment="none", data=_WIDE),
+        Shape(name="1:2, S_max adjusted", image_size="176x352", adjustment="paper", data=_WIDE),
+    ),
+    data=InData("photos_256x256"),
+)
+
 SHIPPED = Table(
     title="The model that is shipped",
     text="`configs/cifar10_tiny.py`, whose weights `make demo-cifar` draws with.",
@@ -241,5 +320,6 @@ TABLES = {
     "models": MODELS,
     "ablations": ABLATIONS,
     "recipe": RECIPE,
+    "times": TIMES,
     "few_steps": FEW_STEPS,
 }

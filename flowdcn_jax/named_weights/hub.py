@@ -106,6 +106,8 @@ def _call(client: Any, file: File, *, local_files_only: bool, **options: Any) ->
         status = getattr(error.response, "status_code", 0)
         kind = faults.MachineError if status >= 500 or status == 429 else NamedWeightsError
         raise kind(f"{where}: the hub answers HTTP {status}") from error
+    except (TypeError, AttributeError, NameError):
+        raise  # a bug
     except Exception as error:
         machine = faults.machine_status(error)
         raise faults.MachineError(

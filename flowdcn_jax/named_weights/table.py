@@ -14,7 +14,7 @@ from typing import Any
 from flowdcn_jax.errors import UserError
 from flowdcn_jax.files import local_path, user_cache
 
-MODEL, DECODER, FEATURES = "model", "decoder", "features"  # kinds
+MODEL, DECODER, FEATURES = "model", "decoder", "feature network"  # kinds
 GIB = 2**30
 _NEAREST = 3  # names in a message
 

@@ -52,10 +52,10 @@ def test_is_a_finite_difference(monkeypatch):
     assert relative_error(actual, difference) < 2e-3  # the network's output is float32
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gradient_of_a_loss_that_holds_a_tangent(remat, monkeypatch):
     """On eight devices as on one, and as by automatic differentiation of the definition."""
-    apply, params, x, t, y = network(model__remat=remat, model__depth=2)
+    apply, params, x, t, y = network(model__remat=remat)
     gradient = lambda *args: jax.value_and_grad(functools.partial(loss, apply))(*args)  # noqa: E731
     found = jax.jit(gradient)(params, x, t, y)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

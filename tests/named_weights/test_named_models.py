@@ -1,56 +1,58 @@
 """Models, decoders and feature networks by name, from a server to pictures."""
 
+import hashlib
+import json
+
 import jax
+import numpy as np
 import pytest
+from flax import nnx
 
 import flowdcn_jax
+from flowdcn_jax import sampling, weights_flags
+from flowdcn_jax.autoencoders.autoencoder import PUBLISHED
 from flowdcn_jax.errors import UserError
-from flowdcn_jax.evaluation.features import FeaturesError, WeightsNotFoundError, load_features
-from flowdcn_jax.named_weights import NamedWeightsError, transfer
-from flowdcn_jax.published_weights import convert, weights_file
+from flowdcn_jax.evaluation.features import (
+    NETWORKS,
+    FeaturesError,
+    WeightsNotFoundError,
+    load_features,
+)
+from flowdcn_jax.named_weights import NamedWeightsError, table, transfer
+from flowdcn_jax.published_weights import weights_file
+from flowdcn_jax.runs.checkpoint import CheckpointError
 from flowdcn_jax.runs.sharding import make_mesh
-from flowdcn_jax.sampling import Request, SamplingError, Settings, named_model
-from flowdcn_jax.sampling.drawing import image_record
+from flowdcn_jax.sampling import SamplingError, Settings, named_model
+from tests import official
 from tests.named_weights import tiny_names
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def record(model, **settings):
-    """What its images depend on."""
-    request = Request(classes=[207, 3], num_images=2)
-    filled = model.fill_settings(Settings(**settings))
-    return image_record(model, model.labels(request, seed=filled.seed), filled)
-
-
-@pytest.fixture(scope="module")
-def by_hand(tmp_path_factory, files):
-    """A workdir that was converted by hand."""
-    folder = tmp_path_factory.mktemp("hand")
-    (folder / "source").write_bytes(files["/owner/tiny/tiny.safetensors"])
-    config = tiny_names.config("s2")
-    convert(folder / "source", config, folder / "run")
-    return folder / "run"
-
-
-def test_a_name_draws_what_the_file_draws_with_the_published_settings(
-    cache, server, by_hand, monkeypatch
-):
-    """By the record of all that images depend on."""
-    decoder = dict(autoencoder="sd_vae", autoencoder_weights=tiny_names.FIXTURES / "tiny_sd_vae")
+def test_a_name_is_its_files_with_the_published_settings(cache, server, files, monkeypatch):
     mesh = make_mesh(devices=jax.devices()[:1])
-    by_hand = flowdcn_jax.load_trained(by_hand, mesh=mesh, **decoder)
-    expected = record(by_hand, **tiny_names.SETTINGS)
     trained = flowdcn_jax.load_trained("tiny", mesh=mesh)
     assert server.requests == []  # nothing until it is needed
-    assert record(trained) == expected
+    expected = tiny_names.golden()
+    classes = "param/y_embedder.embedding_table.weight"
+    rows = trained.checkpoint.config.model.num_classes + 1
+    expected[classes] = np.resize(expected[classes], (rows, expected[classes].shape[1]))
+    expected["config"] = json.dumps(json.loads(str(expected["config"])) | {"num_classes": rows - 1})
+    same = np.testing.assert_array_equal
+    jax.tree.map(same, trained.weights.params, official.to_tree(expected))
     config = trained.weights.config.copy_and_resolve_references()
     config.autoencoder.name = "sd_vae"
     assert trained.checkpoint.config.to_json() == config.to_json()  # it was known before
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(NamedWeightsError, match="diffusion_pytorch_model.* nothing is fetched"):
+        _ = trained.autoencoder
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    weights = files["/owner/vae/diffusion_pytorch_model.safetensors"]
+    assert trained.autoencoder.weights_sha256 == hashlib.sha256(weights).hexdigest()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     server.requests.clear()
-    assert record(flowdcn_jax.load_trained("tiny", mesh=mesh)) == expected
     model, config = flowdcn_jax.load_model("tiny")
+    jax.tree.map(same, nnx.to_pure_dict(nnx.state(model)), trained.weights.params)
     assert config == trained.weights.config and server.requests == []
     assert str(trained.samples) == "samples/tiny"  # not in the cache
 
@@ -120,10 +122,48 @@ def test_a_damaged_workdir_is_converted_anew_and_a_changed_decoder_refused(
         named_model.decoder_folder("tiny")
 
 
-def test_a_folder_of_the_name_comes_first(cache, by_hand, tmp_path, monkeypatch):
+def test_a_folder_of_the_name_comes_first(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny").symlink_to(by_hand)
-    assert flowdcn_jax.load_trained("tiny").checkpoint.name is None
+    (tmp_path / "tiny").mkdir()
+    with pytest.raises(CheckpointError, match="tiny holds no checkpoints"):
+        flowdcn_jax.load_trained("tiny")
+
+
+def test_weights_is_a_name_or_the_folder_of_one_run(cache, tmp_path):
+    assert weights_flags._named_or_folder("tiny") == "tiny"
+    mine = tmp_path / "mine"
+    for name in ("first", "second"):
+        (mine / name / "checkpoints").mkdir(parents=True)
+    assert weights_flags._named_or_folder(str(mine / "first")) == str(mine / "first")
+    for given, message in (
+        (str(mine), "no run's folder, .*; it holds first, second: name one of them"),
+        (str(tmp_path / "no"), "no is not there; expected a run's folder, or a name"),
+        ("tiniest", "'tiniest' is no name of weights; the nearest are tiny"),
+    ):
+        with pytest.raises(UserError, match=message):
+            weights_flags._named_or_folder(given)
+
+
+def test_the_published_table_fits_the_rest_of_the_project():
+    for name, weights in table.TABLE.items():
+        assert all(
+            file.limit_bytes > 0 and bool(file.repo) != bool(file.url) for file in weights.files
+        )
+        if weights.kind == table.FEATURES:
+            assert weights.of in NETWORKS
+        elif weights.kind == table.DECODER:
+            known = PUBLISHED[weights.of]
+            assert {weights.files[0].name} <= {
+                name for each in known.files for name in each.values()
+            }
+        else:
+            config = named_model.named_config(name)
+            assert config.data.image_size == weights.resolution
+            settings = named_model.with_published(Settings(), weights.settings)
+            filled = vars(sampling.fill_settings(settings, config))
+            assert weights.settings.items() <= filled.items()
+            assert PUBLISHED[config.autoencoder.name].channels == config.model.in_channels
+    assert {known.by_name for known in PUBLISHED.values()} <= table.TABLE.keys()
 
 
 def test_feature_networks_by_name(cache, server):
@@ -131,7 +171,7 @@ def test_feature_networks_by_name(cache, server):
     assert features.description.network == "dinov2"
     with pytest.raises(FeaturesError, match="are tiny-dino, of dinov2; expected those of i"):
         load_features("inception", weights="tiny-dino")
-    with pytest.raises(NamedWeightsError, match="tiny-vae is the tiny SD-VAE; expected a features"):
+    with pytest.raises(NamedWeightsError, match="tiny-vae is the tiny SD-VAE; expected a feat"):
         load_features("inception", weights="tiny-vae")
 
 

@@ -14,8 +14,9 @@ LIMIT = 10**6
 
 
 @pytest.fixture
-def fetch(server, tmp_path):
+def fetch(server, tmp_path, monkeypatch):
     """fetch(*faults of the transfers to come) -> SHA-256 of what is then at `fetch.path`."""
+    monkeypatch.setattr(transfer, "PIECE_BYTES", 2**12)
     server.files["/files/a.safetensors"] = CONTENT
 
     def fetch_with(*faults_to_come, url=f"{server.url}/files/a.safetensors", **options):

@@ -29,7 +29,6 @@ KERNELS = {
     "slices apart": APART,
     "slices apart, rounded": APART._replace(rounded=True),
 }
-SLOW = range(4, 16)
 
 
 def run(tiling, primals, tangents, *, boundary, interpret=True):

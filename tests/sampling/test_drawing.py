@@ -258,25 +258,24 @@ def test_what_is_not_given_is_the_runs(model):
 
 
 def record_of(model, labels, **options):
-    settings = model.fill_settings(sampling.Settings(**options))
-    return make_record(model, labels, {"settings": dataclasses.asdict(settings)})
+    settings = dataclasses.asdict(model.fill_settings(sampling.Settings(**options)))
+    return make_record(model, labels, {"settings": settings})
 
 
 def test_the_default_folder_is_the_settings_own(workdir, model, one_device):
     labels = model.labels(sampling.Request(classes=["three", 1], num_images=4), seed=0)
     assert labels.tolist() == [3, 1, 3, 1]
-    path = find_folder(workdir / "samples", record_of(model, labels, **SETTINGS))
+    path = find_folder(model.samples, record_of(model, labels, **SETTINGS))
     assert path.parent == workdir / "samples" and path.name.startswith("step_00000003_")
     earlier = sampling.load_trained(workdir, step=2, mesh=one_device)
     guided = sampling.load_trained(workdir, guide_step=2, mesh=one_device)
     for other in (
-        record_of(earlier, labels, **SETTINGS),
-        record_of(guided, labels, **SETTINGS),
+        *(record_of(each, labels, **SETTINGS) for each in (earlier, guided)),
         record_of(model, labels[:3], **SETTINGS),
         record_of(model, labels[::-1], **SETTINGS),
         record_of(model, labels),
     ):
-        assert find_folder(workdir / "samples", other) != path
+        assert find_folder(model.samples, other) != path
 
 
 @pytest.mark.parametrize("word", ["none", "preview"])

@@ -102,8 +102,7 @@ class DINOv2(nnx.Module):
     def __init__(self, sizes: Sizes, *, dtype, rngs: nnx.Rngs):
         width, depth, num_heads = sizes
         options = dict(dtype=dtype, rngs=rngs)
-        exact = jax.lax.Precision.HIGHEST  # convolutions have no products of several parts
-        self.patch_embed = layers.conv(3, width, PATCH, strides=PATCH, precision=exact, **options)
+        self.patch_embed = layers.conv(3, width, PATCH, strides=PATCH, **options)
         self.cls_token = nnx.Param(jnp.zeros((1, 1, width)))
         self.pos_embed = nnx.Param(jnp.zeros((1, 1 + GRID**2, width)))
         self.blocks = nnx.List([Block(width, num_heads, **options) for _ in range(depth)])
