@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from flowdcn_jax.models import abstract_model, apply_model
 from flowdcn_jax.runs.sharding import batch_sharding
 from flowdcn_jax.runs.state import abstract_state, initial_state
 from flowdcn_jax.training.step import make_train_step
@@ -57,3 +58,12 @@ def compile_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
     """The train step as train.py compiles it."""
     state, batch = abstract_state(config, mesh), batch_shapes(config, mesh)
     return make_train_step(config, mesh).lower(state, batch).compile()
+
+
+def compile_forward(config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
+    """The velocity, as sampling computes it, of (parameters, a batch's images, times, labels)."""
+    graphdef, _ = abstract_model(config.model)
+    params, batch = abstract_state(config, mesh).params, batch_shapes(config, mesh)
+    times = jax.ShapeDtypeStruct((config.train.batch_size,), jnp.float32)
+    forward = jax.jit(functools.partial(apply_model, graphdef))
+    return forward.lower(params, batch["image"], times, batch["label"]).compile()

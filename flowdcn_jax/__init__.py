@@ -4,7 +4,8 @@ Conventions: arrays are NHWC; t=0 is noise and t=1 is data; offsets are (dx, dy)
 
 `generate(workdir, ...)` gives images of a training run, and so does `generate(model, ...)` without
 reading and compiling anew, for `model = load_trained(workdir)`. `load_model(workdir)` gives the
-network and the config. All are `flowdcn_jax.sampling`'s.
+network and the config. Each takes the name of published weights, such as "flowdcn-xl2-256", in the
+place of a workdir. All are `flowdcn_jax.sampling`'s.
 """
 
 from flowdcn_jax.version import __version__ as __version__

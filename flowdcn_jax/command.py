@@ -4,6 +4,7 @@ Imports no JAX, so that --help and usage errors come at once.
 """
 
 import errno
+import inspect
 import json
 import os
 import re
@@ -29,8 +30,10 @@ INTERRUPTED = 130  # as shells say it of a command that Ctrl-C ended
 flags.disclaim_key_flags()  # flags defined here are those of the command that asks for them
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(main: Callable[..., int | None]) -> None:
     """Parses the flags, calls `main` and ends the process with what it returns (None: 0).
+
+    A `main` with parameters gets the arguments that are no flags; without, there must be none.
 
     What the user can mend, in the flags or raised by `main` as a UserError, becomes one line and
     the status BAD_INPUT; what the machine did a line and a status of `faults`. --help shows the
@@ -49,9 +52,10 @@ def run(main: Callable[[], int | None]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax and TFDS report every file at INFO
         try:
-            if len(argv) > 1:
-                raise UserError(f"unexpected arguments: {argv[1:]}")
-            status = main()
+            arguments = argv[1:]
+            if arguments and not inspect.signature(main).parameters:
+                raise UserError(f"unexpected arguments: {arguments}")
+            status = main(*arguments)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             status = INTERRUPTED

@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from flowdcn_jax import ema
+from flowdcn_jax.config_flow import Flow, MeanFlow, check_objective
 from flowdcn_jax.errors import ConfigError, UserError
 from flowdcn_jax.files import local_path_text
 from flowdcn_jax.models import find_model, read_options
@@ -99,16 +100,6 @@ class Train:
     )
     num_steps: int = option(400_000, "steps of the run", at_least(1))
     accumulation_steps: int = option(1, "micro-batches a step; divides batch_size", at_least(1))
-
-
-@dataclasses.dataclass
-class Flow:
-    """config.flow"""
-
-    time_distribution: str = option(
-        "uniform", "of t in training", name_in("flowdcn_jax.flow.path:TIME_DISTRIBUTIONS")
-    )
-    label_dropout: float = option(0.1, "probability of no class", FRACTION)
 
 
 @dataclasses.dataclass
@@ -238,6 +229,7 @@ SECTIONS = {
     "autoencoder": Autoencoder,
     "train": Train,
     "flow": Flow,
+    "flow.mean_flow": MeanFlow,
     "optimizer": Optimizer,
     "ema": Ema,
     "mesh": Mesh,
@@ -337,6 +329,7 @@ def validate(config, num_devices: int, num_processes: int) -> None:
     if config.optimizer.warmup_steps > config.train.num_steps:
         _fail(config, "optimizer.warmup_steps", f"at most train.num_steps={config.train.num_steps}")
     check_classes(config)
+    check_objective(config)
 
 
 def check_classes(config) -> None:

@@ -13,6 +13,7 @@ import jax
 from jax.extend import backend
 
 from flowdcn_jax.errors import UserError
+from flowdcn_jax.files import user_cache
 from flowdcn_jax.version import __version__
 
 PACKAGES = (
@@ -44,8 +45,7 @@ def keep_compiled_programs(folder: str | None) -> None:
     if not asked_for:
         if jax.config.jax_compilation_cache_dir or jax.default_backend() == "cpu":
             return
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(cache) / "flowdcn_jax" / "compiled"
+        folder = user_cache() / "compiled"
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -45,6 +45,11 @@ def local_path_text(path: str) -> str:
     return str(local_path(path))
 
 
+def user_cache() -> Path:
+    """The project's folder in the user's cache: in $XDG_CACHE_HOME, else in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowdcn_jax"
+
+
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
     """Errors of a file that the block has opened get its name, as those of paths have."""

@@ -14,7 +14,7 @@ import os
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ class Range(NamedTuple):
 
     holds: Callable[[Any], bool]
     text: Callable[[], str]  # ends "NAME is VALUE; expected ..."
+    choices: Callable[[], Sequence[str]] | None = None  # the words, where it is some words
 
 
 def at_least(minimum: float) -> Range:
@@ -45,7 +46,8 @@ def at_least(minimum: float) -> Range:
 
 def one_of(*choices: str) -> Range:
     """One of some words."""
-    return Range(lambda value: value in choices, lambda: f"one of {', '.join(choices)}")
+    text = f"one of {', '.join(choices)}"
+    return Range(lambda value: value in choices, lambda: text, lambda: choices)
 
 
 def name_in(registry: str) -> Range:
@@ -59,7 +61,7 @@ def name_in(registry: str) -> Range:
         found = getattr(importlib.import_module(module), name)
         return list(found) if isinstance(found, tuple) else sorted(found)
 
-    return Range(lambda value: value in names(), lambda: f"one of {', '.join(names())}")
+    return Range(lambda value: value in names(), lambda: f"one of {', '.join(names())}", names)
 
 
 POSITIVE = Range(lambda value: value > 0, lambda: "a positive number")
@@ -103,6 +105,11 @@ class Option:
     def expected(self) -> str:
         """The values, in words."""
         return f"{self.values} or None" if self.optional else self.values
+
+    @property
+    def choices(self) -> list[str] | None:
+        """The values other than None, where they are some words."""
+        return list(self.range.choices()) if self.range and self.range.choices else None
 
     @property
     def description(self) -> str:

@@ -163,22 +163,65 @@ command.run(training.main)
 
 
 def test_the_training_benchmark_compares_models(tmp_path):
-    command = [sys.executable, "-c", SMALL_TRAINING, "--models=s2,sit_s2", "--image_size=32"]
-    command += ["--batch_size=3", "--devices=2", "--runs=1", "--steps=2", f"--out={tmp_path / 'o'}"]
+    command = [sys.executable, "-c", SMALL_TRAINING, "--models=s2,sit_s2", "--sizes=32x4"]
+    command += ["--passes=train,mean_flow,forward", "--meshes=1x2"]
+    command += ["--runs=1", "--steps=2", f"--out={tmp_path / 'out.json'}"]
     code, output = tiny.run(command, num_devices=2)
     assert code == 0, output
-    report = json.loads((tmp_path / "o").read_text())
+    report = json.loads((tmp_path / "out.json").read_text())
     assert {"devices", "versions", "date"} <= report["machine"].keys()
-    flowdcn, sit = report["results"]
-    assert (flowdcn["model"], sit["model"], sit["parameters"]) == ("s2", "sit_s2", WEIGHTS)
-    for row in (flowdcn, sit):
-        assert (row["num_devices"], row["batch_size"]) == (2, 3)
-        assert row["images_per_s"] == pytest.approx(6e3 / row["step_ms"])
+    rows = report["results"]
+    assert [(row["pass"], row["model"], *row["mesh"].values()) for row in rows] == [
+        (work, model, 1, fsdp)
+        for work, fsdp in (("train", 2), ("mean_flow", 2), ("forward", 1))
+        for model in ("s2", "sit_s2")
+    ]
+    assert (tmp_path / "out.png").exists() and rows[1]["parameters"] == WEIGHTS
+    assert rows[3]["parameters"] == WEIGHTS + (256 + 1 + 16 + 1) * 16
+    assert rows[3]["of_its_train"] == pytest.approx(rows[3]["step_ms"] / rows[1]["step_ms"])
+    for flowdcn, row in zip([x for x in rows[::2] for _ in range(2)], rows, strict=True):
+        images = 4 * row["mesh"]["fsdp"]
+        assert row["batch_size"] == 4
+        assert row["images_per_s"] == pytest.approx(1e3 * images / row["step_ms"])
         assert row["of_the_first"] == row["images_per_s"] / flowdcn["images_per_s"]
+        assert f"| {row['step_ms']:.2f} | {row['images_per_s']:.1f} |" in output
         # Parameters, their two moments and the EMA are given and taken back in the same place;
         # the gradients come on top.
-        assert 5 * 4 * row["parameters"] < row["program_bytes"] < 10 * 4 * row["parameters"]
-        assert f"| {row['step_ms']:.2f} | {row['images_per_s']:.1f} |" in output
+        copies = (1, 2) if row["pass"] == "forward" else (5, 10)
+        least, most = (4 * row["parameters"] * n / row["mesh"]["fsdp"] for n in copies)
+        assert least < row["program_bytes"] < (most if images == 4 else 2 * most)
+
+
+@pytest.mark.slow  # eight starts of train.py
+def test_the_scaling_benchmark_runs_each_mesh(tmp_path):
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "benchmarks.scaling", "--config=configs/sit_s2.py"]
+    command += ["--meshes=1x1,1x1:2,2x1,1x2", "--batch_size=4", "--num_steps=30", "--gb_per_s=1"]
+    small = {"model.width": 16, "model.depth": 1, "model.num_heads": 2, "data.image_size": 32}
+    command += [f"--config.{key}={value}" for key, value in small.items()]
+    code, output = tiny.run([*command, f"--out={out}"], timeout_s=900)
+    assert code == 0, output
+    report = json.loads(out.read_text())
+    one, parts, data, fsdp = report["results"]
+    assert one["losses_differ_by"] is None and one["restore_s"] is None
+    assert parts["batch_size"] == data["batch_size"] == 8 and fsdp["restore_s"] > 0
+    assert 0 <= data["losses_differ_by"] < 1e-5 and fsdp["losses_differ_by"] < 1e-5
+    work_s, sent_s = 4 / one["images_per_s"], 4 * report["parameters"] / 1e9  # n - 1 over n, twice
+    assert data["floor"] == pytest.approx(8 / (work_s + sent_s))
+    assert data["ceiling"] == pytest.approx(8 / max(work_s, sent_s))
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        ("--sizes=32", "--sizes is '32'; expected pairs of positive numbers such as 256x64"),
+        ("--meshes=9x9", "--meshes names 9x9; expected at most 1 devices"),
+        ("--passes=back", "--passes is 'back'; expected some of train, mean_flow, "),
+    ],
+)
+def test_the_training_benchmark_names_what_it_cannot_time(option, error):
+    code, output = tiny.run([sys.executable, "-m", "benchmarks.training", option])
+    assert code == 2 and error in output and "Traceback" not in output
 
 
 # A SiT so small that it takes no time, of random weights; in a process of its own, for its flags.
@@ -241,8 +284,10 @@ def test_a_profile_tells_kernels_by_the_instruction_that_started_them():
         (("reader", "--out=/proc/x/y.json"), "error: --out=/proc/x/y.json cannot be written: "),
         (("reader", "--image_sizes=abc"), "error: --image_sizes is 'abc'; expected numbers of"),
         (("operators", "--shape=64,16,16"), "error: --shape is '64,16,16'; expected five pos"),
+        (("study", "--table=x"), "error: --table names 'x'; expected some of shipped, models, abl"),
+        (("study", "--guidances=a"), "error: guidances is 'a'; expected numbers of at least 0"),
         (("training", "--models=xl3"), "error: --models names 'xl3'; expected some of b2, "),
-        (("training", "--models=b2", "--image_size=100"), "image_size is 100; expected a multiple"),
+        (("training", "--models=b2", "--sizes=100x4"), "image_size is 100; expected a multiple"),
     ],
 )
 def test_bad_flags_of_benchmarks_are_one_line(command, message):

@@ -113,6 +113,22 @@ BAD = {
     "train.accumulation_steps": 0,
     "flow.time_distribution": "normal",
     "flow.label_dropout": 1.0,
+    "flow.objective": "diffusion",
+    "flow.mean_flow.tangent": "data",
+    "flow.mean_flow.equal_share": 1.5,
+    "flow.mean_flow.time_distribution": "normal",
+    "flow.mean_flow.t_mean": 11.0,
+    "flow.mean_flow.t_std": 0.0,
+    "flow.mean_flow.r_mean": float("nan"),
+    "flow.mean_flow.r_std": -1.0,
+    "flow.mean_flow.r_below_t": "drop",
+    "flow.mean_flow.weight_power": -1.0,
+    "flow.mean_flow.weight_offset": 0.0,
+    "flow.mean_flow.guidance_omega": -1.0,
+    "flow.mean_flow.guidance_kappa": 1.0,
+    "flow.mean_flow.guidance_begin": -0.1,
+    "flow.mean_flow.guidance_end": 1.1,
+    "flow.mean_flow.derivative_dtype": "float16",
     "optimizer.name": "sgd",
     "optimizer.learning_rate": 0.0,
     "optimizer.schedule": "step",
@@ -156,6 +172,8 @@ BAD = {
     "model.learn_sigma": 1,
     "model.dtype": "float64",
     "model.remat": "some",
+    "model.second_time": True,  # of a velocity
+    "model.attention": "flash",
     "model.gradient_dtype": "float16",
     "model.num_groups": 5,
     "model.boundary": "reflect",
@@ -194,7 +212,7 @@ def test_a_run_keeps_what_decides_it_and_nothing_else():
     for key in flatten(default_config()):
         section, _, name = key.partition(".")
         decides = section in ("seed", "model", "data")
-        decides = decides or key in ("train.batch_size", "optimizer.name")
+        decides = decides or key in ("train.batch_size", "optimizer.name", "flow.objective")
         kept = decides and name not in (*changing, "dtype", "gradient_dtype", "remat")
         assert (key in fixed) == kept, key
 

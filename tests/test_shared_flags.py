@@ -115,6 +115,6 @@ def test_sample_pys_flags_are_the_keywords_of_its_function():
     keywords = inspect.signature(sample_to_folder).parameters.values()
     expected = {k.name: k.default for k in keywords if k.kind is k.KEYWORD_ONLY}
     several_processes = ("distributed", "coordinator_address", "num_processes", "process_id")
-    for name in ("workdir", "compilation_cache", *several_processes):
+    for name in ("workdir", "weights", "offline", "compilation_cache", *several_processes):
         del found[name]
     assert found == expected

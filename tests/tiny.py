@@ -109,10 +109,10 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run(command: list[str], num_devices: int = 1) -> tuple[int, str]:
+def run(command: list[str], num_devices: int = 1, timeout_s: float = 240) -> tuple[int, str]:
     """(exit code, everything printed) of a command that begins with the interpreter."""
     assert command[0] == sys.executable
-    return forked.run(command[1:], num_devices=num_devices)
+    return forked.run(command[1:], num_devices=num_devices, timeout_s=timeout_s)
 
 
 def metrics(workdir) -> list[dict]:

@@ -25,7 +25,9 @@ from flowdcn_jax.autoencoders.weights import (
 from flowdcn_jax.errors import ConfigError
 from flowdcn_jax.precision import compute_dtype
 
-PUBLISHED_DOWNSAMPLING = 8  # image pixels a latent pixel, each side, of all published ones here
+PUBLISHED_DOWNSAMPLING = 8
+"""Image pixels a latent pixel, each side, of all published autoencoders here."""
+
 LATENT_PREVIEW_RANGE = 3.0  # scaled latents have a standard deviation near 1
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 
@@ -45,7 +47,7 @@ class Autoencoder:
         downsampling: image pixels a latent pixel, each side.
         encode: (params, images [B,H,W,3] float32 in [-1,1]) -> (mean, std), unscaled latents
             [B,H/f,W/f,C] float32; std is zero where the autoencoder is deterministic.
-        decode: (params, x [B,h,w,C] in the model's space) -> images [B,h*f,w*f,3], float32 in
+        decode: (params, x [B,h,w,C] in the model's space) -> images [B,f h,f w,3], float32 in
             [-1,1].
         channels: of the latents; None: any number.
         scale: factor that brings latents near unit variance.
@@ -78,6 +80,7 @@ class Published(NamedTuple):
 
     family: Family
     how_to_get: str  # what to fetch from where
+    by_name: str  # what flowdcn_jax.named_weights calls them
     files: tuple[Files, ...]  # what to look for in a folder, the preferred first
     channels: int  # of the latents
     scale: float  # x = (latents - shift) * scale, where no config.json says otherwise
@@ -104,6 +107,7 @@ def _tiny(name: str, *, fetch: str, channels: int, space: str) -> Published:
     return Published(
         family=TINY,
         how_to_get=f"{fetch} from https://huggingface.co/madebyollin/{name}",
+        by_name=name,
         files=({"": DIFFUSERS_FILE}, {"": f"{name}.safetensors"}, pair),
         channels=channels,
         scale=1.0,
@@ -117,6 +121,7 @@ PUBLISHED = {
         family=KL,
         how_to_get=f"{DIFFUSERS_FILE} and config.json from "
         "https://huggingface.co/stabilityai/sd-vae-ft-ema (or sd-vae-ft-mse)",
+        by_name="sd-vae-ft-ema",
         files=({"": DIFFUSERS_FILE},),
         channels=4,
         scale=0.18215,
@@ -250,7 +255,8 @@ def _load_preview(config) -> Autoencoder:
 def _load_published(config) -> Autoencoder:
     known = PUBLISHED[config.name]
     how_to_get = (
-        f"Fetch {known.how_to_get} and set config.autoencoder.weights to the folder "
+        f"Fetch {known.how_to_get} (python -m flowdcn_jax.tools.weights fetch {known.by_name} "
+        "does, and prints the folder) and set config.autoencoder.weights to the folder "
         "(sample.py, cache_latents: --autoencoder_weights)"
     )
     files = find_files(config.weights, known.files, how_to_get)
@@ -323,6 +329,7 @@ AUTOENCODERS = {
     "taef1": _load_published,
     "taef2": _load_published,
 }
+"""The autoencoders by the names of config.autoencoder.name; `load_autoencoder` loads one."""
 
 
 def to_unit_range(images: jax.Array) -> jax.Array:

@@ -188,7 +188,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents [B,h,w,C], after post_quant_conv, -> images, float32 [B,h*f,w*f,3]."""
+    """Latents [B,h,w,C], after post_quant_conv, -> images, float32 [B,f h,f w,3]."""
 
     def __init__(self, sizes: KLSizes, layers: Layers):
         widths, last = sizes.widths[::-1], len(sizes.widths) - 1
@@ -231,7 +231,7 @@ class AutoencoderKL(nnx.Module):
         return mean, jnp.exp(0.5 * jnp.clip(log_variance, *LOG_VARIANCE_RANGE))
 
     def decode(self, latents: Array) -> Array:
-        """Unscaled latents [B,h,w,C] -> [B,h*f,w*f,3], near [-1,1] but not clipped."""
+        """Unscaled latents [B,h,w,C] -> [B,f h,f w,3], near [-1,1] but not clipped."""
         return self.decoder(self.post_quant_conv(latents))
 
 

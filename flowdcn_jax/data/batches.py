@@ -14,7 +14,9 @@ from flowdcn_jax.data import randomness
 from flowdcn_jax.data.prepared import DataError, Encoder
 from flowdcn_jax.faults import retried
 
-Batch = dict[str, np.ndarray]  # {"image": [n, H, W, C], "label": int32 [n]}
+Batch = dict[str, np.ndarray]
+"""{"image": [n,H,W,C], uint8 pixels or float32 latents; "label": int32 [n]}."""
+
 
 # Positions are int64; a stream of this many batches ends after any run does.
 _STREAM_BATCHES = 2**40

@@ -330,3 +330,4 @@ def _of_channels(channels: int | None) -> str:
 
 
 SOURCES = {"digits": _open_digits, "cifar10": _open_cifar10, "latents": _open_latents}
+"""The data sets by the names that config.data.name takes; `make_source` opens one."""

@@ -27,7 +27,9 @@ class FeatureChoice:
         "inception (FID and its like), dinov2 (FD-DINOv2) or efficientnet_lite0",
         name_in("flowdcn_jax.evaluation.features:NETWORKS"),
     )
-    weights: Path | None = option(None, "its safetensors file, or the folder that holds it")
+    weights: Path | None = option(
+        None, "its safetensors file, the folder that holds it, or a name such as inception"
+    )
     protocol: str = option(
         "adm",
         "whose evaluator is followed",

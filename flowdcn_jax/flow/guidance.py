@@ -40,7 +40,7 @@ def guided_velocity(
     `guided_at` says when.
 
     Args:
-        model: (x [B,...], t [B], y [B]) -> velocity [B,...].
+        model: (x [B,...], t [B], y [B]) -> velocity [B,...]; of mean velocities (x, t, y, r [B]).
         y: labels, [B] integers.
         null_class: the label that stands for "no class".
         scale: guidance weight w (published FIDs use 1.375).
@@ -53,28 +53,33 @@ def guided_velocity(
             for `null_class`.
 
     Returns:
-        A function (x [B,...], t scalar) -> velocity [B,...].
+        A function (x [B,...], t scalar) -> velocity [B,...]; of mean velocities (x, t, r scalar),
+        of which t decides about guidance.
 
     Raises:
         ValueError: see `check_guidance`.
     """
     check_guidance(scale=scale, channels=channels, interval=interval, schedule=schedule)
 
-    def strong_alone(x, t):
-        return model(x, jnp.broadcast_to(t, y.shape), y)
+    def evaluate(network, x, y, t, *until):
+        t, *until = (jnp.broadcast_to(time, y.shape) for time in (t, *until))
+        return network(x, t, y, *until)
 
-    def strong_and_weak(x, t):
+    def strong_alone(x, *times):
+        return evaluate(model, x, y, *times)
+
+    def strong_and_weak(x, *times):
         if guide is not None:
-            return strong_alone(x, t), guide(x, jnp.broadcast_to(t, y.shape), y)
+            return strong_alone(x, *times), evaluate(guide, x, y, *times)
         # Each image beside its twin: one after the other, the two halves of a batch that is split
         # over devices would have to change places at every evaluation.
         twice_x, twice_y = _interleave(x, x), _interleave(y, jnp.full_like(y, null_class))
-        both = model(twice_x, jnp.broadcast_to(t, twice_y.shape), twice_y)
+        both = evaluate(model, twice_x, twice_y, *times)
         both = both.reshape(-1, 2, *both.shape[1:])
         return both[:, 0], both[:, 1]
 
-    def guided(x, t):
-        strong, weak = strong_and_weak(x, t)
+    def guided(x, t, *until):
+        strong, weak = strong_and_weak(x, t, *until)
         t = jnp.asarray(t, strong.dtype)
         weight = 1 + (scale - 1) * SCHEDULES[schedule](t)
         velocity = weak + weight * (strong - weak)
@@ -86,8 +91,8 @@ def guided_velocity(
         return strong_alone
     if interval is None:
         return guided
-    return lambda x, t: jax.lax.cond(
-        (t >= interval[0]) & (t <= interval[1]), guided, strong_alone, x, t
+    return lambda x, t, *until: jax.lax.cond(
+        (t >= interval[0]) & (t <= interval[1]), guided, strong_alone, x, t, *until
     )
 
 

@@ -101,20 +101,35 @@ def random_params(shapes):
     return jax.tree.unflatten(structure, [draw(*pair) for pair in enumerate(leaves)])
 
 
-def apply_model(graphdef, params: dict, x, t, y, max_scale_factor=None) -> jax.Array:
+def apply_model(graphdef, params: dict, x, t, y, max_scale_factor=None, r=None) -> jax.Array:
     """model(x, t, y) for parameters held as nested dicts.
 
-    max_scale_factor [depth,2] is for models with deformable blocks: `takes_max_scale_factor`.
+    max_scale_factor [depth,2] is for models with deformable blocks: `takes_max_scale_factor`; r [B]
+    for those of a second time: `takes_second_time`.
     """
     model = nnx.merge(graphdef, params)
-    if max_scale_factor is None:
-        return model(x, t, y)
-    return model(x, t, y, max_scale_factor)
+    factor = () if max_scale_factor is None else (max_scale_factor,)
+    return model(x, t, y, *factor, **({} if r is None else {"r": r}))
 
 
 def takes_max_scale_factor(config) -> bool:
     """Whether the model has deformable blocks, whose reach can be changed when it is called."""
     return find_model(config["name"]).network.takes_max_scale_factor
+
+
+def takes_second_time(config) -> bool:
+    """Whether the model gives mean velocities, up to a second time; also of configs saved before
+    there were such models."""
+    return read_options(config).second_time
+
+
+def differentiable_along(config):
+    """`config` (config.model) of a network of the same function that `jax.jvp` can differentiate.
+
+    Fused attention has no such derivative; a SiT's becomes XLA's.
+    """
+    has_attention = "attention" in options_of(find_model(config["name"]).options)
+    return dict(config) | ({"attention": "xla"} if has_attention else {})
 
 
 def parameter_count(params) -> int:

@@ -251,13 +251,18 @@ MLPS = {"swiglu": SwiGLU, "gelu": GeluMLP}
 class TimestepEmbedder(nnx.Module):
     """Sinusoids of t in [0,1] (unscaled, cos before sin), then Linear-SiLU-Linear, in float32.
 
-    In bfloat16 it would err by six times what two neighbours of a 250-step grid differ by.
+    In bfloat16 it would err by six times what two neighbours of a 250-step grid differ by. One that
+    `starts_at_zero` adds nothing until it is trained: its last Linear is zero at first.
     """
 
-    def __init__(self, width: int, *, linear=Linear, **linear_options):
+    def __init__(
+        self, width: int, *, linear=Linear, starts_at_zero: bool = False, **linear_options
+    ):
         shared = dict(kernel_init=nnx.initializers.normal(0.02), **linear_options)
+        zeros = nnx.initializers.zeros_init()
+        last = dict(kernel_init=zeros, bias_init=zeros) if starts_at_zero else {}
         self.hidden = linear(2 * TIMESTEP_FREQUENCIES, width, **shared)
-        self.out = linear(width, width, **shared)
+        self.out = linear(width, width, **shared | last)
 
     def __call__(self, t: Array) -> Array:
         """t [B] -> [B,width] float32."""

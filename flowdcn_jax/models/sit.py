@@ -40,6 +40,9 @@ class SiTOptions(NetworkOptions):
     mlp: str = option(
         "gelu", "gelu has a hidden width of 4*width, and biases", one_of(*layers.MLPS), fixed=True
     )
+    attention: str = option(
+        "auto", "auto: cuDNN's where that serves; xla: XLA's everywhere", one_of("auto", "xla")
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -79,7 +82,8 @@ def attention_implementation(dtype, head_dim: int) -> str:
     has no float32, and no other platform has cuDNN.
 
     The gradient of cuDNN's kernel adds its terms in any order, unless XLA is told to exclude such
-    operations (XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true).
+    operations (XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true). It has no derivative along a
+    direction, which XLA's has: `models.differentiable_along`.
     """
     fits = head_dim % 8 == 0 and head_dim <= CUDNN_MAX_HEAD_DIM
     cudnn = fits and dtype in (jnp.bfloat16, jnp.float16) and why_no_nvidia_kernels() is None
@@ -89,8 +93,8 @@ def attention_implementation(dtype, head_dim: int) -> str:
 class Attention(nnx.Module):
     """Multi-head self-attention over all tokens of the grid; the softmax is float32."""
 
-    def __init__(self, width: int, num_heads: int, **linear_options):
-        self.num_heads = num_heads
+    def __init__(self, width: int, num_heads: int, implementation: str, **linear_options):
+        self.num_heads, self.implementation = num_heads, implementation
         self.qkv = layers.xavier_linear(width, 3 * width, **linear_options)
         self.out = layers.xavier_linear(width, width, **linear_options)
 
@@ -102,13 +106,11 @@ class Attention(nnx.Module):
         query, key, value = jnp.moveaxis(qkv, 2, 0)
         # The function takes no precision; without this, GPUs round float32 operands to TF32.
         precision = "highest" if qkv.dtype == jnp.float32 else None
+        implementation = self.implementation
+        if implementation == "auto":
+            implementation = attention_implementation(qkv.dtype, head_dim)
         with jax.default_matmul_precision(precision):
-            mixed = jax.nn.dot_product_attention(
-                query,
-                key,
-                value,
-                implementation=attention_implementation(qkv.dtype, head_dim),
-            )
+            mixed = jax.nn.dot_product_attention(query, key, value, implementation=implementation)
         return self.out.apart(mixed.reshape(x.shape))
 
 
@@ -124,7 +126,7 @@ class SiTBlock(AdaLNBlock):
             layers.NORMS[options.norm], width, dtype=options.compute_dtype, rngs=rngs
         )
         self.norm1 = make_norm()
-        self.attention = Attention(width, options.num_heads, **shared)
+        self.attention = Attention(width, options.num_heads, options.attention, **shared)
         self.norm2 = make_norm()
         self.mlp = layers.MLPS[options.mlp](width, linear=layers.xavier_linear, **shared)
         self.modulation = layers.Linear(

@@ -48,6 +48,13 @@ class NetworkOptions:
         False, "recompute blocks in the backward pass: less memory, a third more time"
     )
 
+    second_time: bool = option(
+        False,
+        "take a second time r, up to which the velocity is the mean, as flow.objective=mean_flow "
+        "needs it",
+        fixed=True,
+    )
+
     def __post_init__(self):
         checked(self, prefix="config.model.", error=ConfigError)
 
@@ -162,26 +169,44 @@ class VelocityNetwork(nnx.Module):
         )
         self.blocks = nnx.List(self.make_block(options, rngs=rngs) for _ in range(options.depth))
         self.final = FinalLayer(width, out_features, rngs=rngs, **float32)
+        span_embedder = None
+        if options.second_time:  # last, so that all else starts as it does without
+            span_embedder = layers.TimestepEmbedder(
+                width, linear=linear, starts_at_zero=True, rngs=rngs, **float32
+            )
+        self.span_embedder = span_embedder
 
     def make_block(self, options: NetworkOptions, *, rngs: nnx.Rngs) -> AdaLNBlock:
         """One of the `depth` blocks."""
         raise NotImplementedError
 
     def __call__(
-        self, x: Array, t: Array, y: Array, max_scale_factor: Array | None = None
+        self,
+        x: Array,
+        t: Array,
+        y: Array,
+        max_scale_factor: Array | None = None,
+        *,
+        r: Array | None = None,
     ) -> Array:
         """Velocity [B,H,W,C] (float32) at x [B,H,W,C], time t [B] in [0,1], class y [B] (integers).
 
         max_scale_factor [depth,2] multiplies max_scale in each block along x and y (see
         `flowdcn_jax.models.resolution`); only of models that take it.
 
+        A model of a second time gives the mean velocity from t to r [B] in [t,1]; without r that at
+        t alone (arXiv 2505.13447, section 4.1). It sees t and the span r - t.
+
         Raises:
-            ValueError: a shape that does not fit, or a side that the patch size does not divide.
+            ValueError: a shape that does not fit, a side that the patch size does not divide, or
+                an r that the model does not take.
         """
         options = self.options
-        self._check(x, t, y, max_scale_factor)
+        self._check(x, t, y, max_scale_factor, r)
         tokens, pending = self.embed(x), None
         condition = self.time_embedder(t) + self.class_embedder(y)
+        if self.span_embedder is not None:
+            condition += self.span_embedder(jnp.zeros_like(t) if r is None else r - t)
         for number, block in enumerate(self.blocks):
             factor = () if max_scale_factor is None else (max_scale_factor[number],)
             apply = nnx.remat(type(block).__call__) if options.remat else type(block).__call__
@@ -202,7 +227,11 @@ class VelocityNetwork(nnx.Module):
         lookup of the class are left out, and convolutions count their padding.
         """
         tokens = (height // self.options.patch_size) * (width // self.options.patch_size)
-        once = {"time_embedder", "modulation"}  # act on the condition, not on the tokens
+        once = {
+            "time_embedder",
+            "span_embedder",
+            "modulation",
+        }  # act on the condition, not on the tokens
         total = 0
         for path, module in nnx.iter_modules(self):
             kernel = getattr(module, "kernel", None)
@@ -210,7 +239,9 @@ class VelocityNetwork(nnx.Module):
                 total += (1 if once.intersection(path) else tokens) * math.prod(kernel.shape)
         return total
 
-    def _check(self, x: Array, t: Array, y: Array, max_scale_factor: Array | None) -> None:
+    def _check(
+        self, x: Array, t: Array, y: Array, max_scale_factor: Array | None, r: Array | None
+    ) -> None:
         channels, patch_size = self.options.in_channels, self.options.patch_size
         if x.ndim != 4 or x.shape[-1] != channels:
             raise ValueError(f"x has shape {x.shape}; expected [B, H, W, {channels}]")
@@ -221,6 +252,10 @@ class VelocityNetwork(nnx.Module):
             )
         if t.shape != x.shape[:1] or y.shape != x.shape[:1]:
             raise ValueError(f"t {t.shape} and y {y.shape} must both have shape {x.shape[:1]}")
+        if r is not None and self.span_embedder is None:
+            raise ValueError("r is given; expected none, since the model has no second time")
+        if r is not None and r.shape != t.shape:
+            raise ValueError(f"r has shape {r.shape}; expected that of t, {t.shape}")
         if not jnp.issubdtype(y.dtype, jnp.integer):
             raise ValueError(f"y has dtype {y.dtype}; expected integers")
         expected = (self.options.depth, 2) if self.takes_max_scale_factor else None

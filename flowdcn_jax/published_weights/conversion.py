@@ -25,9 +25,11 @@ from flowdcn_jax.config import validate
 from flowdcn_jax.files import atomic_folder, atomic_path
 from flowdcn_jax.models import abstract_model
 from flowdcn_jax.published_weights.metadata import (
+    EXPORTED_DTYPES,
     REMEDY,
     fit_config,
     metadata_of,
+    stored_dtype,
     warn_of_other_outputs,
 )
 from flowdcn_jax.published_weights.names import POSITIONS, OfficialTensor, official_tensors
@@ -73,7 +75,8 @@ def convert(
 
     Args:
         source: a state dict (.pth, .pt), a Lightning checkpoint of FlowDCN's training, one of SiT's
-            training, or safetensors of any of them (keys joined by dots).
+            training, or safetensors of any of them (keys joined by dots). Their tensors are
+            float32, or what an `export` to 16 bits says that it wrote.
         config: of the model, with the resolution that it was trained at (data.image_size), from
             which S_max adjustments start; other sizes are drawn with sample.py --image_size.
             FlowDCN's model.boundary is not taken from it.
@@ -102,13 +105,14 @@ def convert(
     official = official_tensors(config.model, tokens_per_side=_config_side(config))
     chosen = select_weights(file, weights, official)
     _check_side(chosen.tensors, config)
-    check_tensors(chosen.tensors, official, config.model)
+    dtype = stored_dtype(file.metadata)
+    check_tensors(chosen.tensors, official, config.model, dtype=dtype)
     warn_of_unused(chosen)
     _check_space("workdir", Path(workdir), _size_bytes(official) + WORKDIR_BYTES)
 
     params = {}
     for name, tensor in tqdm(official.items(), unit="tensor", disable=not progress):
-        value = chosen.tensors[name].read()
+        value = chosen.tensors[name].read().astype(np.float32, copy=False)
         if not np.isfinite(value).all():
             raise PublishedWeightsError(f"{name} of the source holds values that are not finite")
         if tensor.path is None:
@@ -125,6 +129,8 @@ def convert(
         "image_size": config.data.image_size,
         "flowdcn_jax": __version__,
     }
+    if dtype != "float32":
+        origin["dtype"] = dtype
     if "boundary" in config.model:
         origin["boundary"] = config.model.boundary
     with _as_one_line("workdir", workdir), atomic_folder(Path(workdir)) as folder:
@@ -140,25 +146,32 @@ def export(
     *,
     weights: str = "ema",
     step: int | None = None,
+    dtype: str = "float32",
     progress: bool = False,
 ) -> int:
     """Writes a run's weights under the authors' names, as safetensors; returns the step.
 
-    The way back from `convert`, bit for bit, and the way to the authors' own code. What their
-    format cannot say of the model is in the file's metadata.
+    In float32 it is the way back from `convert`, bit for bit, and the way to the authors' own code.
+    What their format cannot say of the model is in the file's metadata.
 
     Args:
         workdir: of a run, or of converted weights.
         file: to write; replaced if it is there.
         weights: "ema", or "model": those that training goes on from.
         step: the checkpoint; the newest by default.
+        dtype: of the parameters in the file: "float32", or "float16", half as large, which loses
+            13 of 23 digits of each number's fraction. Constants are float32.
         progress: show a progress bar.
 
     Raises:
-        PublishedWeightsError: the authors have no such model, or `file` cannot be written.
+        PublishedWeightsError: the authors have no such model, `dtype` cannot hold a parameter, or
+            `file` cannot be written.
         flowdcn_jax.runs.checkpoint.CheckpointError: no such checkpoint, or it is damaged.
     """
     _check_choice(weights)
+    if dtype not in EXPORTED_DTYPES:
+        expected = " or ".join(EXPORTED_DTYPES)
+        raise PublishedWeightsError(f"dtype is {dtype!r}; expected {expected}")
     _check_can_be_made("export", Path(file).parent)
     if Path(file).is_dir():
         raise PublishedWeightsError(f"--export={file} is a folder; expected a file")
@@ -177,10 +190,24 @@ def export(
         if tensor.path is None:
             tensors[name] = tensor.constant
         else:
-            tensors[name] = tensor.to_theirs(np.asarray(params.pop(tensor.path)))
+            value = tensor.to_theirs(np.asarray(params.pop(tensor.path)))
+            tensors[name] = _as_dtype(name, value, dtype)
     with _as_one_line("export", file), atomic_path(Path(file)) as temporary:
-        save_file(tensors, temporary, metadata=metadata_of(saved.config))
+        save_file(tensors, temporary, metadata=metadata_of(saved.config, dtype=dtype))
     return saved.step
+
+
+def _as_dtype(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
+    """The tensor with fewer digits; raises PublishedWeightsError where one is out of range."""
+    if dtype == "float32":
+        return value
+    largest = np.finfo(dtype).max
+    if (size := np.abs(value).max(initial=0)) > largest:
+        raise PublishedWeightsError(
+            f"{name} holds {size:.3g}; expected at most {largest:.3g}, the largest {dtype}: export "
+            "as float32"
+        )
+    return value.astype(dtype)
 
 
 def _check_choice(weights: str) -> None:

@@ -10,6 +10,8 @@ from flowdcn_jax.runs.folder import differences
 from flowdcn_jax.runs.record import fixed_values
 
 KEY = "flowdcn_jax"
+DTYPE_KEY = "flowdcn_jax_dtype"  # of parameters, in exports that are not float32
+EXPORTED_DTYPES = ("float32", "float16")
 AUTHORS_MODEL = {"boundary": "truncate", "max_scale": 6.0}  # of FlowDCN
 REMEDY = (
     "convert with the config of the training's resolution, and draw other sizes with sample.py "
@@ -17,9 +19,28 @@ REMEDY = (
 )
 
 
-def metadata_of(config) -> dict[str, str]:
-    """The metadata of an export: what a run of this config keeps of its model, and its size."""
-    return {"format": "pt", KEY: json.dumps(_told(config), sort_keys=True)}
+def metadata_of(config, *, dtype: str) -> dict[str, str]:
+    """The metadata of an export: what a run of this config keeps of its model, and its size.
+
+    `dtype` is that of the parameters.
+    """
+    told = {"format": "pt", KEY: json.dumps(_told(config), sort_keys=True)}
+    return told if dtype == "float32" else told | {DTYPE_KEY: dtype}
+
+
+def stored_dtype(metadata: Mapping[str, str]) -> str:
+    """The dtype of a source's parameters: float32 unless it is an export that says otherwise.
+
+    Raises:
+        PublishedWeightsError: one that no export has.
+    """
+    dtype = metadata.get(DTYPE_KEY, "float32")
+    if dtype not in EXPORTED_DTYPES:
+        expected = " or ".join(EXPORTED_DTYPES)
+        raise PublishedWeightsError(
+            f"the source's metadata {DTYPE_KEY!r} is {dtype!r}; expected {expected}"
+        )
+    return dtype
 
 
 def fit_config(config, metadata: Mapping[str, str], *, boundary: str | None) -> None:

@@ -18,8 +18,8 @@ from flowdcn_jax.published_weights.weights_file import PublishedWeightsError
 
 # The models that the authors published, as options of config.model.
 PUBLISHED = {
-    "flowdcn": dict(norm="rms_norm", mlp="swiglu"),
-    "sit": dict(norm="layer_norm", mlp="gelu"),
+    "flowdcn": dict(norm="rms_norm", mlp="swiglu", second_time=False),
+    "sit": dict(norm="layer_norm", mlp="gelu", second_time=False),
 }
 # Their module -> ours, in the order of the authors' parameters(). A model has some of them.
 OUTER_MODULES = {

@@ -151,14 +151,19 @@ def _without_prefix(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTens
 
 
 def check_tensors(
-    stored: Mapping[str, StoredTensor], official: Mapping[str, OfficialTensor], config
+    stored: Mapping[str, StoredTensor],
+    official: Mapping[str, OfficialTensor],
+    config,
+    *,
+    dtype: str = "float32",
 ) -> None:
-    """Every tensor of the source has its place, and every place a float32 tensor of its shape.
+    """Every tensor of the source has its place, and every place a tensor of its shape and dtype.
 
     Args:
         stored: the source's, by the authors' names.
         official: the model's.
         config: config.model.
+        dtype: of parameters; constants are float32.
 
     Raises:
         PublishedWeightsError: it names tensors with both shapes; where many do not fit, it says
@@ -183,10 +188,11 @@ def check_tensors(
         raise PublishedWeightsError(
             f"the source does not fit the config: {differences}{_listed(problems)}"
         )
-    other = [f"{name} is {t.dtype}" for name, t in stored.items() if t.dtype != "float32"]
+    expected = {name: "float32" if t.path is None else dtype for name, t in official.items()}
+    other = [f"{name} is {t.dtype}" for name, t in stored.items() if t.dtype != expected[name]]
     if other:
         raise PublishedWeightsError(
-            f"the source is not float32: {_listed(other)}. Published weights are float32; 16-bit "
+            f"the source is not {dtype}: {_listed(other)}. Published weights are float32; 16-bit "
             "copies have lost digits and do not give the published outputs"
         )
 

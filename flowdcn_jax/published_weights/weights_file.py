@@ -20,6 +20,7 @@ from flowdcn_jax.errors import UserError
 from flowdcn_jax.weight_names import lfs_pointer, plain_names
 
 MIN_TORCH = (2, 5)  # the first with safe_globals
+TORCH_SUFFIXES = (".pth", ".pt", ".ckpt")
 REMAP_BYTES = 2**27
 READ_BYTES = 2**20
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -77,6 +78,16 @@ def open_weights_file(path: Path) -> WeightsFile:
     )
 
 
+def check_readable(name: str) -> None:
+    """Finds out, by a file's name and before there is a file, whether it could be read here.
+
+    Raises:
+        PublishedWeightsError: it is PyTorch's, which is missing or too old.
+    """
+    if Path(name).suffix in TORCH_SUFFIXES:
+        _import_torch(name)
+
+
 def _plainly_named(file: WeightsFile, path: Path) -> WeightsFile:
     try:
         names = plain_names(file.tensors)
@@ -109,7 +120,7 @@ def _open_safetensors(path: Path) -> WeightsFile:
 
 
 def _open_torch(path: Path, *, is_zip: bool) -> WeightsFile:
-    torch = _import_torch(path)
+    torch = _import_torch(f"--source={path}")
     if is_zip:
         _check_zip(path)
     file = _TorchFile(path, torch, mmap=is_zip)
@@ -136,7 +147,7 @@ def _read(read: Callable[[str], np.ndarray], name: str) -> np.ndarray:
         ) from error
 
 
-def _import_torch(path: Path) -> ModuleType:
+def _import_torch(file: str) -> ModuleType:
     """PyTorch, once it is found to be there and new enough."""
     try:
         import torch
@@ -148,10 +159,10 @@ def _import_torch(path: Path) -> ModuleType:
                 "(pip install torch --index-url https://download.pytorch.org/whl/cpu), or give the "
                 "weights as safetensors"
             )
-        raise PublishedWeightsError(f"--source={path} is a PyTorch file, and {problem}") from error
+        raise PublishedWeightsError(f"{file} is a PyTorch file, and {problem}") from error
     if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < MIN_TORCH:
         raise PublishedWeightsError(
-            f"--source={path} is a PyTorch file, and PyTorch {torch.__version__} is installed; "
+            f"{file} is a PyTorch file, and PyTorch {torch.__version__} is installed; "
             f"expected {'.'.join(map(str, MIN_TORCH))} or later, or the weights as safetensors"
         )
     return torch

@@ -1,7 +1,8 @@
 """A run that begins with another run's weights: which, what must match, and the record of it.
 
-The model must be the same but for its number of classes; resolution, data and everything else may
-differ. The table of the classes is made anew where the classes are others.
+The model must be the same but for its number of classes, and for a second time that it may take
+where the other took none; resolution, data and everything else may differ. The table of the classes
+is made anew where the classes are others, and so is the embedder of the second time.
 """
 
 import functools
@@ -29,6 +30,8 @@ from flowdcn_jax.runs.sharding import state_sharding, with_sharding
 PARAMS = "params"  # the name of the weights that training goes on from; no EMA has it
 CLASS_TABLE = "class_embedder"
 CLASSES = "model.num_classes"
+SPAN_EMBEDDER = "span_embedder"
+SECOND_TIME = "model.second_time"
 
 
 class InitialWeightsError(UserError):
@@ -64,7 +67,8 @@ def find(
 
     Returns:
         {"workdir", "step" and "weights" as in `InitFrom`, "checksum" of the weights, "class_table":
-        "kept" or "new", "differs": other differences of the configs}.
+        "kept" or "new", "span_embedder": "new" if that is so, "differs": other differences of the
+        configs}.
 
     Raises:
         InitialWeightsError: another model, weights that are not there, or a run that began
@@ -92,11 +96,13 @@ def find(
         key: differences(before.get(key), now.get(key), f"config.{key}")
         for key in sorted(before.keys() | now.keys())
     }
-    of_model = [key for key in found if key.startswith("model.") and key != CLASSES]
+    anew = now[SECOND_TIME] and not before[SECOND_TIME]
+    may_differ = {CLASSES} | ({SECOND_TIME} if anew else set())
+    of_model = [key for key in found if key.startswith("model.") and key not in may_differ]
     if wrong := [text for key in of_model for text in found[key]]:
         raise InitialWeightsError(
             f"{flag} has another model: {'; '.join(wrong)}. Expected the same but for the number "
-            "of classes"
+            "of classes, or a second time that it does not take yet"
         )
     renamed = run.class_names and class_names and tuple(class_names) != run.class_names
     return {
@@ -105,6 +111,7 @@ def find(
         "weights": choice.weights,
         "checksum": _digest(run, choice.weights),
         "class_table": "new" if found[CLASSES] or renamed else "kept",
+        **({SPAN_EMBEDDER: "new"} if anew else {}),
         "differs": [text for texts in found.values() for text in texts],
     }
 
@@ -127,7 +134,9 @@ def restore(origin: dict[str, Any], config, mesh: Mesh) -> Any:
         read = checkpoint.restore_params
     params = read(origin["workdir"], origin["step"], abstract_params).params
     if origin["class_table"] == "new":
-        params[CLASS_TABLE] = _initial_class_table(config, mesh)
+        params[CLASS_TABLE] = _initial_part(CLASS_TABLE, config, mesh)
+    if SPAN_EMBEDDER in origin:
+        params[SPAN_EMBEDDER] = _initial_part(SPAN_EMBEDDER, config, mesh)
     return params
 
 
@@ -137,10 +146,13 @@ def as_text(origin: dict[str, Any]) -> str:
         "new": "the table of the classes is made anew",
         "kept": "the table of the classes is kept",
     }
+    table = tables[origin["class_table"]]
+    if SPAN_EMBEDDER in origin:
+        table += ", the embedder of the second time is made anew"
     differs = "; ".join(origin["differs"]) or "nothing that a run keeps"
     return (
         f"begins with the weights {origin['weights']} of step {origin['step']} of "
-        f"{origin['workdir']}: {tables[origin['class_table']]}; differs: {differs}"
+        f"{origin['workdir']}: {table}; differs: {differs}"
     )
 
 
@@ -194,11 +206,11 @@ def _digest(run: SavedRun, weights: str) -> str:
     return f"{zlib.crc32(json.dumps(sums, sort_keys=True).encode()):08x}"
 
 
-def _initial_class_table(config, mesh: Mesh) -> Any:
-    """That of a fresh run of this config."""
-    shape = abstract_model(config.model)[1][CLASS_TABLE]
+def _initial_part(name: str, config, mesh: Mesh) -> Any:
+    """A part of the parameters as a fresh run of this config has it."""
+    shape = abstract_model(config.model)[1][name]
     init = jax.jit(
-        lambda key: init_params(config.model, key)[CLASS_TABLE],
+        lambda key: init_params(config.model, key)[name],
         out_shardings=state_sharding(shape, mesh),
     )
     return init(jax.random.key(config.seed))

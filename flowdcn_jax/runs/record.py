@@ -11,7 +11,11 @@ from flowdcn_jax.runs.folder import differences
 
 # Keys that were added after runs had been saved, with the values that mean what those did. (The
 # defaults of config.model are such values for its own; the other fixed keys were always there.)
-ADDED = {"data.aspect_buckets.count": 0, "optimizer.name": "adamw"}
+ADDED = {
+    "data.aspect_buckets.count": 0,
+    "flow.objective": "velocity",
+    "optimizer.name": "adamw",
+}
 # Where the images lay that latents were made of. The fingerprint, of names and sizes, tells them.
 PATHS = {"data.settings.dataset"}
 

@@ -6,6 +6,7 @@
 
 from flowdcn_jax.samplers.solve import (
     DIFFUSIONS,
+    OF_MEAN_VELOCITIES,
     SAMPLERS,
     check_diffusion,
     evaluation_times,
@@ -16,6 +17,7 @@ from flowdcn_jax.samplers.solve import (
 
 __all__ = [
     "DIFFUSIONS",
+    "OF_MEAN_VELOCITIES",
     "SAMPLERS",
     "check_diffusion",
     "evaluation_times",

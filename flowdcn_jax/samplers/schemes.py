@@ -8,13 +8,14 @@ one evaluation after the other. So one scan serves them all, and a network is co
 whatever the solver. x[i] is not always the solution at times[i]: Heun's predictions count too.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from flowdcn_jax.samplers.kept import scan_states
 from flowdcn_jax.samplers.neural_coefficients import NEURAL_COEFFICIENTS
 
 
@@ -23,36 +24,58 @@ class Scheme(NamedTuple):
 
     times: np.ndarray  # [evaluations] float64, ascending
     weights: np.ndarray  # [evaluations, m] float64, of the newest velocity first
+    ends: np.ndarray | None = None  # [evaluations] float64: of the jumps; None: velocities at times
 
 
-def integrate(velocity_fn, x_init: Array, scheme: Scheme) -> Array:
+def integrate(
+    velocity_fn, x_init: Array, scheme: Scheme, *, keep: Sequence[int] | None = None
+) -> Array:
     """x after every evaluation of `scheme`, as one scan.
 
     Args:
-        velocity_fn: (x [B,...], t scalar) -> velocity [B,...].
+        velocity_fn: (x [B,...], t scalar) -> velocity [B,...]; of a scheme with ends (x, t, end).
         x_init: x at t=0, [B,...].
+        scheme: the solver.
+        keep: numbers of the grid's times, ascending: x at each is given, [len(keep),B,...].
     """
     dtype = x_init.dtype
     remembered = scheme.weights.shape[1] - 1
 
     def step(carry, row):
         x, past = carry
-        t, weights = row
-        velocity = velocity_fn(x, t).astype(dtype)
+        *times, weights = row
+        velocity = velocity_fn(x, *times).astype(dtype)
         x = x + weights[0] * velocity
         for j in range(remembered):
             x = x + weights[j + 1] * past[j]
-        return (x, (velocity, *past)[:remembered]), None
+        return (x, (velocity, *past)[:remembered]), x
 
     past = (jnp.zeros_like(x_init),) * remembered
-    rows = (jnp.asarray(scheme.times, dtype), jnp.asarray(scheme.weights, dtype))
-    (x, _), _ = jax.lax.scan(step, (x_init, past), rows)
-    return x
+    columns = (scheme.times, scheme.ends, scheme.weights)
+    rows = [jnp.asarray(column, dtype) for column in columns if column is not None]
+    states = None if keep is None else _solutions(scheme)[list(keep)]
+    (x, _), kept = scan_states(step, (x_init, past), rows, x_init, states)
+    return x if keep is None else kept
+
+
+def _solutions(scheme: Scheme) -> np.ndarray:
+    """After how many evaluations x is the solution at each time of the grid: [num_steps + 1].
+
+    Of those that arrive at one time, the last: Heun's correction and not its prediction.
+    """
+    arrived = np.append(scheme.times[1:], 1.0)  # where the next evaluation is
+    last = np.append(np.diff(arrived) > 0, True)
+    return np.append(0, np.flatnonzero(last) + 1)
 
 
 def euler(times: np.ndarray) -> Scheme:
     """Euler's method: the velocity at the start of each step."""
     return Scheme(times[:-1], np.diff(times)[:, None])
+
+
+def mean_flow(times: np.ndarray) -> Scheme:
+    """Each step jumps to its end, by the mean velocity up to there."""
+    return euler(times)._replace(ends=times[1:])
 
 
 def heun(times: np.ndarray) -> Scheme:

@@ -9,13 +9,14 @@ sigma = 1 - t. A step of length d adds, with a diffusion coefficient beta(t) and
 to the ODE's v*d. The last step is the ODE's, so that the image carries no fresh noise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from flowdcn_jax.samplers.kept import scan_states
 
 
 class Variant(NamedTuple):
@@ -47,6 +48,7 @@ def integrate(
     *,
     variant: Variant,
     diffusion: str,
+    keep: Sequence[int] | None = None,
 ) -> Array:
     """x at times[-1] = 1, as one scan.
 
@@ -57,6 +59,7 @@ def integrate(
         draw_noise: number of the step (traced) -> standard normal noise, shaped as x_init.
         variant: one of VARIANTS.
         diffusion: one of DIFFUSIONS.
+        keep: numbers of times, ascending: x at each of them is given, [len(keep),B,...].
     """
     dtype = x_init.dtype
     num_steps = len(times) - 1
@@ -70,12 +73,12 @@ def integrate(
         if variant.noise:
             deviation = jnp.sqrt(variant.noise * ratio * (1 - t) * length)
             moved = moved + deviation * draw_noise(i).astype(dtype)
-        return moved, None
+        return moved, moved
 
     rows = (
         jnp.arange(num_steps),
         jnp.asarray(times[:-1], dtype),
         jnp.asarray(np.diff(times), dtype),
     )
-    x, _ = jax.lax.scan(step, x_init, rows)
-    return x
+    x, kept = scan_states(step, x_init, rows, x_init, keep)
+    return x if keep is None else kept

@@ -2,6 +2,7 @@
 
 import functools
 import numbers
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,17 @@ ODE_SCHEMES = {
     "adams3": functools.partial(schemes.adams, order=3),
     "adams4": functools.partial(schemes.adams, order=4),
     "neural": schemes.neural,
+    "mean_flow": schemes.mean_flow,
 }
 SAMPLERS = (*ODE_SCHEMES, *sde.VARIANTS)
+"""The samplers by name; docs/sampling.md says what each is."""
+
+OF_MEAN_VELOCITIES = ("mean_flow",)
+"""Samplers of mean velocities; the others take velocities at a time."""
+
 DIFFUSIONS = tuple(sde.DIFFUSIONS)
+"""The diffusion coefficients of the SDE samplers by name."""
+
 SHORTEST_STEP = float(np.finfo(np.float32).eps)  # a shorter one is none at all near t=1
 
 
@@ -38,13 +47,15 @@ def solve(
     diffusion: str | None = None,
     key: Array | None = None,
     step_noise: Array | None = None,
+    keep: Sequence[int] | None = None,
 ) -> Array:
     """Carries noise x_init at t=0 to data at t=1 along dx/dt = velocity_fn(x, t).
 
     It is one scan, which may be compiled and in which `velocity_fn` is traced once.
 
     Args:
-        velocity_fn: (x [B,...], t, a scalar of x's dtype) -> velocity [B,...].
+        velocity_fn: (x [B,...], t, a scalar of x's dtype) -> velocity [B,...]; for the sampler
+            "mean_flow" (x, t, r) -> the mean velocity from t to r.
         x_init: [B,...] float32.
         sampler: one of SAMPLERS.
         num_steps: steps of the time grid; the evaluations may be more: `num_evaluations`.
@@ -56,18 +67,23 @@ def solve(
             row's noise does not depend on the other rows; as jax.random.key makes them.
         step_noise: [num_steps, *x_init.shape], used instead of drawn noise; the last step's is
             ignored, since that step is the ODE's.
+        keep: the trajectory: numbers of steps, ascending, 0 being x_init and num_steps the result.
 
     Returns:
-        x at t=1, [B,...].
+        x at t=1, [B,...]; with `keep`, x after each of these steps, [len(keep),B,...], at the times
+        `time_grid(...)[keep]`.
 
     Raises:
         ValueError: an unknown name or a value out of range (see `time_grid`, `check_diffusion`),
-            an SDE sampler without key and step_noise, or one of them of another shape or kind.
+            an SDE sampler without key and step_noise, or one of them of another shape or kind;
+            numbers to keep that are not steps, or not in order.
     """
     times = time_grid(sampler, num_steps, last_step=last_step, time_shift=time_shift)
     check_diffusion(sampler, diffusion)
+    if keep is not None and list(keep) != sorted(set(keep) & set(range(num_steps + 1))):
+        raise ValueError(f"keep is {keep!r}; expected ascending numbers from 0 to {num_steps}")
     if sampler in ODE_SCHEMES:
-        return schemes.integrate(velocity_fn, x_init, ODE_SCHEMES[sampler](times))
+        return schemes.integrate(velocity_fn, x_init, ODE_SCHEMES[sampler](times), keep=keep)
     return sde.integrate(
         velocity_fn,
         x_init,
@@ -75,6 +91,7 @@ def solve(
         _noise_source(sampler, num_steps, x_init, key, step_noise),
         variant=sde.VARIANTS[sampler],
         diffusion=diffusion or "sigma",
+        keep=keep,
     )
 
 

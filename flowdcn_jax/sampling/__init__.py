@@ -18,6 +18,8 @@ _MODULES = {  # of each name; loaded when it is asked for, since sample.py --hel
     "load_model": "trained_model",
     "load_trained": "trained_model",
     "make_generator": "generator",
+    "named_workdir": "named_model",
+    "decoder_folder": "named_model",
     "sample_to_folder": "drawing",
 }
 __all__ = list(_MODULES)

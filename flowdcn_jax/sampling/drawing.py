@@ -18,7 +18,9 @@ from flowdcn_jax.runs.processes import in_first_process
 from flowdcn_jax.sampling.classes import class_labels
 from flowdcn_jax.sampling.folder import OutputFolder, SampleFolder
 from flowdcn_jax.sampling.generator import count_evaluations, draw_batches
+from flowdcn_jax.sampling.named_model import with_published
 from flowdcn_jax.sampling.pictures import (
+    COMPARISONS,
     evaluations_text,
     strip_captions,
     strip_columns,
@@ -50,8 +52,8 @@ def generate(
     Latents without a decoder give previews.
 
     Args:
-        model: the workdir of a training run; or `load_trained`'s model, which keeps weights and
-            compiled programs, so that the next call starts at once.
+        model: the workdir of a training run, or the name of published weights; or `load_trained`'s
+            model, which keeps weights and compiled programs, so that the next call starts at once.
         progress: show a bar, and how often the model is evaluated.
         OPTIONS
 
@@ -80,7 +82,8 @@ def sample_to_folder(
     earlier one stopped. Every process of a distributed job calls it; the first one writes.
 
     Args:
-        model: the workdir of a training run, or `load_trained`'s model.
+        model: the workdir of a training run, the name of published weights, or `load_trained`'s
+            model.
         OPTIONS
 
     Returns:
@@ -115,7 +118,7 @@ def _write_images(
     labels = model.labels(request, seed=settings.seed)
     generator = model.generator(settings)
     record = image_record(model, labels, settings)
-    path = output.out or find_folder(model.checkpoint.workdir, record)
+    path = output.out or find_folder(model.samples, record)
     folder = SampleFolder(path, len(labels), stored_rows(model, settings))
     with _opened(folder, record):
         missing = _missing_everywhere(folder)
@@ -139,6 +142,8 @@ def _write_images(
 def _write_strip(model: TrainedModel, request: Request, settings: Settings, output: Output) -> Path:
     """compare_KIND.png: a row an image, a column a value; returns its path."""
     kind = output.compare
+    through = COMPARISONS[kind].field
+    settings = with_published(settings, model.published, through=through)
     columns, left_out = strip_columns(kind, settings, model.config)
     columns = {name: model.fill_settings(column) for name, column in columns.items()}
     if request.num_images is None:
@@ -146,7 +151,7 @@ def _write_strip(model: TrainedModel, request: Request, settings: Settings, outp
     labels = model.labels(request, seed=next(iter(columns.values())).seed)
     of_columns = {name: dataclasses.asdict(column) for name, column in columns.items()}
     record = make_record(model, labels, {"settings": of_columns, "compare": kind})
-    path = output.out or find_folder(model.checkpoint.workdir, record)
+    path = output.out or find_folder(model.samples, record)
     folder, picture = OutputFolder(path), f"compare_{kind}.png"
     show = print if jax.process_index() == 0 else lambda line: None
     for line in left_out:
@@ -182,9 +187,9 @@ def make_record(model: TrainedModel, labels: np.ndarray, settings: dict[str, Any
     return json.loads(json.dumps(record))  # tuples become lists, as in files
 
 
-def find_folder(workdir: str | Path, record: dict[str, Any]) -> Path:
-    """The folder in WORKDIR/samples that has this record; else a new one, step_STEP_DIGEST."""
-    samples, step = Path(workdir) / "samples", f"step_{record['model']['step']:08d}"
+def find_folder(samples: Path, record: dict[str, Any]) -> Path:
+    """The folder in `samples` that has this record; else a new one, step_STEP_DIGEST."""
+    step = f"step_{record['model']['step']:08d}"
     for path in sorted(samples.glob(f"{step}_*")):  # digests of older versions' are others
         with contextlib.suppress(SamplingError):  # a damaged one
             if OutputFolder(path).read_record() == record:

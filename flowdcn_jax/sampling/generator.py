@@ -14,8 +14,14 @@ from tqdm import tqdm
 from flowdcn_jax import samplers
 from flowdcn_jax.autoencoders import Autoencoder, check_fits, decode_images, load_autoencoder
 from flowdcn_jax.flow.guidance import guided_at, guided_velocity
+from flowdcn_jax.flow.mean_flow import guides
 from flowdcn_jax.images import grid_columns, make_grid
-from flowdcn_jax.models import abstract_model, apply_model, takes_max_scale_factor
+from flowdcn_jax.models import (
+    abstract_model,
+    apply_model,
+    takes_max_scale_factor,
+    takes_second_time,
+)
 from flowdcn_jax.models.resolution import max_scale_factor
 from flowdcn_jax.runs.sharding import batch_sharding, replicated
 from flowdcn_jax.sampling.classes import labels_in_turn
@@ -45,14 +51,16 @@ def fill_settings(
     """
     defaults = dict(
         image_size=(config.data.image_size,) * 2,
-        sampler="euler",
+        sampler="mean_flow" if takes_second_time(config.model) else "euler",
         num_steps=config.sampling.num_steps,
         guidance=config.sampling.guidance,
+        guidance_channels="all",
         resolution_adjustment="none",
         seed=config.sampling.seed,
     )
     unset = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
     settings = dataclasses.replace(settings, **unset)
+    _check_sampler(settings, config)
     try:
         _evaluation_times(settings)
         samplers.check_diffusion(settings.sampler, settings.diffusion)
@@ -75,6 +83,23 @@ def fill_settings(
     if guide is not None:
         _check_guide(config, guide, settings)
     return settings
+
+
+def _check_sampler(settings: Settings, config: ConfigDict) -> None:
+    """Raises SamplingError for a sampler of another objective's velocities, or guidance twice."""
+    of_jumps = settings.sampler in samplers.OF_MEAN_VELOCITIES
+    if settings.sampler in samplers.SAMPLERS and of_jumps != takes_second_time(config.model):
+        kind = {True: "mean velocities of jumps", False: "velocities"}
+        fitting = [s for s in samplers.SAMPLERS if (s in samplers.OF_MEAN_VELOCITIES) != of_jumps]
+        raise SamplingError(
+            f"sampler is {settings.sampler!r}, and the model was trained for {kind[not of_jumps]}; "
+            f"expected {'one of ' * (len(fitting) > 1)}{', '.join(fitting)}"
+        )
+    if of_jumps and settings.guidance != 1 and guides(config.flow.mean_flow):
+        raise SamplingError(
+            f"guidance is {settings.guidance}; expected 1, since the model was trained with "
+            "guidance in its target (config.flow.mean_flow), and its samples have it already"
+        )
 
 
 def count_evaluations(settings: Settings) -> tuple[int, int]:
@@ -100,6 +125,11 @@ def _check_guide(config: ConfigDict, guide: ConfigDict, settings: Settings) -> N
     """Raises SamplingError unless the guide is used, and on the model's kind of images."""
     if settings.guidance == 1:
         raise SamplingError("guidance is 1; expected another number, since a guide is given")
+    if takes_second_time(config.model) != takes_second_time(guide.model):
+        raise SamplingError(
+            "the guide was trained for another objective; expected config.flow.objective to be the "
+            "model's"
+        )
     for section, key in (
         ("model", "in_channels"),
         ("model", "num_classes"),
@@ -119,7 +149,7 @@ def _check_guide(config: ConfigDict, guide: ConfigDict, settings: Settings) -> N
         )
 
 
-def image_keys(seed: int, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+def image_keys(seed: int | jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(keys of the initial noise, keys of the steps' noise), [n] each.
 
     Image i's depend on the seed and on i alone.
@@ -136,12 +166,15 @@ def make_generator(
     *,
     guide: Guide | None = None,
     autoencoder: Autoencoder | None = None,
+    keep: tuple[int, ...] | None = None,
 ) -> Callable:
     """A compiled function (params, indices [n], labels [n]) -> (x [n,h,w,C], images uint8).
 
     x is in the model's space; images are decoded by `autoencoder`, by default the one that
     config.autoencoder names. n is a multiple of the number of devices; rows are split over them.
-    The function is a functools.partial of a jitted one, so that its program can be looked at.
+    With `keep`, x and images are trajectories [n,len(keep),...]: see `samplers.solve`.
+    The function is a functools.partial of a jitted one, so that its program can be looked at, and
+    given another seed: `with_seed`.
 
     Raises:
         SamplingError: settings that are out of range, or not for this model or this guide.
@@ -157,7 +190,7 @@ def make_generator(
     shape = (height, width, config.model.in_channels)
     rows = batch_sharding(mesh)
 
-    def generate(guide_params, decoder_params, params, indices, labels):
+    def generate(guide_params, decoder_params, seed, params, indices, labels):
         velocity_fn = guided_velocity(
             functools.partial(network, params),
             jax.lax.with_sharding_constraint(labels, rows),
@@ -168,7 +201,7 @@ def make_generator(
             schedule=settings.guidance_schedule,
             guide=guide_network and functools.partial(guide_network, guide_params),
         )
-        initial_keys, step_keys = image_keys(settings.seed, indices)
+        initial_keys, step_keys = image_keys(seed, indices)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(initial_keys)
         x = samplers.solve(
             velocity_fn,
@@ -179,12 +212,22 @@ def make_generator(
             time_shift=settings.time_shift,
             diffusion=settings.diffusion,
             key=step_keys,
+            keep=keep,
         )
-        return x, decode_images(autoencoder, decoder_params, x, mesh=mesh)
+        decode = functools.partial(decode_images, autoencoder, decoder_params, mesh=mesh)
+        if keep is None:
+            return x, decode(x)
+        return x.swapaxes(0, 1), jax.lax.map(decode, x).swapaxes(0, 1)
 
     compiled = jax.jit(generate, out_shardings=replicated(mesh))
     decoder_params = copy_to_devices(autoencoder.params, mesh)
-    return functools.partial(compiled, guide and guide.params, decoder_params)
+    generator = functools.partial(compiled, guide and guide.params, decoder_params, None)
+    return with_seed(generator, settings.seed)
+
+
+def with_seed(generator: Callable, seed: int) -> Callable:
+    """`make_generator`'s function for another seed; nothing compiles anew."""
+    return functools.partial(generator.func, *generator.args[:-1], np.uint32(seed))
 
 
 def copy_to_devices(params: dict, mesh: Mesh) -> dict:
@@ -196,13 +239,16 @@ def copy_to_devices(params: dict, mesh: Mesh) -> dict:
 
 
 def _network(config: ConfigDict, settings: Settings) -> Callable:
-    """(params, x, t, y) -> velocity; deformable blocks get the resolution adjustment at t."""
+    """(params, x, t, y) -> velocity, of mean velocities (params, x, t, y, r).
+
+    Deformable blocks get the resolution adjustment at t.
+    """
     graphdef, _ = abstract_model(config.model)
     deformable = takes_max_scale_factor(config.model)  # a guide may be without
     stride = config.autoencoder.downsampling * config.model.patch_size
     height, width = settings.image_size
 
-    def apply(params, x, t, y):
+    def apply(params, x, t, y, r=None):
         factor = max_scale_factor(
             settings.resolution_adjustment if deformable else "none",
             t[0],  # a solver's t is the same in every row
@@ -210,7 +256,7 @@ def _network(config: ConfigDict, settings: Settings) -> Callable:
             training_tokens=config.data.image_size // stride,
             depth=config.model.depth,
         )
-        return apply_model(graphdef, params, x, t, y, factor)
+        return apply_model(graphdef, params, x, t, y, factor, r)
 
     return apply
 

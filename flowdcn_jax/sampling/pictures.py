@@ -16,6 +16,7 @@ from tqdm import tqdm
 from flowdcn_jax import samplers
 from flowdcn_jax.autoencoders import decode_pixels, preview_latents
 from flowdcn_jax.images import grid_columns, make_grid
+from flowdcn_jax.models import takes_second_time
 from flowdcn_jax.models.resolution import RESOLUTION_ADJUSTMENTS
 from flowdcn_jax.samplers.neural_coefficients import NEURAL_COEFFICIENTS
 from flowdcn_jax.sampling.classes import class_labels
@@ -25,6 +26,7 @@ from flowdcn_jax.sampling.settings import SamplingError, Settings
 
 MAX_GRID_IMAGES = 100  # the grid shows the first ones
 STEPS = (2, 3, 4, 5, 8, 10)  # columns of a strip: the paper's figure
+JUMPS = (1, 2, 4, 8)  # of a model of mean velocities
 
 
 def write_pictures(
@@ -130,15 +132,21 @@ def evaluations_text(settings: Settings) -> str:
 
 
 def _steps(settings: Settings, config: ConfigDict) -> tuple[dict[str, Settings], list[str]]:
-    counts = tuple(NEURAL_COEFFICIENTS) if settings.sampler == "neural" else STEPS
+    counts = JUMPS if takes_second_time(config.model) else STEPS
+    counts = tuple(NEURAL_COEFFICIENTS) if settings.sampler == "neural" else counts
     return {f"{n} steps": dataclasses.replace(settings, num_steps=n) for n in counts}, []
 
 
 def _samplers(settings: Settings, config: ConfigDict) -> tuple[dict[str, Settings], list[str]]:
     """All that can be run with these steps and this grid. The diffusion is the SDEs'."""
+    if takes_second_time(config.model):
+        raise SamplingError(
+            "compare is 'samplers'; expected another comparison, since a model of mean velocities "
+            "has the sampler mean_flow alone"
+        )
     columns, left_out = {}, ["adams1 is left out: it is euler"]
     for name in samplers.SAMPLERS:
-        if name == "adams1":
+        if name == "adams1" or name in samplers.OF_MEAN_VELOCITIES:
             continue
         diffusion = settings.diffusion if "sde" in name else None
         column = dataclasses.replace(settings, sampler=name, diffusion=diffusion)

@@ -106,7 +106,7 @@ class Settings(_Options):
     """What image i depends on, besides the weights, its class and i.
 
     `generator.fill_settings` puts values in the place of None, and checks what depends on several
-    options or on the model.
+    options or on the model. Of weights by name, those of their published figures come first.
     """
 
     image_size: tuple[int, int] | None = option(
@@ -140,10 +140,11 @@ class Settings(_Options):
     guidance: float | None = option(
         None, "guidance weight, 1 for none", at_least(0), unset="config.sampling.guidance"
     )
-    guidance_channels: str = option(
-        "all",
+    guidance_channels: str | None = option(
+        None,
         "whether all channels are guided, or the first three alone",
         name_in("flowdcn_jax.flow.guidance:CHANNELS"),
+        unset="all",
     )
     guidance_interval: tuple[float, float] | None = option(
         None,
@@ -211,7 +212,9 @@ class Output(_Options):
     """What is written where."""
 
     out: Path | None = option(
-        None, "output folder", unset="one in WORKDIR/samples for these settings"
+        None,
+        "output folder",
+        unset="one for these settings in WORKDIR/samples, of weights by name in samples/NAME",
     )
     save_images: bool = option(False, "write every image as a PNG of its own, too")
     compare: str | None = option(

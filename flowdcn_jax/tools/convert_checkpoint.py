@@ -31,6 +31,12 @@ _BOUNDARY = flags.DEFINE_enum(
     "truncate, as published weights were trained.",
 )
 _EXPORT = command.define_path("export", "safetensors file to write from --workdir.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "float32",
+    ["float32", "float16"],
+    "Of the parameters in that file: float16 is half as large, and has lost digits.",
+)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to export; the newest by default.")
 
 
@@ -44,7 +50,12 @@ def main() -> None:
     published_weights.give_back_freed_arrays()
     if _EXPORT.value:
         step = published_weights.export(
-            _WORKDIR.value, _EXPORT.value, weights=_WEIGHTS.value, step=_STEP.value, progress=True
+            _WORKDIR.value,
+            _EXPORT.value,
+            weights=_WEIGHTS.value,
+            step=_STEP.value,
+            dtype=_DTYPE.value,
+            progress=True,
         )
         print(f"{_EXPORT.value}: the {_WEIGHTS.value} weights of step {step}")
         return

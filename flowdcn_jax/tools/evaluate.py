@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import flags
 
-from flowdcn_jax import command
+from flowdcn_jax import command, weights_flags
 from flowdcn_jax.evaluation.settings import (
     DrawnRequest,
     EvaluationError,
@@ -43,10 +43,12 @@ _KEEP = flags.DEFINE_bool(
 )
 _DRAWING = (DrawnRequest, Settings, ModelChoice)
 _OPTIONS = command.option_flags(FeatureChoice, ImageChoice, *_DRAWING, several=_SEVERAL)
+_obey_offline = weights_flags.define_offline()
 command.define_device_flags()
 
 
 def main() -> None:
+    _obey_offline()
     command.use_devices()
     out = command.file_to_write(_OUT)
     values = _OPTIONS()

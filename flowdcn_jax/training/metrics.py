@@ -18,6 +18,7 @@ from flowdcn_jax.data import buckets_of
 from flowdcn_jax.errors import ConfigError, UserError
 from flowdcn_jax.files import atomic_write, naming
 from flowdcn_jax.models import forward_macs
+from flowdcn_jax.training.objective import make_objective
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_FILE = "wandb_run_id"  # in a workdir: a run that goes on is one run there too
@@ -75,7 +76,7 @@ def train_flops_per_image(config, source) -> float:
         len(bucket) / len(source) * forward_macs(config.model, *bucket.image_shape[:2])
         for bucket in buckets_of(source)
     )
-    return 3 * 2 * macs  # backward costs two forwards; 2 FLOPs a MAC
+    return make_objective(config).forward_passes * 2 * macs  # 2 FLOPs a MAC
 
 
 def summarise(
@@ -91,6 +92,8 @@ def summarise(
         "images_per_s": images_per_s,
         "data_wait": data_wait,
     }
+    for name in window[0].keys() - summary.keys():  # what the objective adds
+        summary[name] = float(np.mean([metrics[name] for metrics in window]))
     utilisation = model_flops_utilisation(images_per_s, flops_per_image)
     if utilisation is not None:
         summary["model_flops_utilisation"] = utilisation

@@ -26,11 +26,17 @@ def residual_adaln(
     y is rounded to the dtype of x before the norm sees it.
 
     Args:
-        x, mixed: [B,h,w,D], of one dtype, in which y and h come back.
+        x: [B,h,w,D].
+        mixed: [B,h,w,D], of the dtype of x.
         bias: [D] float32, or None.
-        gate, factor, shift: [B,D] float32; a norm's weight is part of `factor`.
+        gate: [B,D] float32.
+        factor: [B,D] float32; a norm's weight is part of it.
+        shift: [B,D] float32.
         norm: which.
         interpret: run the kernels on any platform, slowly, for tests.
+
+    Returns:
+        (y, h), [B,h,w,D] each, of the dtype of x.
     """
     operator = _operator(norm, bias is not None, interpret)
     per_image = (gate, factor, shift) if bias is None else (gate, factor, shift, bias)

@@ -1,4 +1,4 @@
-"""Kills, faults of the system, damaged files, hostile inputs, long runs:
+"""Kills, faults of the system, damaged files, hostile inputs, bad transfers, long runs:
 
     python -m tests.campaign --out=FOLDER [--share=0.1] [--parts=kills,damage]
 
@@ -13,8 +13,10 @@ from pathlib import Path
 
 from absl import app, flags
 
-PARTS = ("hostile", "damage", "system", "kills", "pairs", "steps")
-COUNTS = dict(hostile=3000, damage=300, system=300, kills=800, pairs=200, steps=100_000)
+PARTS = ("hostile", "damage", "transfers", "system", "kills", "pairs", "steps")
+COUNTS = dict(
+    hostile=3000, damage=300, transfers=200, system=300, kills=800, pairs=200, steps=100_000
+)
 
 _OUT = flags.DEFINE_string("out", None, "Folder of the results.", required=True)
 _SHARE = flags.DEFINE_float("share", 1.0, "Of the counts.", 0, 1)
@@ -24,12 +26,13 @@ _PARTS = flags.DEFINE_list("parts", list(PARTS), "Which of them.")
 def main(argv: list[str]) -> None:
     del argv
     from flowdcn_jax import faults
-    from tests.campaign import damage, hostile, kills, results, steps, system
+    from tests.campaign import damage, hostile, kills, results, steps, system, transfers
 
     faults.hush()  # as all commands do
     runners = {
         "hostile": hostile.case,
         "damage": damage.case,
+        "transfers": transfers.case,
         "system": system.case,
         "kills": kills.case,
         "pairs": kills.pair_case,
@@ -37,6 +40,8 @@ def main(argv: list[str]) -> None:
     }
     found = results.Results(Path(_OUT.value).absolute())
     os.environ["FLOWDCN_CAMPAIGN"] = str(found.folder)
+    if "system" in _PARTS.value:
+        system.preload()
     for part in _PARTS.value:
         count = max(1, round(_SHARE.value * COUNTS[part]))
         if part == "steps":

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 import flowdcn_jax
 from flowdcn_jax import models, sampling
 from flowdcn_jax.errors import ConfigError
-from flowdcn_jax.published_weights import convert, export
+from flowdcn_jax.published_weights import PublishedWeightsError, convert, export
 from flowdcn_jax.runs import checkpoint
 from flowdcn_jax.runs.checkpointer import Checkpointer
 from flowdcn_jax.runs.optimizer import make_optimizer
@@ -226,6 +226,31 @@ def test_converted_weights_are_sampled(exported, tmp_path):
     sampling.sample_to_folder(model, num_steps=1, image_size=(6, 10), num_images=2, out=tmp_path)
     with np.load(tmp_path / "samples.npz") as file:
         assert file["arr_0"].shape == (2, 6, 10, 1) and file["arr_0"].std() > 0
+
+
+def test_an_export_of_16_bits_is_half_as_large_and_loses_the_last_digits(exported, tmp_path):
+    file = tmp_path / "half.safetensors"
+    export(exported / "run", file, dtype="float16")
+    assert file.stat().st_size < 0.6 * (exported / "ema.safetensors").stat().st_size
+    tensors = load_file(file)
+    constants = {name for name, tensor in tensors.items() if tensor.dtype == np.float32}
+    assert constants == {"blocks.0.attn.deformables_prior"}
+    origin = convert(file, tiny.config(), tmp_path / "run")
+    assert origin["dtype"] == "float16"
+    rounded = params_of(tmp_path / "run", 0)
+    whole = params_of(exported / "run", 7)
+    assert_same(rounded, jax.tree.map(lambda leaf: np.float32(np.float16(leaf)), whole))
+    assert {leaf.dtype for leaf in jax.tree.leaves(rounded)} == {np.dtype(np.float32)}
+
+
+def test_an_export_cannot_hold_what_its_dtype_cannot(exported, tmp_path):
+    large = jax.tree.map(lambda leaf: 1e6 * leaf, params_of(exported / "run", 7))
+    checkpoint.save_weights(tmp_path / "run", large, tiny.config())
+    with pytest.raises(PublishedWeightsError, match="holds .*; expected at most 6.55e.04"):
+        export(tmp_path / "run", tmp_path / "x.safetensors", dtype="float16")
+    with pytest.raises(PublishedWeightsError, match="dtype is 'int8'; expected float32 or fl"):
+        export(tmp_path / "run", tmp_path / "x.safetensors", dtype="int8")
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_exports_that_cannot_be_right_are_named(exported, tmp_path, caplog):

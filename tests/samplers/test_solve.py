@@ -21,7 +21,24 @@ def solve(velocity_fn, x, sampler="euler", num_steps=8, **options):
 @pytest.mark.parametrize("sampler", ODE_SAMPLERS)
 def test_a_constant_velocity_is_integrated_exactly(sampler):
     x = jnp.ones((3, 2, 2, 1))
-    np.testing.assert_allclose(solve(lambda x, t: jnp.full_like(x, 2.0), x, sampler), 3, rtol=2e-6)
+    found = solve(lambda x, *times: jnp.full_like(x, 2.0), x, sampler)
+    np.testing.assert_allclose(found, 3, rtol=2e-6)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+def test_jumps_by_the_mean_velocity_end_where_the_path_does(num_steps):
+    """Of the exact flow from noise to normal data, on any grid."""
+
+    def at(z, t):
+        return t * MEAN + jnp.sqrt((t * DEVIATION) ** 2 + (1 - t) ** 2) * z
+
+    def mean_velocity(x, t, r):
+        z = (x - t * MEAN) / jnp.sqrt((t * DEVIATION) ** 2 + (1 - t) ** 2)
+        return (at(z, r) - x) / (r - t)
+
+    x = jnp.linspace(-2.0, 2.0, 9)
+    found = solve(mean_velocity, x, "mean_flow", num_steps, time_shift=2.0)
+    np.testing.assert_allclose(found, FIELDS["normal"].solution(x), atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -63,11 +80,11 @@ def test_solvers_that_are_the_same():
 def test_evaluations_are_counted_and_the_network_is_traced_once(sampler):
     seen, traces = [], []
 
-    def velocity(x, t):
+    def velocity(x, t, *end):
         seen.append(t)
         return x
 
-    def traced(x, t):
+    def traced(x, t, *end):
         traces.append(t)
         return x
 
@@ -147,7 +164,7 @@ def test_a_key_a_row_makes_rows_independent_of_one_another():
     [
         (
             dict(sampler="ddim"),
-            "sampler is 'ddim'; expected one of euler, heun, .*, neural, euler_",
+            "sampler is 'ddim'; expected one of euler, heun, .*, mean_flow, euler_",
         ),
         (dict(num_steps=0), "num_steps is 0; expected at least 1"),
         (dict(num_steps=2.5), "num_steps is 2.5; expected a whole number"),
@@ -179,3 +196,35 @@ def test_a_key_a_row_makes_rows_independent_of_one_another():
 def test_what_cannot_be_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         solve(lambda x, t: x, jnp.zeros((1, 2)), **options)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "adams2", "euler_sde"])
+def test_a_trajectory_goes_from_the_noise_to_the_result(sampler):
+    x = jax.random.normal(jax.random.key(0), (3, 2))
+    options = dict(num_steps=6, key=jax.random.key(1))
+    velocity = FIELDS["normal"].velocity
+    kept = solve(velocity, x, sampler, keep=(0, 1, 4, 6), **options)
+    assert kept.shape == (4, 3, 2)
+    np.testing.assert_array_equal(kept[0], x)
+    assert relative_error(kept[-1], solve(velocity, x, sampler, **options)) < 1e-6
+    assert len({float(jnp.abs(state).sum()) for state in kept}) == 4
+
+
+def test_a_trajectory_is_at_the_times_of_the_grid():
+    """Where dx/dt = 2t, Heun's x is t**2 at each of them, and its predictions are not."""
+    times = samplers.time_grid("heun", 5, time_shift=2.0)
+    kept = solve(
+        lambda x, t: jnp.full_like(x, 2 * t),
+        jnp.zeros(1),
+        "heun",
+        5,
+        time_shift=2.0,
+        keep=range(6),
+    )
+    np.testing.assert_allclose(kept[:-1, 0], times[:-1] ** 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep", [(0, 9), (2, 1), (1, 1), (-1, 3)])
+def test_what_is_kept_are_steps_in_order(keep):
+    with pytest.raises(ValueError, match="keep is .*; expected ascending numbers from 0 to 8"):
+        solve(lambda x, t: x, jnp.zeros(1), keep=keep)

@@ -45,6 +45,18 @@ def test_the_same_call_gives_the_same_bits_and_another_seed_or_class_does_not(mo
     assert relative_error(other_class[1], first[1]) > 1e-4
 
 
+def test_a_trajectory_ends_in_the_image_and_begins_with_its_noise(model):
+    labels, settings = np.arange(8), model.fill_settings(sampling.Settings())
+    options = dict(batch_size=8, progress=False)
+    kept = model.draw(settings, labels, keep=(0, 1, 2), **options)
+    assert kept.shape == (8, 3, 8, 8, 1) and kept.dtype == np.uint8
+    images = model.draw(settings, labels, **options)
+    np.testing.assert_allclose(kept[:, -1].astype(int), images.astype(int), atol=1)
+    keys, _ = image_keys(settings.seed, np.arange(8, dtype=np.uint32))
+    noise = jax.vmap(lambda key: jax.random.normal(key, (8, 8, 1)))(keys)
+    np.testing.assert_array_equal(kept[:, 0], decode_pixels(noise))
+
+
 def test_noise_is_standard_normal_and_independent():
     keys, _ = image_keys(0, np.arange(64, dtype=np.uint32))
     flat = np.asarray(jax.vmap(lambda key: jax.random.normal(key, (8 * 8 * 4,)))(keys))

@@ -121,6 +121,20 @@ def test_classes_without_names_keep_the_table(source):
     assert find(source, config(), names=None)["class_table"] == "kept"
 
 
+def test_mean_velocities_begin_with_those_of_a_velocity_model(source):
+    ours = config(model__second_time=True, flow__objective="mean_flow")
+    origin = find(source, ours)
+    text = initial_weights.as_text(origin)
+    assert "is kept, the embedder of the second time is made anew; differs: " in text
+    assert "config.flow.objective: 'velocity' -> 'mean_flow'" in text
+    assert "config.model.second_time: False -> True" in text
+    params = initial_weights.restore(origin, ours, make_mesh(1, 1, jax.devices()[:1]))
+    embedder = params.pop("span_embedder")
+    fresh = init_params(ours.model, jax.random.key(ours.seed))["span_embedder"]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), embedder, fresh)
+    assert_same(params, weights(source, 150, "ema"))
+
+
 def test_it_goes_on_with_the_flags_and_without(source, begun, tmp_path):
     workdir, longer = shutil.copytree(begun[0], tmp_path / "run"), config()
     for num_steps, choice in [(4, None), (5, InitFrom(str(source), 150))]:

