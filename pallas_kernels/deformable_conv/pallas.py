@@ -5,9 +5,10 @@ gathers (`gather.py`) elsewhere. Backward, the gradient of the values is a produ
 transposed matrix (`tent.py`), and those of the sampling points come from products of rows
 (`products.py`). On Hopper most of it is done in shared memory, by gathers (`row_products.py`,
 `row_slices.py`, `row_gather.py`) or by the interpolation matrix (`sparse_matrix.py`,
-`sparse_transpose.py`), or from sorted points (`list_gradient.py`). `blocks.choose` decides. Arrays
-with more elements than int32 counts are left to plain JAX. Nothing is added up in an order that
-changes from run to run.
+`sparse_transpose.py`), or from sorted points (`list_gradient.py`). The tangent is done as the
+forward, by twice as many rows. `blocks.choose` and `blocks.choose_tangent` decide. Arrays with more
+elements than int32 counts are left to plain JAX. Nothing is added up in an order that changes from
+run to run.
 """
 
 import functools
