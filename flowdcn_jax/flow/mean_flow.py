@@ -135,7 +135,8 @@ def mean_flow_loss(
         label: [B] integers.
         draws: see `draw`.
         network: (params, x [B,H,W,C], t [B], y [B], r [B]) -> mean velocity [B,H,W,C].
-        derivative_network: the same function, of which `jax.jvp` is taken.
+        derivative_network: the same function, of which `jax.jvp` is taken; if it is `network`
+            itself, u comes from there too, once.
         null_class: the label that stands for "no class".
         options: config.flow.mean_flow.
 
@@ -164,13 +165,14 @@ def mean_flow_loss(
     if group.equal < group.size:
         x, t, r, y, velocity, target = _rows(rows, group, slice(group.equal, None))
         along = network(frozen, x, t, y, t) if options.tangent == "network" else target
-        # Where both networks are one, XLA computes u once.
-        _, slope = jax.jvp(
-            lambda x, t, r=r, y=y: derivative_network(frozen, x, t, y, r),
-            (x, t),
-            (along, jnp.ones_like(t)),
-        )
-        add(network(params, x, t, y, r), velocity, target + _per_row(r - t, x) * slope)
+        at, direction, once = (x, t), (along, jnp.ones_like(t)), derivative_network is network
+
+        def u_of(x, t, r=r, y=y):
+            return derivative_network(params if once else frozen, x, t, y, r)
+
+        u, slope = jax.jvp(u_of, at, direction)
+        u = u if once else network(params, x, t, y, r)
+        add(u, velocity, target + _per_row(r - t, x) * slope)
     loss, distance = sum(losses) / len(data), sum(distances) / data.size
     return loss, {"velocity_loss": jax.lax.stop_gradient(distance)}
 

@@ -42,18 +42,21 @@ def _velocity(config) -> Objective:
 
 def _mean_flow(config) -> Objective:
     """MeanFlow: see `flow.mean_flow`."""
-    options = config.flow.mean_flow
-    differentiable = differentiable_along(config.model)
+    options, model = config.flow.mean_flow, dict(config.model)
+    differentiable = differentiable_along(model)
     if options.derivative_dtype != "model":
         differentiable["dtype"] = options.derivative_dtype
+    network = _of_two_times(model)
     return Objective(
         draw=functools.partial(
             mean_flow.draw, label_dropout=config.flow.label_dropout, options=options
         ),
         loss=functools.partial(
             mean_flow.mean_flow_loss,
-            network=_of_two_times(config.model),
-            derivative_network=_of_two_times(differentiable),
+            network=network,
+            derivative_network=network
+            if differentiable == model
+            else _of_two_times(differentiable),
             null_class=config.model.num_classes,
             options=options,
         ),

@@ -31,8 +31,8 @@ def shrunk(name, **overrides):
 FLOWDCN = shrunk("s2").to_dict()
 DISTINCT = {
     model.to_json(sort_keys=True): name
-    for name, model in ((name, shrunk(name)) for name in reversed(config_names()))
-    if model.to_dict() | dict(patch_size=2, remat=False) != FLOWDCN
+    for name in reversed(config_names())
+    if (model := shrunk(name, patch_size=2, remat=False)).to_dict() != FLOWDCN
 }.values()
 
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 def config(**overrides):
     """Of a SiT, guided in training; each second row has r > t."""
-    model = tiny.SIT | {"second_time": True, "patch_size": 4}
+    model = tiny.SIT | {"second_time": True, "patch_size": 4, "attention": "xla"}
     keys = {
         "flow__objective": "mean_flow",
         "flow__mean_flow__equal_share": 0.5,
