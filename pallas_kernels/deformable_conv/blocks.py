@@ -47,17 +47,9 @@ class RowProducts(NamedTuple):
 
 
 class RowSlices(NamedTuple):
-    """row_slices.forward; for Hopper GPUs."""
+    """row_slices.forward, row_slices.tangent; for Hopper GPUs."""
 
     num_warps: int  # a multiple of 4
-
-
-class TangentRowSlices(NamedTuple):
-    """row_slices.tangent; for Hopper GPUs."""
-
-    num_warps: int  # a multiple of 4
-    together: bool  # slices of both arrays in a block, or kernel after kernel
-    rounded: bool = False  # of the first kernel, what the second adds to, to the values' dtype
 
 
 class SparseMatrix(NamedTuple):
@@ -117,14 +109,14 @@ def choose(
 
 def choose_tangent(
     h: int, w: int, channels: int, num_points: int, dtype, weights_dtype=None, *, hopper: bool
-) -> Gather | RowProducts | TangentRowSlices:
+) -> Gather | RowProducts | RowSlices:
     """The same of the derivative along a direction."""
     sizes = h, w, channels, num_points, product_dtype(dtype, weights_dtype or dtype)
     if hopper and h * w <= FEW_TOKENS and row_products.why_not(*sizes) is None:
-        return RowProducts(num_warps=4)
+        return RowProducts(num_warps=8)
     if hopper and row_slices.why_not(*sizes) is None:
         share = row_slices.share_a_multiprocessor(h, w, num_points, dtype, num_warps=8)
-        return TangentRowSlices(num_warps=8 if share else 12, together=False)
+        return RowSlices(num_warps=8 if share else 12)
     wide = jnp.dtype(dtype).itemsize > 2
     return Gather(tile(16 if wide else 32, 8, w), chunk=32, num_warps=4)
 
