@@ -5,10 +5,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.deformable_conv import backends
 from pallas_kernels.deformable_conv.limits import MAX_ELEMENTS, MAX_SIDE
 from pallas_kernels.deformable_conv.points import Multiscale, Offsets
 from pallas_kernels.deformable_conv.xla import deformable_aggregate_xla
-from pallas_kernels.devices import why_no_nvidia_kernels
+from pallas_kernels.devices import is_hopper, why_no_nvidia_kernels
 
 BOUNDARIES = ("zeros", "truncate")
 IMPLEMENTATIONS = ("pallas", "xla")
@@ -153,8 +154,10 @@ def _implementation(boundary: str, implementation: str | None) -> tuple[Callable
 
 
 def why_not_pallas() -> str | None:
-    """Why the Pallas kernels can't run on JAX's default device; None if they can."""
+    """Why no Pallas kernels can run on JAX's default device; None if some can."""
     reason = why_no_nvidia_kernels()
+    if reason is None and not (is_hopper() and backends.why_not(backends.MOSAIC_GPU) is None):
+        reason = backends.why_not(backends.TRITON)
     return reason and f"{reason}; take 'xla'"
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from pallas_kernels.deformable_conv.blocks import RowProducts, RowSlices
 from pallas_kernels.deformable_conv.named_shapes import NAMED_SHAPES
-from pallas_kernels.deformable_conv.pallas import tangent_kernel
+from pallas_kernels.deformable_conv.pallas import kernel_of
 from pallas_kernels.deformable_conv.points import TANGENT_OF, flatten_points, flatten_tokens
 from tests.comparison import relative_error
 from tests.pallas_kernels.aggregation import lowered_for_cuda, mostly_slow, named_structs
@@ -29,7 +29,7 @@ def run(tiling, primals, tangents, *, boundary, interpret=True):
     form = TANGENT_OF[type(points)]
     along = form(*d_points[: len(form._fields)])
     arrays = flatten_tokens(values), flatten_points(points), flatten_tokens(d_values)
-    kernel = tangent_kernel(tiling, h, w)
+    kernel = kernel_of("tangent", tiling, h, w)
     out = kernel(*arrays, flatten_points(along), boundary=boundary, interpret=interpret)
     return out.reshape(values.shape)
 
