@@ -37,6 +37,7 @@ def loss(apply, params, x, t, y):
     return jnp.mean((u - jax.lax.stop_gradient(velocity + 0.3 * tangent)) ** 2)
 
 
+@pytest.mark.slow
 def test_is_a_finite_difference():
     apply, params, x, t, y = network()
     d_x, d_t = jnp.roll(x, 1, axis=0), jnp.ones_like(t)
@@ -65,6 +66,7 @@ def test_gradient_of_a_loss_that_holds_a_tangent(remat, monkeypatch):
         assert relative_error(a, b) < 1e-4
 
 
+@pytest.mark.slow
 def test_on_a_gpu_it_runs_kernels_alone(monkeypatch):
     replace_in_pallas(monkeypatch, is_hopper=lambda: True)
     monkeypatch.setattr(api, "why_not_pallas", lambda: None)

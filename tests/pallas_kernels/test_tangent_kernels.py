@@ -35,7 +35,7 @@ def run(tiling, primals, tangents, *, boundary, interpret=True):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("shape, form, boundary, dtype", mostly_slow(SHAPES, quick=(0, 1)))
+@pytest.mark.parametrize("shape, form, boundary, dtype", mostly_slow(SHAPES, quick=(0,)))
 def test_matches_the_definition(kernel, shape, form, boundary, dtype):
     """Weights and the result are rounded to the values' dtype."""
     primals, tangents, _ = case(shape, form, dtype=dtype, points_dtype=jnp.float32)
