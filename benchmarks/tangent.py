@@ -25,7 +25,7 @@ from flowdcn_jax.errors import UserError
 from pallas_kernels.deformable_conv.api import why_not_pallas
 from pallas_kernels.deformable_conv.blocks import choose_tangent
 from pallas_kernels.deformable_conv.named_shapes import NAMED_SHAPES, model_inputs
-from pallas_kernels.deformable_conv.pallas import deformable_aggregate_pallas, tangent_kernel
+from pallas_kernels.deformable_conv.pallas import deformable_aggregate_pallas, kernel_of
 from pallas_kernels.deformable_conv.points import MultiscaleTangent, flatten_points, flatten_tokens
 from pallas_kernels.devices import is_hopper
 from pallas_kernels.timing import compile_calls, milliseconds
@@ -115,7 +115,7 @@ def _jvp(values, points, d_values, d_points, d_out):
 
 
 def _tangent(tiling, d_values, points, values, d_points, d_out):
-    kernel = tangent_kernel(tiling, *values.shape[1:3])
+    kernel = kernel_of("tangent", tiling, *values.shape[1:3])
     moved = flatten_tokens(d_values), flatten_points(d_points)
     still = flatten_tokens(values), flatten_points(points)
     return kernel(*still, *moved, boundary="zeros", interpret=False).reshape(values.shape)

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 
 from pallas_kernels.deformable_conv import row_products, row_slices
-from pallas_kernels.deformable_conv.blocks import Gather, RowProducts, TangentRowSlices, tile
+from pallas_kernels.deformable_conv.blocks import Gather, RowProducts, RowSlices, tile
 from pallas_kernels.deformable_conv.image import Image
 from pallas_kernels.deformable_conv.launch import MAX_SHARED_BYTES
 
 
 def candidates(
     h: int, w: int, channels: int, num_points: int, dtype, *, hopper: bool
-) -> Iterator[Gather | RowProducts | TangentRowSlices]:
+) -> Iterator[Gather | RowProducts | RowSlices]:
     """Block sizes worth a measurement."""
     sizes = h, w, channels, num_points, jnp.dtype(dtype)
     wide = jnp.dtype(dtype).itemsize > 2
@@ -23,9 +23,5 @@ def candidates(
             if row_products.tangent_layout(image, num_warps).shared_bytes <= MAX_SHARED_BYTES:
                 yield RowProducts(num_warps)
     if hopper and row_slices.why_not(*sizes) is None:
-        for num_warps in (4, 8, 16):
-            if row_slices.Layout(image, num_warps, sources=2).shared_bytes <= MAX_SHARED_BYTES:
-                yield TangentRowSlices(num_warps, together=True)
         share = row_slices.share_a_multiprocessor(h, w, num_points, dtype, num_warps=8)
-        for rounded in (False, True):
-            yield TangentRowSlices(8 if share else 12, together=False, rounded=rounded)
+        yield RowSlices(8 if share else 12)

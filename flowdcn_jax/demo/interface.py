@@ -1,6 +1,7 @@
 """The page as Gradio shows it. Nothing of it asks for anything that is not on this machine."""
 
 import os
+import socket
 import threading
 
 from flowdcn_jax.demo.page import FIRST, Field, Page
@@ -86,24 +87,26 @@ def start(page: Page, *, host: str, port: int) -> tuple[gr.Blocks, str]:
     Raises:
         UserError: the address cannot be listened at.
     """
-    blocks = build(page)
     try:
-        _, address, _ = blocks.launch(
-            server_name=host,
-            server_port=port,
-            share=False,
-            inbrowser=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            ssr_mode=False,
-            footer_links=[],
-            theme=gr.themes.Default(font=FONT, font_mono=FIXED_FONT),
-        )
+        socket.create_server((host, port)).close()
     except OSError as error:
+        why = error.strerror.partition(" (")[0]  # Python adds the address once more
         raise UserError(
-            f"--host={host} and --port={port} cannot be listened at: {error}; expected an address "
-            "of this machine and a port that is free"
+            f"--host={host} and --port={port} cannot be listened at: {why}; expected an address of "
+            "this machine and a free port"
         ) from error
+    blocks = build(page)
+    _, address, _ = blocks.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        inbrowser=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        ssr_mode=False,
+        footer_links=[],
+        theme=gr.themes.Default(font=FONT, font_mono=FIXED_FONT),
+    )
     return blocks, address
 
 

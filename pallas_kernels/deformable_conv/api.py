@@ -5,10 +5,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.deformable_conv import backends
 from pallas_kernels.deformable_conv.limits import MAX_ELEMENTS, MAX_SIDE
 from pallas_kernels.deformable_conv.points import Multiscale, Offsets
 from pallas_kernels.deformable_conv.xla import deformable_aggregate_xla
-from pallas_kernels.devices import why_no_nvidia_kernels
+from pallas_kernels.devices import is_hopper, why_no_nvidia_kernels
 
 BOUNDARIES = ("zeros", "truncate")
 IMPLEMENTATIONS = ("pallas", "xla")
@@ -28,8 +29,9 @@ def deformable_aggregate(
 
     The operator of FlowDCN (arXiv 2410.22655) between its projections. `sample` is bilinear;
     `reference.py` says what it does at the border, and with numbers that are not finite: points
-    with such a coordinate add nothing and have gradients of zero. Differentiable once, in reverse
-    mode; works under jit, vmap and remat; a batch axis sharded over a mesh stays so.
+    with such a coordinate add nothing and have gradients of zero. Differentiable once, in either
+    mode, and a gradient may be taken of what holds a jax.jvp, if it stops at the tangent; works
+    under jit, vmap, scan and remat; a batch axis sharded over a mesh stays so.
 
     Args:
       values: [B, h, w, G, C], float32, bfloat16 or float16. h and w are at most 2^24, and h w is
@@ -56,7 +58,7 @@ def deformable_aggregate(
       ValueError: a shape, `boundary` or `implementation` is not one of those above, or "pallas" is
         asked for where there is no NVIDIA GPU, or for larger arrays.
       TypeError: an argument is not an array, or its dtype is not one of those above.
-      NotImplementedError: the result is differentiated twice.
+      NotImplementedError: a gradient or a tangent of the result is differentiated.
     """
     del deterministic
     _check_values(values)
@@ -152,8 +154,10 @@ def _implementation(boundary: str, implementation: str | None) -> tuple[Callable
 
 
 def why_not_pallas() -> str | None:
-    """Why the Pallas kernels can't run on JAX's default device; None if they can."""
+    """Why no Pallas kernels can run on JAX's default device; None if some can."""
     reason = why_no_nvidia_kernels()
+    if reason is None and not (is_hopper() and backends.why_not(backends.MOSAIC_GPU) is None):
+        reason = backends.why_not(backends.TRITON)
     return reason and f"{reason}; take 'xla'"
 
 

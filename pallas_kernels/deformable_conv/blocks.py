@@ -7,17 +7,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.deformable_conv import (
-    list_gradient,
-    row_gather,
-    row_products,
-    row_slices,
-    sparse_matrix,
-    tent,
-)
+from pallas_kernels.deformable_conv import backends
+from pallas_kernels.deformable_conv.grid import Grid
 from pallas_kernels.deformable_conv.limits import product_dtype, why_not_indexable
 from pallas_kernels.deformable_conv.points import Points
-from pallas_kernels.deformable_conv.tiles import Grid
 
 LOAD_BYTES = 16  # of one load instruction of one thread
 MAX_CHANNELS = 128  # sums of more channels would not fit the registers
@@ -33,11 +26,17 @@ class Gather(NamedTuple):
     chunk: int  # channels that are loaded at a time
     num_warps: int
 
+    def options(self, h: int, w: int) -> dict:
+        return dict(grid=Grid(h, w, *self.tile), chunk=self.chunk, num_warps=self.num_warps)
+
 
 class RowGather(NamedTuple):
     """row_gather.forward, row_gather.point_gradients; for Hopper GPUs."""
 
     num_warps: int  # a multiple of 4
+
+    def options(self, h: int, w: int) -> dict:
+        return dict(h=h, w=w, **self._asdict())
 
 
 class RowProducts(NamedTuple):
@@ -45,19 +44,17 @@ class RowProducts(NamedTuple):
 
     num_warps: int  # a multiple of 4
 
+    def options(self, h: int, w: int) -> dict:
+        return dict(h=h, w=w, **self._asdict())
+
 
 class RowSlices(NamedTuple):
-    """row_slices.forward; for Hopper GPUs."""
+    """row_slices.forward, row_slices.tangent; for Hopper GPUs."""
 
     num_warps: int  # a multiple of 4
 
-
-class TangentRowSlices(NamedTuple):
-    """row_slices.tangent; for Hopper GPUs."""
-
-    num_warps: int  # a multiple of 4
-    together: bool  # slices of both arrays in a block, or kernel after kernel
-    rounded: bool = False  # of the first kernel, what the second adds to, to the values' dtype
+    def options(self, h: int, w: int) -> dict:
+        return dict(h=h, w=w, **self._asdict())
 
 
 class SparseMatrix(NamedTuple):
@@ -66,11 +63,17 @@ class SparseMatrix(NamedTuple):
     window: int  # blocks of 16 columns in shared memory; a power of two
     num_warps: int  # a multiple of 4; for values_gradient, at most `window`
 
+    def options(self, h: int, w: int) -> dict:
+        return dict(h=h, w=w, **self._asdict())
+
 
 class PointLists(NamedTuple):
     """list_gradient.values_gradient; for Hopper GPUs."""
 
     num_warps: int  # a multiple of 4
+
+    def options(self, h: int, w: int) -> dict:
+        return dict(h=h, w=w, **self._asdict())
 
 
 class Product(NamedTuple):
@@ -79,6 +82,9 @@ class Product(NamedTuple):
     query_tile: tuple[int, int]  # (height, width)
     token_tile: tuple[int, int]
     num_warps: int
+
+    def options(self, h: int, w: int) -> dict:
+        return _in_grids(self, h, w)
 
 
 class TransposedProduct(NamedTuple):
@@ -89,6 +95,12 @@ class TransposedProduct(NamedTuple):
     tiles_per_program: int
     skip: bool
     num_warps: int
+
+    def options(self, h: int, w: int) -> dict:
+        return _in_grids(self, h, w)
+
+
+Triton = Gather | Product | TransposedProduct  # by Pallas' Triton; the others are Mosaic GPU's
 
 
 class Blocks(NamedTuple):
@@ -117,57 +129,74 @@ def choose(
 
 def choose_tangent(
     h: int, w: int, channels: int, num_points: int, dtype, weights_dtype=None, *, hopper: bool
-) -> Gather | RowProducts | TangentRowSlices:
+) -> Gather | RowProducts | RowSlices:
     """The same of the derivative along a direction."""
     sizes = h, w, channels, num_points, product_dtype(dtype, weights_dtype or dtype)
-    if hopper and h * w <= FEW_TOKENS and row_products.why_not(*sizes) is None:
-        return RowProducts(num_warps=4)
-    if hopper and row_slices.why_not(*sizes) is None:
-        share = row_slices.share_a_multiprocessor(h, w, num_points, dtype, num_warps=8)
-        return TangentRowSlices(num_warps=8 if share else 12, together=False)
+    if hopper:
+        from pallas_kernels.deformable_conv import row_products, row_slices  # of Mosaic GPU
+
+        if h * w <= FEW_TOKENS and row_products.why_not(*sizes) is None:
+            return RowProducts(num_warps=8)
+        if row_slices.why_not(*sizes) is None:
+            share = row_slices.share_a_multiprocessor(h, w, num_points, dtype, num_warps=8)
+            return RowSlices(num_warps=8 if share else 12)
     wide = jnp.dtype(dtype).itemsize > 2
     return Gather(tile(16 if wide else 32, 8, w), chunk=32, num_warps=4)
 
 
-def why_not_forward(values, points: Points) -> str | None:
-    """Why the kernels can't do a forward pass of arrays of such shapes; None if they can."""
-    return why_not_indexable(array.shape for array in (values, *points))
+def why_not_forward(values, points: Points, tiling) -> str | None:
+    """Why the kernel of `tiling` can't do a pass of arrays of such shapes; None if it can."""
+    if reason := why_not_indexable(array.shape for array in (values, *points)):
+        return reason
+    return backends.why_not(backends.TRITON) if isinstance(tiling, Triton) else None
 
 
 def why_not_backward(values, points: Points, blocks: Blocks) -> str | None:
     """The same of a backward pass with the kernels of `blocks`."""
     tiling, (batch, h, w, groups, _) = blocks.values_gradient, values.shape
-    if reason := why_not_forward(values, points):
-        return reason
+    for each in (blocks.point_gradients, tiling):
+        if reason := why_not_forward(values, points, each):
+            return reason
     if isinstance(tiling, TransposedProduct) and tiling.skip:
         queries, tokens = Grid(h, w, *tiling.query_tile), Grid(h, w, *tiling.token_tile)
-        return why_not_indexable([tent.connections_shape(batch, groups, queries, tokens)])
+        return why_not_indexable([(batch, queries.tiles, groups, tokens.tiles)])  # bits of points
     return None
 
 
 def _choose(h: int, w: int, channels: int, num_points: int, dtype, hopper: bool) -> Blocks:
     blocks = _choose_triton(h, w, channels, num_points, dtype)
+    if not hopper:
+        return blocks
+    # They import Mosaic GPU.
+    from pallas_kernels.deformable_conv import (
+        list_gradient,
+        row_gather,
+        row_products,
+        row_slices,
+        sparse_matrix,
+    )
+
     few_tokens, wide = h * w <= FEW_TOKENS, jnp.dtype(dtype).itemsize > 2
     slices = None
-    if hopper and row_slices.why_not(h, w, channels, num_points, dtype) is None:
+    if row_slices.why_not(h, w, channels, num_points, dtype) is None:
         share = row_slices.share_a_multiprocessor(h, w, num_points, dtype, num_warps=8)
         slices = RowSlices(num_warps=8 if share else 12)
         blocks = blocks._replace(forward=slices)
-    lists = hopper and list_gradient.why_not(h, w, channels, num_points, dtype) is None
+    lists = list_gradient.why_not(h, w, channels, num_points, dtype) is None
     if lists:
         blocks = blocks._replace(values_gradient=PointLists(num_warps=8 if wide else 4))
-    if hopper and row_gather.why_not(h, w, channels, num_points) is None:
+    if row_gather.why_not(h, w, channels, num_points) is None:
         sizes = RowGather(num_warps=8 if few_tokens or wide else 12)
         blocks = blocks._replace(point_gradients=sizes)
         if few_tokens or (not wide and row_gather.fits(h, w, channels, dtype)):
             blocks = blocks._replace(forward=RowGather(num_warps=8))
-    if hopper and sparse_matrix.why_not(h, w, channels, num_points, dtype) is None:
+    if sparse_matrix.why_not(h, w, channels, num_points, dtype) is None:
         sizes = SparseMatrix(window=4, num_warps=4 if few_tokens else 8)
         if sparse_matrix.fits(h, w, channels, **sizes._asdict()):
             blocks = blocks._replace(point_gradients=sizes)
         if few_tokens or not lists:
             blocks = blocks._replace(values_gradient=SparseMatrix(window=8, num_warps=4))
-    if hopper and row_products.why_not(h, w, channels, num_points, dtype) is None:
+    if row_products.why_not(h, w, channels, num_points, dtype) is None:
         sizes = RowProducts(num_warps=8)
         blocks = blocks._replace(forward=sizes)
         if not few_tokens:
@@ -213,6 +242,12 @@ def _choose_triton(h: int, w: int, channels: int, num_points: int, dtype) -> Blo
             num_warps=4,
         )
     return Blocks(forward, point_gradients, values_gradient)
+
+
+def _in_grids(tiling: Product | TransposedProduct, h: int, w: int) -> dict:
+    options = tiling._asdict()
+    tiles = {"queries": options.pop("query_tile"), "tokens": options.pop("token_tile")}
+    return {name: Grid(h, w, *sides) for name, sides in tiles.items()} | options
 
 
 def tile(size: int, width: int, w: int) -> tuple[int, int]:

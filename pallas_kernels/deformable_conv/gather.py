@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.deformable_conv import triton as backend
 from pallas_kernels.deformable_conv.blocks import LOAD_BYTES
+from pallas_kernels.deformable_conv.grid import Grid
 from pallas_kernels.deformable_conv.interpolation import corners, parts_of_tangent
-from pallas_kernels.deformable_conv.tiles import Grid, load_rows
+from pallas_kernels.deformable_conv.tiles import load_rows, tile_of
 
 
 def forward(
@@ -75,7 +76,7 @@ def _channel_blocks(channels: int, chunk: int, least: int) -> list[tuple[int, in
 
 
 def _forward_kernel(points, values, out, *, grid: Grid, chunk: int, boundary: str):
-    tile = grid.tile(backend.tile_number())
+    tile = tile_of(grid, backend.tile_number())
     blocks = _channel_blocks(values.shape[-1], chunk, LOAD_BYTES // values.dtype.itemsize)
 
     def add_point(k, totals):
@@ -99,7 +100,7 @@ def _forward_kernel(points, values, out, *, grid: Grid, chunk: int, boundary: st
 
 
 def _tangent_kernel(points, d_points, values, d_values, out, *, grid, chunk: int, boundary: str):
-    tile = grid.tile(backend.tile_number())
+    tile = tile_of(grid, backend.tile_number())
     blocks = _channel_blocks(values.shape[-1], chunk, LOAD_BYTES // values.dtype.itemsize)
 
     def add_point(k, totals):

@@ -5,13 +5,14 @@ gathers (`gather.py`) elsewhere. Backward, the gradient of the values is a produ
 transposed matrix (`tent.py`), and those of the sampling points come from products of rows
 (`products.py`). On Hopper most of it is done in shared memory, by gathers (`row_products.py`,
 `row_slices.py`, `row_gather.py`) or by the interpolation matrix (`sparse_matrix.py`,
-`sparse_transpose.py`), or from sorted points (`list_gradient.py`). `blocks.choose` decides. Arrays
-with more elements than int32 counts are left to plain JAX. Nothing is added up in an order that
-changes from run to run.
+`sparse_transpose.py`), or from sorted points (`list_gradient.py`). The tangent is done as the
+forward, by twice as many rows. `blocks.choose` and `blocks.choose_tangent` decide. Arrays with more
+elements than int32 counts are left to plain JAX. Nothing is added up in an order that changes from
+run to run.
 """
 
 import functools
-import itertools
+import importlib
 from collections.abc import Callable
 
 import jax
@@ -20,26 +21,17 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels.deformable_conv import (
-    gather,
-    list_gradient,
-    products,
-    row_gather,
-    row_products,
-    row_slices,
-    sparse_matrix,
-    sparse_transpose,
-    tent,
-)
+from pallas_kernels.deformable_conv import backends
 from pallas_kernels.deformable_conv.blocks import (
     MAX_CHANNELS,
-    Blocks,
     Gather,
     PointLists,
+    Product,
     RowGather,
     RowProducts,
     RowSlices,
     SparseMatrix,
+    TransposedProduct,
     choose,
     choose_tangent,
     why_not_backward,
@@ -55,7 +47,6 @@ from pallas_kernels.deformable_conv.points import (
     flatten_points,
     flatten_tokens,
 )
-from pallas_kernels.deformable_conv.tiles import Grid
 from pallas_kernels.deformable_conv.xla import deformable_aggregate_xla
 from pallas_kernels.devices import is_hopper
 
@@ -101,160 +92,128 @@ def _differentiable(form: type, *options) -> Callable:
 
 # --- one device --------------------------------------------------------------------------------
 
+# Of what each does the function in a module, which is imported when it is chosen.
+_MODULES = {
+    "forward": {
+        Gather: "gather",
+        Product: "tent",
+        RowGather: "row_gather",
+        RowProducts: "row_products",
+        RowSlices: "row_slices",
+    },
+    "tangent": {Gather: "gather", RowProducts: "row_products", RowSlices: "row_slices"},
+    "point_gradients": {
+        Product: "products",
+        RowGather: "row_gather",
+        RowProducts: "row_products",
+        SparseMatrix: "sparse_matrix",
+    },
+    "values_gradient": {
+        PointLists: "list_gradient",
+        SparseMatrix: "sparse_transpose",
+        TransposedProduct: "tent",
+    },
+}
+
+
+def kernel_of(function: str, tiling, h: int, w: int) -> Callable:
+    """What does "forward", "tangent", "point_gradients" or "values_gradient" with `tiling`.
+
+    A function of arrays with flattened tokens and the keywords boundary and interpret, as its
+    module says, of images of h x w tokens.
+    """
+    name = _MODULES[function][type(tiling)]
+    module = importlib.import_module(f"pallas_kernels.deformable_conv.{name}")
+    return functools.partial(getattr(module, function), **tiling.options(h, w))
+
 
 def _forward(form: type, boundary: str, interpret: bool, or_xla: bool, values, *fields):
     """(out,)."""
-    if _too_large(why_not_forward(values, form(*fields)), or_xla):
-        return (deformable_aggregate_xla(values, form(*fields), boundary),)
-    values_flat, points, blocks = _prepare(values, form(*fields), interpret)
-    h, w = values.shape[1:3]
-    tiling = blocks.forward
-    options = dict(boundary=boundary, num_warps=tiling.num_warps, interpret=interpret)
-    if isinstance(tiling, Gather):
-        forward = functools.partial(
-            gather.forward, grid=Grid(h, w, *tiling.tile), chunk=tiling.chunk, **options
-        )
-    elif isinstance(tiling, RowGather):
-        forward = functools.partial(row_gather.forward, h=h, w=w, **options)
-    elif isinstance(tiling, RowProducts):
-        forward = functools.partial(row_products.forward, h=h, w=w, **options)
-    elif isinstance(tiling, RowSlices):
-        forward = functools.partial(row_slices.forward, h=h, w=w, **options)
-    else:
-        forward = functools.partial(
-            tent.forward,
-            queries=Grid(h, w, *tiling.query_tile),
-            tokens=Grid(h, w, *tiling.token_tile),
-            **options,
-        )
-    parts = list(map(forward, _channel_parts(values_flat), itertools.repeat(points)))
+    points, (h, w) = form(*fields), values.shape[1:3]
+    tiling = choose(*_sizes(values, points), hopper=_by_mosaic_gpu(interpret)).forward
+    if _left_to_xla(why_not_forward(values, points, tiling), or_xla):
+        return (deformable_aggregate_xla(values, points, boundary),)
+    points = flatten_points(points)
+    forward = functools.partial(
+        kernel_of("forward", tiling, h, w), boundary=boundary, interpret=interpret
+    )
+    parts = [forward(part, points) for part in _channel_parts(flatten_tokens(values))]
     return (jnp.concatenate(parts, axis=-1).reshape(values.shape),)
 
 
 def _tangent(form: type, boundary: str, interpret: bool, or_xla: bool, values, *others):
     """(tangent of out,), of (values, *points) and the tangents of those that move."""
-    count = len(_FIELDS[form])
+    count, (h, w) = len(_FIELDS[form]), values.shape[1:3]
     points, d_values, moved = form(*others[:count]), others[count], others[count + 1 :]
-    along = TANGENT_OF[form](*moved)
-    if _too_large(why_not_forward(values, points), or_xla):
+    tiling = choose_tangent(*_sizes(values, points), hopper=_by_mosaic_gpu(interpret))
+    if _left_to_xla(why_not_forward(values, points, tiling), or_xla):
         constants = (jnp.zeros_like(x) for x in points.constant)
         plain = functools.partial(deformable_aggregate_xla, boundary=boundary)
         d_points = form(*moved, *constants)
         return (jax.jvp(plain, (values, points), (d_values, d_points))[1],)
-    h, w = values.shape[1:3]
-    sizes = values.shape[-1], points.weights.shape[-1]
-    values_flat, d_values = flatten_tokens(values), flatten_tokens(d_values)
-    points, along = flatten_points(points), flatten_points(along)
-    dtypes, hopper = (values.dtype, points.weights.dtype), is_hopper() and not interpret
-    tiling = choose_tangent(h, w, *sizes, *dtypes, hopper=hopper)
+    points, along = flatten_points(points), flatten_points(TANGENT_OF[form](*moved))
     tangent = functools.partial(
-        tangent_kernel(tiling, h, w), boundary=boundary, interpret=interpret
+        kernel_of("tangent", tiling, h, w), boundary=boundary, interpret=interpret
     )
-    parts = zip(_channel_parts(values_flat), _channel_parts(d_values), strict=True)
-    out = [tangent(x, points, dx, along) for x, dx in parts]
-    return (jnp.concatenate(out, axis=-1).reshape(values.shape),)
-
-
-def tangent_kernel(tiling, h: int, w: int) -> Callable:
-    """(values, points, d values, d points, *, boundary, interpret) -> the tangent of out.
-
-    By the kernel of `tiling`, see `blocks.choose_tangent`; all arrays have flattened tokens.
-    """
-    if isinstance(tiling, Gather):
-        return functools.partial(
-            gather.tangent,
-            grid=Grid(h, w, *tiling.tile),
-            chunk=tiling.chunk,
-            num_warps=tiling.num_warps,
-        )
-    function = row_products.tangent if isinstance(tiling, RowProducts) else row_slices.tangent
-    return functools.partial(function, h=h, w=w, **tiling._asdict())
+    both = (_channel_parts(flatten_tokens(x)) for x in (values, d_values))
+    parts = [tangent(x, points, d_x, along) for x, d_x in zip(*both, strict=True)]
+    return (jnp.concatenate(parts, axis=-1).reshape(values.shape),)
 
 
 def _backward(form: type, boundary: str, interpret: bool, or_xla: bool, values, *fields_and_d_out):
     """(d values, gradients of the per-query fields of the points)."""
     *fields, d_out = fields_and_d_out
-    points = form(*fields)
+    points, (h, w) = form(*fields), values.shape[1:3]
     inputs = (values, *points.per_query)
-    h, w = values.shape[1:3]
-    values_flat, points_flat, blocks = _prepare(values, points, interpret)
-    if _too_large(why_not_backward(values, points, blocks), or_xla):
+    blocks = choose(*_sizes(values, points), hopper=_by_mosaic_gpu(interpret))
+    if _left_to_xla(why_not_backward(values, points, blocks), or_xla):
         plain = functools.partial(deformable_aggregate_xla, boundary=boundary)
         d_values, d_points = jax.vjp(plain, values, points)[1](d_out)
         return d_values, *d_points.per_query
-    values, points = values_flat, points_flat
-    d_out_parts = _channel_parts(flatten_tokens(d_out))
-    options = dict(boundary=boundary, interpret=interpret)
+    points = flatten_points(points)
+    values_parts, d_out_parts = (_channel_parts(flatten_tokens(x)) for x in (values, d_out))
+    several, options = len(d_out_parts) > 1, dict(boundary=boundary, interpret=interpret)
 
     tiling = blocks.point_gradients
-    several, extents = len(d_out_parts) > 1, None
-    if isinstance(tiling, RowGather):
-        point_gradients = functools.partial(row_gather.point_gradients, h=h, w=w)
-    elif isinstance(tiling, RowProducts):
-        point_gradients = functools.partial(row_products.point_gradients, h=h, w=w)
-    elif isinstance(tiling, SparseMatrix):
-        point_gradients = functools.partial(
-            sparse_matrix.point_gradients, h=h, w=w, window=tiling.window
-        )
-    else:
-        point_gradients = functools.partial(
-            products.point_gradients,
-            queries=Grid(h, w, *tiling.query_tile),
-            tokens=Grid(h, w, *tiling.token_tile),
-        )
-    d_points = [
-        point_gradients(
-            values_part,
-            points,
-            d_out_part,
-            dtypes=tuple(jnp.float32 if several else x.dtype for x in points.per_query),
-            num_warps=tiling.num_warps,
-            **options,
-        )
-        for values_part, d_out_part in zip(_channel_parts(values), d_out_parts, strict=True)
-    ]
-    if isinstance(tiling, (RowGather, RowProducts, SparseMatrix)):
-        ((gradients, extents),) = d_points  # all channels are one part
-        d_points = [gradients]
+    point_gradients = functools.partial(
+        kernel_of("point_gradients", tiling, h, w),
+        dtypes=tuple(jnp.float32 if several else x.dtype for x in points.per_query),
+        **options,
+    )
+    d_points, extents = [], None
+    for values_part, d_out_part in zip(values_parts, d_out_parts, strict=True):
+        found = point_gradients(values_part, points, d_out_part)
+        if not isinstance(tiling, Product):  # all channels are one part
+            found, extents = found
+        d_points.append(found)
     d_points = jax.tree.map(lambda *parts: sum(parts), *d_points)
 
     tiling = blocks.values_gradient
-    if isinstance(tiling, PointLists):
-        values_gradient = functools.partial(list_gradient.values_gradient, h=h, w=w)
-    elif isinstance(tiling, SparseMatrix):
-        values_gradient = functools.partial(
-            sparse_transpose.values_gradient, extents=extents, h=h, w=w, window=tiling.window
-        )
-    else:
-        if tiling.skip:
-            points = points.to_offsets()  # each is wanted by several tiles of tokens
-        values_gradient = functools.partial(
-            tent.values_gradient,
-            queries=Grid(h, w, *tiling.query_tile),
-            tokens=Grid(h, w, *tiling.token_tile),
-            tiles_per_program=tiling.tiles_per_program,
-            skip=tiling.skip,
-        )
+    values_gradient = functools.partial(kernel_of("values_gradient", tiling, h, w), **options)
+    if isinstance(tiling, SparseMatrix):
+        values_gradient = functools.partial(values_gradient, extents=extents)
+    elif isinstance(tiling, TransposedProduct) and tiling.skip:
+        points = points.to_offsets()  # each is wanted by several tiles of tokens
     dtype = product_dtype(values.dtype, points.weights.dtype)
-    d_values = [
-        values_gradient(points, part.astype(dtype), num_warps=tiling.num_warps, **options)
-        for part in d_out_parts
-    ]
+    d_values = [values_gradient(points, part.astype(dtype)) for part in d_out_parts]
     gradients = (jnp.concatenate(d_values, axis=-1), *d_points)
     return tuple(
         x.astype(like.dtype).reshape(like.shape) for x, like in zip(gradients, inputs, strict=True)
     )
 
 
-def _prepare(values, points: Points, interpret: bool) -> tuple[jax.Array, Points, Blocks]:
+def _sizes(values, points: Points) -> tuple:
+    """h, w, channels, points, dtypes of values and weights: what kernels are chosen by."""
     h, w, _, channels = values.shape[1:]
-    num_points, hopper = points.weights.shape[-1], is_hopper() and not interpret
-    dtypes = values.dtype, points.weights.dtype
-    blocks = choose(h, w, channels, num_points, *dtypes, hopper=hopper)
-    return flatten_tokens(values), flatten_points(points), blocks
+    return h, w, channels, points.weights.shape[-1], values.dtype, points.weights.dtype
 
 
-def _too_large(reason: str | None, or_xla: bool) -> bool:
+def _by_mosaic_gpu(interpret: bool) -> bool:
+    """Whether Hopper's kernels can be chosen."""
+    return not interpret and is_hopper() and backends.why_not(backends.MOSAIC_GPU) is None
+
+
+def _left_to_xla(reason: str | None, or_xla: bool) -> bool:
     """Whether plain JAX has to do what the kernels can't, for a reason."""
     if reason and not or_xla:
         raise ValueError(

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.deformable_conv import triton as backend
+from pallas_kernels.deformable_conv.grid import Grid
 from pallas_kernels.deformable_conv.interpolation import Corners, corners, split_bfloat16
-from pallas_kernels.deformable_conv.tiles import Grid, channel_blocks
+from pallas_kernels.deformable_conv.tiles import channel_blocks, tile_of
 
 
 def point_gradients(
@@ -53,7 +54,7 @@ def point_gradients(
 def _point_gradients_kernel(
     points, values, d_out, *gradients, queries: Grid, tokens: Grid, boundary: str
 ):
-    tile = queries.tile(backend.tile_number())
+    tile = tile_of(queries, backend.tile_number())
     num_points = points.weights.shape[-1]
     number = backend.iota(1 << (num_points - 1).bit_length())[None, :]
     blocks = channel_blocks(values.shape[-1])
@@ -92,10 +93,10 @@ def _products(products_with: Callable, columns: Corners, rows: Corners, tokens: 
     """
     if tokens.tiles == 1:
         local = [row * tokens.tile_w + column for row in rows.index for column in columns.index]
-        return _entries(products_with(tokens.tile(jnp.int32(0))), local)
+        return _entries(products_with(tile_of(tokens, jnp.int32(0))), local)
 
     def add_tile(number, products):
-        d_matrix = products_with(tokens.tile(number))
+        d_matrix = products_with(tile_of(tokens, number))
         left, top = tokens.first(number)
         inside, local = [], []
         for row in rows.index:

@@ -24,12 +24,15 @@ and an entry outside 0 ... w - 1 is dropped. The boundary modes differ in `base`
 
 **Derivatives** hold `base` constant. At a kink they are therefore those of the piece to which
 `base` assigns the coordinate: d tx[i0] / dx = -1, d tx[i0 + 1] / dx = +1, dropped outside as above.
+That is so in both modes, gradients and derivatives along a direction. "zeros" is continuous, so
+that differences of results are integrals of the latter; "truncate" jumps, which no derivative sees.
 
 **Numbers that are not finite.** A sampling point with an infinite or NaN coordinate contributes
-zero to its query, whatever its weight, and its offset and weight get zero gradients: it changes
-nothing for any other point. Finite coordinates of any size are handled: beyond the border they
-sample nothing. NaN or infinite `values`, other `weights` and gradients of the output are *not*
-screened; an implementation may spread them within their image and group, and no further.
+zero to its query, whatever its weight, and its offset and weight get zero gradients; how they move
+adds nothing to a derivative along a direction. It changes nothing for any other point. Finite
+coordinates of any size are handled: beyond the border they sample nothing. NaN or infinite
+`values`, other `weights` and gradients of the output are *not* screened; an implementation may
+spread them within their image and group, and no further.
 
 **Dtypes.** Coordinates and sums are float32 whatever the inputs are (float64 here if an input is),
 since in bfloat16 a coordinate of 31.4 has a step of 0.25. The result has the dtype of `values`,

@@ -34,7 +34,7 @@ WEIGHT_OF_CHANNEL = ((0x4410, 0x1044), (0x4432, 0x3244))
 
 
 class Layout(NamedTuple):
-    """Shared memory of each source: a slice of all tokens, and two tables of points a warp.
+    """Shared memory: a slice of all tokens, and for each warp two tables of points.
 
     A token's pieces follow one another; from a row of the image to the next there are an odd
     multiple of four pieces. So the pieces 0 and 2 of any four tokens around a point are in
@@ -44,7 +44,6 @@ class Layout(NamedTuple):
 
     image: Image
     num_warps: int
-    sources: int = 1  # arrays of which a block has a slice each
 
     @property
     def slices(self) -> int:
@@ -65,7 +64,7 @@ class Layout(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        return self.sources * (self.slice_bytes + self.num_warps * 2 * self.table_bytes)
+        return self.slice_bytes + self.num_warps * 2 * self.table_bytes
 
 
 def why_not(h: int, w: int, channels: int, num_points: int, dtype) -> str | None:
@@ -132,17 +131,14 @@ def tangent(
     w: int,
     boundary: str,
     num_warps: int,
-    together: bool,
-    rounded: bool,
     interpret: bool,
 ):
     """The tangent of `forward`'s result, where values and points move by d_values and d_points.
 
-    `together`: by one kernel, whose blocks have slices of both arrays; else by one kernel after the
-    other, where what the first gives is float32, or `rounded` to the values' dtype.
+    By one kernel after the other; what the first gives is float32, and the second adds to it.
     """
     image = image_of(values, points, h, w, boundary)
-    layout = Layout(image, num_warps, sources=2 if together else 1)
+    layout = Layout(image, num_warps)
     numbers = dict(row=layout.row, step=PIECES)
     tables, d_tables = point_tables.tables(
         values,
@@ -155,9 +151,7 @@ def tangent(
         tangent=d_points,
     )
     launch = functools.partial(_launch, "deformable_tangent_row_slices", layout)
-    if together:
-        return launch([d_tables, values, tables, d_values], values.dtype, interpret)
-    part = launch([d_tables, values], values.dtype if rounded else jnp.float32, interpret)
+    part = launch([d_tables, values], jnp.float32, interpret)
     return launch([tables, d_values, part], values.dtype, interpret)
 
 
@@ -178,11 +172,10 @@ def _launch(name: str, layout: Layout, inputs: list, dtype, interpret: bool) -> 
 
 
 def _kernel(warp: Warp, points: Points, shared, *refs, layout: Layout):
-    """Of tables and values of each source, maybe something to be added, and the output."""
+    """Of tables, values, maybe something to be added, and the output."""
     del points
-    image, sources = layout.image, range(layout.sources)
-    tables, values = refs[: 2 * layout.sources : 2], refs[1 : 2 * layout.sources : 2]
-    *addend, out = refs[2 * layout.sources :]
+    image = layout.image
+    tables, values, *addend, out = refs
     number = warp.block // layout.slices  # of a group of an image
     first_piece = (warp.block % layout.slices) * PIECES
     first_entry = number // image.groups * (image.tokens * image.groups) + number % image.groups
@@ -197,8 +190,7 @@ def _kernel(warp: Warp, points: Points, shared, *refs, layout: Layout):
     # pieces 1 of both. In a second load the two points are those of the queries after these.
     # The words of a piece are the left sides of products, as in `row_products.py`: words 0 and 1,
     # or 2 and 3, in rows i and i + 8. Of the right side a lane has column i: of query i // 2, one
-    # channel of a word. Of the products it gets the same words, of query j. With two sources, a
-    # product sums over the tokens of both.
+    # channel of a word. Of the products it gets the same words, of query j.
     i, j = warp.lane >> 2, warp.lane & 3
     is_middle = (i >> 2) == 1
     piece = warp.select(is_middle, warp.constant(1), (i & 1) * 2)
@@ -216,14 +208,12 @@ def _kernel(warp: Warp, points: Points, shared, *refs, layout: Layout):
     if image.channels % SLICE:
         gets = gets & (first_piece + piece < image.channels // PIECE)
 
-    def copy_tables(place, table):
+    def copy_table(place, table):
         first, pieces = (number * num_tables + table) * table_words, table_words // 4
-        for source in sources:
-            for start in range(0, pieces, LANES):
-                n = warp.lane + start
-                mask = None if start + LANES <= pieces else n < pieces
-                to = place + (n * PIECE_BYTES + source * layout.table_bytes)
-                warp.copy_to_shared(to, tables[source], first + n * 4, mask=mask)
+        for start in range(0, pieces, LANES):
+            n = warp.lane + start
+            mask = None if start + LANES <= pieces else n < pieces
+            warp.copy_to_shared(place + n * PIECE_BYTES, tables, first + n * 4, mask=mask)
 
     def four_queries(codes, weights, token):
         totals = [[[warp.constant(0.0)] * 4] * 2 for _ in range(2)]  # of a load, of two words
@@ -232,22 +222,14 @@ def _kernel(warp: Warp, points: Points, shared, *refs, layout: Layout):
             if not odd:
                 found = warp.load_shared_words(codes, 2, pair * point_tables.CODES * WORD)
                 offset = pair * point_tables.WEIGHTS * WORD
-                weight = [
-                    warp.load_shared_words(weights, 1, offset + n * layout.table_bytes)[0]
-                    for n in sources
-                ]
-            right = [warp.permute(x, weight_of_channel[odd]) for x in weight]
+                (weight,) = warp.load_shared_words(weights, 1, offset)
+            right = [warp.permute(weight, weight_of_channel[odd])]
             for load, word in enumerate(found):
                 code = word >> 16 if odd else word & 0xFFFF
                 address = code * PIECE_BYTES + own_piece
-                words = [
-                    warp.load_shared_words_where(reads, address + n * layout.slice_bytes, 4)
-                    for n in sources
-                ]
+                words = warp.load_shared_words_where(reads, address, 4)
                 totals[load] = [
-                    warp.add_product(
-                        total, [w for x in words for w in x[n : n + 2]], right, image.dtype
-                    )
+                    warp.add_product(total, words[n : n + 2], right, image.dtype)
                     for n, total in zip((0, 2), totals[load], strict=True)
                 ]
         numbers = [
@@ -267,7 +249,7 @@ def _kernel(warp: Warp, points: Points, shared, *refs, layout: Layout):
         table = n * warp.num_warps + warp.warp
         warp.wait_for_own_copies()
         following = table + warp.num_warps
-        warp.when(following < num_tables, lambda _: copy_tables(other, following))
+        warp.when(following < num_tables, lambda _: copy_table(other, following))
 
         def step(s, _):
             codes = place + own_codes + s * (AT_A_TIME * WORD)
@@ -277,15 +259,12 @@ def _kernel(warp: Warp, points: Points, shared, *refs, layout: Layout):
         warp.loop(EIGHT // AT_A_TIME, step)
         return other, place
 
-    own_bytes = layout.sources * layout.table_bytes
-    place = shared + layout.sources * layout.slice_bytes + warp.warp * (2 * own_bytes)
-    warp.when(warp.warp < num_tables, lambda _: copy_tables(place, warp.warp))
-    for source in sources:
-        start = shared + source * layout.slice_bytes
-        _copy_slice(warp, layout, start, values[source], channel, first_piece)
+    place = shared + layout.slice_bytes + warp.warp * (2 * layout.table_bytes)
+    warp.when(warp.warp < num_tables, lambda _: copy_table(place, warp.warp))
+    _copy_slice(warp, layout, shared, values, channel, first_piece)
     warp.wait_for_copies()
     count = (warp.warp * -1 + (num_tables - 1 + warp.num_warps)) // warp.num_warps
-    warp.loop(count, visit, (place, place + own_bytes))
+    warp.loop(count, visit, (place, place + layout.table_bytes))
 
 
 def _load(warp: Warp, ref, index) -> list:

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.deformable_conv import triton as backend
+from pallas_kernels.deformable_conv.grid import Grid
 from pallas_kernels.deformable_conv.interpolation import axis_weights, split_bfloat16
-from pallas_kernels.deformable_conv.tiles import Grid, Tile, channel_blocks
+from pallas_kernels.deformable_conv.tiles import Tile, channel_blocks, tile_of
 
 # A sample weighs tokens less than one before it, and less than this many after it.
 _AHEAD = {"zeros": 1.0, "truncate": 2.0}
@@ -49,13 +50,13 @@ def forward(
 
 
 def _forward_kernel(points, values, out, *, queries: Grid, tokens: Grid, boundary: str):
-    tile = queries.tile(backend.tile_number())
+    tile = tile_of(queries, backend.tile_number())
     blocks = channel_blocks(values.shape[-1])
     found = tile.all_points(points)
     zero = backend.opaque_zero(values.dtype)
 
     def add_tile(number, totals):
-        token_tile = tokens.tile(number)
+        token_tile = tile_of(tokens, number)
         matrix = backend.matrix_of_zeros(queries.tile_size, tokens.tile_size, zero)
         for x, y, weight in found:
             matrix = _add_point(matrix, x, y, weight, token_tile, boundary)
@@ -151,10 +152,10 @@ def _values_gradient_kernel(
     zero = backend.opaque_zero(jnp.bfloat16 if d_out.dtype == jnp.float32 else d_out.dtype)
     first_tile = backend.tile_number() * tiles_per_program
     numbers = [first_tile + i for i in range(tiles_per_program)]
-    token_tiles = [tokens.tile(number) for number in numbers]
+    token_tiles = [tile_of(tokens, number) for number in numbers]
 
     def add_tile(query_number, totals, connected):
-        tile = queries.tile(query_number)
+        tile = tile_of(queries, query_number)
         rows = [tile.read_channels(d_out, first, size) for first, size in blocks]
         num_points = points.weights.shape[-1]
         found = tile.all_points(points) if connected is None else None
@@ -198,11 +199,6 @@ def _values_gradient_kernel(
             token_tile.write_channels(d_values, first, totals[i * len(blocks) + j])
 
 
-def connections_shape(batch: int, groups: int, queries: Grid, tokens: Grid) -> tuple[int, ...]:
-    """Of what `values_gradient` finds beforehand."""
-    return batch, queries.tiles, groups, tokens.tiles
-
-
 def _connections(points, queries: Grid, tokens: Grid, boundary: str, interpret: bool) -> jax.Array:
     """[B, query tiles, G, token tiles] int32: bit k says whether point k connects the two tiles."""
     batch, _, groups, num_points = points.weights.shape
@@ -218,7 +214,7 @@ def _connections(points, queries: Grid, tokens: Grid, boundary: str, interpret: 
     )
     left, top = (first.astype(jnp.float32) for first in tokens.first(jnp.arange(tokens.tiles)))
     ahead = _AHEAD[boundary]
-    bits = jnp.zeros(connections_shape(batch, groups, queries, tokens), jnp.int32)
+    bits = jnp.zeros((batch, queries.tiles, groups, tokens.tiles), jnp.int32)
     for k in range(num_points):
         low_x, high_x, low_y, high_y = (reach[:, :, :, k, i, None] for i in range(4))
         over_x = (low_x < left + tokens.tile_w) & (high_x > left - ahead)
@@ -230,7 +226,7 @@ def _connections(points, queries: Grid, tokens: Grid, boundary: str, interpret: 
 def _reach_kernel(points, reach, *, queries: Grid):
     """reach[tile, k] = (least x, greatest x, least y, greatest y) of point k's coordinates."""
     number = backend.tile_number()
-    tile = queries.tile(number)
+    tile = tile_of(queries, number)
 
     def one_point(k, carry):
         x, y, _ = tile.point(points, k)

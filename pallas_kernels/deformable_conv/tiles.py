@@ -6,44 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.deformable_conv import triton as backend
-
-
-class Grid(NamedTuple):
-    """The tokens of an image, in tiles; tiles at the right and bottom border may hang over."""
-
-    h: int
-    w: int
-    tile_h: int  # a power of two
-    tile_w: int  # likewise
-
-    @property
-    def tiles_x(self) -> int:
-        return -(-self.w // self.tile_w)
-
-    @property
-    def tiles_y(self) -> int:
-        return -(-self.h // self.tile_h)
-
-    @property
-    def tiles(self) -> int:
-        return self.tiles_x * self.tiles_y
-
-    @property
-    def tile_size(self) -> int:
-        return self.tile_h * self.tile_w
-
-    def first(self, number):
-        """(x, y) of the first token of a tile, int32."""
-        x, y = _remainder(number, self.tiles_x), _quotient(number, self.tiles_x)
-        return x * self.tile_w, y * self.tile_h
-
-    def tile(self, number) -> "Tile":
-        first_x, first_y = self.first(number)
-        local = backend.iota(self.tile_size)
-        x = first_x + _remainder(local, self.tile_w)
-        y = first_y + _quotient(local, self.tile_w)
-        inside = (x < self.w) & (y < self.h)
-        return Tile(x, y, inside, jnp.where(inside, y * self.w + x, self.h * self.w))
+from pallas_kernels.deformable_conv.grid import Grid, quotient, remainder
 
 
 class Tile(NamedTuple):
@@ -101,6 +64,16 @@ class Tile(NamedTuple):
         backend.store(at, value.astype(ref.dtype), mask=mask)
 
 
+def tile_of(grid: Grid, number) -> Tile:
+    """The tokens of a tile, by its number."""
+    first_x, first_y = grid.first(number)
+    local = backend.iota(grid.tile_size)
+    x = first_x + remainder(local, grid.tile_w)
+    y = first_y + quotient(local, grid.tile_w)
+    inside = (x < grid.w) & (y < grid.h)
+    return Tile(x, y, inside, jnp.where(inside, y * grid.w + x, grid.h * grid.w))
+
+
 def _axes(k):
     return (slice(None), None) if jnp.ndim(k) else slice(None)
 
@@ -127,14 +100,3 @@ def channel_blocks(channels: int) -> list[tuple[int, int]]:
         blocks.append((first, size))
         first += size
     return blocks
-
-
-# For numbers that are not negative; jnp's own take care of signs.
-
-
-def _quotient(number, divisor: int):
-    return number if divisor == 1 else jax.lax.div(number, jnp.int32(divisor))
-
-
-def _remainder(number, divisor: int):
-    return jnp.zeros_like(number) if divisor == 1 else jax.lax.rem(number, jnp.int32(divisor))

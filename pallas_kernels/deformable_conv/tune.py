@@ -28,9 +28,9 @@ from pallas_kernels.deformable_conv import (
     tent,
 )
 from pallas_kernels.deformable_conv.api import VALUE_DTYPES, why_not_pallas
+from pallas_kernels.deformable_conv.grid import Grid
 from pallas_kernels.deformable_conv.named_shapes import NAMED_SHAPES, model_inputs
 from pallas_kernels.deformable_conv.points import flatten_points, flatten_tokens
-from pallas_kernels.deformable_conv.tiles import Grid
 from pallas_kernels.devices import is_hopper
 from pallas_kernels.timing import compile_calls, milliseconds
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.deformable_conv.named_shapes import model_inputs
 from pallas_kernels.deformable_conv.pallas import deformable_aggregate_pallas
+from pallas_kernels.deformable_conv.points import Multiscale
 from pallas_kernels.deformable_conv.reference import deformable_aggregate_reference
 from pallas_kernels.deformable_conv.xla import deformable_aggregate_xla
 from tests.pallas_kernels.aggregation import cast
@@ -45,13 +45,29 @@ def exactly(boundary, primals, tangents):
 
 
 def case(shape, form="multiscale", *, seed=1, dtype=jnp.float32, points_dtype=None):
-    """((values, points), their tangents, a cotangent)."""
-    values, points, cotangent = model_inputs(shape, seed=seed)
-    d_values, d_points, _ = model_inputs(shape, seed=seed + 1)
-    still = {name: jnp.zeros_like(getattr(points, name)) for name in points._fields[4:]}
-    d_points = d_points._replace(**still)
+    """((values, points), their tangents, a cotangent), drawn without a program for each shape."""
+    b, h, w, g, c, k = shape
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
+    values, d_values, cotangent = (normal(b, h, w, g, c) for _ in range(3))
+    points, d_points = (
+        Multiscale(
+            directions=0.3 * normal(b, h, w, g, k, 2),
+            scales=0.3 * normal(b, h, w, g, k),
+            weights=normal(b, h, w, g, k),
+            scale_prior=normal(g),
+            direction_prior=scale * np.clip(normal(k, 2), -1, 1),
+            max_scale=scale * np.full(2, 6, np.float32),
+        )
+        for scale in (1, 0)  # the last two are constants
+    )
     if form == "offsets":
-        points, d_points = jax.jvp(lambda x: x.to_offsets(), (points,), (d_points,))
+        points, d_points = _offsets(points, d_points)
     values, points, cotangent = cast(values, points, cotangent, dtype, points_dtype)
     d_values, d_points, _ = cast(d_values, d_points, cotangent, dtype, points_dtype)
-    return (values, points), (d_values, d_points), cotangent
+    return jax.tree.map(jnp.asarray, ((values, points), (d_values, d_points), cotangent))
+
+
+@jax.jit
+def _offsets(points, d_points):
+    return jax.jvp(lambda x: x.to_offsets(), (points,), (d_points,))

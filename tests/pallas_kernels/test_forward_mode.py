@@ -17,6 +17,7 @@ from pallas_kernels.deformable_conv.points import Multiscale
 from tests.comparison import relative_error
 from tests.pallas_kernels.aggregation import (
     lowered_for_an_h100,
+    mostly_slow,
     named_structs,
     replace_in_pallas,
 )
@@ -24,6 +25,7 @@ from tests.pallas_kernels.moving import QUICK, along, case, exactly, operator
 
 SMALL = (2, 5, 4, 2, 3, 4)
 IMPLEMENTATIONS = ("xla", "pallas")
+REFUSED = "no second derivatives.*stop_gradient"
 
 
 def check(implementation, shape, form, boundary, tolerance=5e-6, **options):
@@ -36,12 +38,15 @@ def check(implementation, shape, form, boundary, tolerance=5e-6, **options):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "shape, form, boundary",
-    [
-        (SMALL, "multiscale", "truncate"),
-        ((1, 9, 20, 1, 12, 3), "offsets", "zeros"),
-        pytest.param((1, 1, 7, 2, 4, 2), "offsets", "truncate", marks=pytest.mark.slow),
-        pytest.param((1, 3, 9, 1, 136, 2), "multiscale", "zeros", marks=pytest.mark.slow),
-    ],
+    mostly_slow(
+        [
+            (SMALL, "multiscale", "truncate"),
+            ((1, 9, 20, 1, 12, 3), "offsets", "zeros"),
+            ((1, 1, 7, 2, 4, 2), "offsets", "truncate"),
+            ((1, 3, 9, 1, 136, 2), "multiscale", "zeros"),  # channels in two parts
+        ],
+        quick=(0,),
+    ),
 )
 def test_matches_the_definition(implementation, shape, form, boundary):
     check(implementation, shape, form, boundary)
@@ -73,7 +78,7 @@ def test_half_precision(implementation, dtype, points_dtype):
     check(implementation, SMALL, "multiscale", "zeros", tolerance=1e-2, **options)
 
 
-@pytest.mark.parametrize("boundary", ["zeros", "truncate"])
+@pytest.mark.parametrize("boundary", ["truncate", pytest.param("zeros", marks=pytest.mark.slow)])
 def test_is_a_finite_difference_away_from_kinks(boundary):
     (values, points), tangents, _ = case(SMALL, "offsets")
     offsets = np.asarray(points.offsets)
@@ -98,7 +103,7 @@ def test_is_a_finite_difference_away_from_kinks(boundary):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_gradient_is_the_transpose(implementation):
-    """<J u, w> = <u, transposed J w>, and what jax.linearize and jax.vjp give is that."""
+    """<J u, w> = <u, transposed J w>, of what jax.linearize and jax.vjp give."""
     primals, tangents, cotangent = case(SMALL)
     function = operator(implementation, "zeros")
 
@@ -109,7 +114,6 @@ def test_the_gradient_is_the_transpose(implementation):
         return linear, back
 
     linear, back = both(primals, tangents, cotangent)
-    np.testing.assert_array_equal(linear, along(implementation, "zeros")(primals, tangents))
     dot = lambda x, y: sum(  # noqa: E731
         np.vdot(np.float64(a), np.float64(b))
         for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
@@ -141,32 +145,34 @@ def test_points_that_are_not_finite_add_nothing(implementation, boundary):
     np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.parametrize("implementation", ["xla", pytest.param("pallas", marks=pytest.mark.slow)])
-def test_mapped_axes(implementation):
-    """With a scale prior for each, and with one for all."""
-    primals, tangents, cotangent = case((1, 3, 4, 2, 3, 2))
+@pytest.mark.parametrize(
+    "implementation, prior",
+    mostly_slow([("xla", 0), ("xla", None), ("pallas", 0), ("pallas", None)], quick=(0,)),
+)
+def test_mapped_axes(implementation, prior):
+    """With a scale prior for each, or with one for all."""
+    arrays = case((1, 3, 4, 2, 3, 2))[:2]
     function = operator(implementation, "zeros")
 
-    def both(primals, tangents, cotangent):
-        linear = jax.jvp(function, primals, tangents)
-        return *linear, jax.vjp(function, *primals)[1](cotangent)[0]
+    def tangent_and_gradient(primals, tangents):
+        linear, transposed = jax.vjp(lambda x: jax.jvp(function, primals, x)[1], tangents)
+        return linear, transposed(linear)[0][0]
 
-    arrays = primals, tangents, cotangent
-    for prior in (None, 0):
-        axes = Multiscale(0, 0, 0, prior, None, None)
-        axes = (0, axes), (0, axes), 0
-        moved = [
-            jax.tree.map(lambda a, x, f=f: x if a is None else f * x, axes, arrays, is_leaf=is_none)
-            for f in (1, 2)
-        ]
-        stacked = jax.tree.map(
-            lambda a, x, y: x if a is None else jnp.stack([x, y]), axes, *moved, is_leaf=is_none
-        )
-        mapped = jax.jit(jax.vmap(both, in_axes=axes), compiler_options=QUICK)(*stacked)
-        one_by_one = [jax.jit(both, compiler_options=QUICK)(*x) for x in moved]
-        for n, alone in enumerate(one_by_one):
-            for a, b in zip(mapped, alone, strict=True):
-                assert relative_error(a[n], b) < 1e-6
+    axes = Multiscale(0, 0, 0, prior, None, None)
+    axes = (0, axes), (0, axes)
+    moved = [
+        jax.tree.map(lambda a, x, f=f: x if a is None else f * x, axes, arrays, is_leaf=is_none)
+        for f in (1, 2)
+    ]
+    stacked = jax.tree.map(
+        lambda a, x, y: x if a is None else jnp.stack([x, y]), axes, *moved, is_leaf=is_none
+    )
+    mapped = jax.vmap(tangent_and_gradient, in_axes=axes)
+    mapped = jax.jit(mapped, compiler_options=QUICK)(*stacked)
+    alone = jax.jit(tangent_and_gradient, compiler_options=QUICK)
+    for n, inputs in enumerate(moved):
+        for a, b in zip(mapped, alone(*inputs), strict=True):
+            assert relative_error(a[n], b) < 1e-6
 
 
 def is_none(x):
@@ -219,36 +225,52 @@ def assert_same(actual, expected, tolerance):
         assert relative_error(a, b) < tolerance
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_gradient_of_a_loss_that_holds_a_tangent(implementation):
-    arguments = loss_arguments()
-    expected = loss_gradients("reference", jax.checkpoint)(*arguments)
-    actual = loss_gradients(implementation, jax.checkpoint)(*arguments)
-    assert_same(actual, expected, 5e-6)
+@pytest.mark.slow  # tests/models has a whole network's, of plain JAX
+def test_gradient_of_a_loss_that_holds_a_tangent():
+    """Of a scan over layers with checkpoints."""
+    plain, kernels = (loss_gradients(x, jax.checkpoint)(*loss_arguments()) for x in IMPLEMENTATIONS)
+    assert_same(plain, kernels, 5e-6)
 
 
 @pytest.mark.slow
 def test_gradient_of_such_a_loss_without_checkpoints_and_without_jit():
     arguments = loss_arguments()
-    expected = loss_gradients("xla", jax.checkpoint)(*arguments)
+    expected = loss_gradients("reference", jax.checkpoint)(*arguments)
     assert_same(loss_gradients("xla", lambda f: f)(*arguments), expected, 5e-6)
     function = functools.partial(loss, operator("xla", "zeros"), lambda f: f)
     assert_same(jax.value_and_grad(function)(*arguments), expected, 5e-6)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_sharded_batch_is_not_gathered(implementation):
+def over_devices(arrays):
+    """With their batch split over eight devices."""
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    params, *arrays = loss_arguments()
-    function = loss_gradients(implementation, jax.checkpoint)
-    compiled = function.lower(params, *jax.device_put(arrays, rows)).compile()
+    rows, whole = (NamedSharding(mesh, PartitionSpec(x)) for x in (("data", "fsdp"), None))
+    return jax.tree.map(lambda x: jax.device_put(x, rows if len(x) == 8 else whole), arrays)
+
+
+def run_sharded(function, *arrays):
+    """function(*arrays), in which no device gets what another one has."""
+    compiled = function.lower(*arrays).compile()
     text = compiled.as_text()
     assert "num_partitions=8" in text
     for collective in ("all-gather", "all-to-all", "collective-permute"):
         assert collective not in text
-    actual = compiled(params, *jax.device_put(arrays, rows))
-    assert_same(actual, function(params, *arrays), 1e-5)
+    return compiled(*arrays)
+
+
+def test_a_sharded_batch_is_not_gathered():
+    """By the kernels; tests/models has plain JAX."""
+    primals, tangents, _ = case((8, 3, 4, 2, 3, 2))
+    function = along("pallas", "zeros")
+    actual = run_sharded(function, *over_devices((primals, tangents)))
+    assert_same(actual, function(primals, tangents), 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_sharded_batch_of_such_a_loss_is_not_gathered(implementation):
+    arrays, function = loss_arguments(), loss_gradients(implementation, jax.checkpoint)
+    assert_same(run_sharded(function, *over_devices(arrays)), function(*arrays), 1e-5)
 
 
 @pytest.mark.slow
@@ -316,7 +338,7 @@ def test_every_named_shape_lowers_for_cuda(name, dtype, hopper, monkeypatch):
     assert "deformable_tangent" in text
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("pallas", marks=pytest.mark.slow)])
 def test_second_derivatives_are_refused(implementation):
     (values, points), (d_values, d_points), _ = case(SMALL)
     function = operator(implementation, "zeros")
@@ -326,29 +348,35 @@ def test_second_derivatives_are_refused(implementation):
 
     for wrong in (
         lambda: jax.jit(jax.grad(lambda points: jnp.sum(tangent(points))))(points),
-        lambda: jax.jvp(tangent, (points,), (d_points,)),
-        lambda: jax.jit(lambda: jax.jvp(tangent, (points,), (d_points,)))(),
-        lambda: jax.jit(jax.hessian(lambda v: jnp.sum(function(v, points))))(values),
-        lambda: loss_gradients_without_stop(implementation),
+        lambda: jax.jit(lambda points: jax.jvp(tangent, (points,), (d_points,)))(points),
     ):
-        with pytest.raises(NotImplementedError, match="no second derivatives.*stop_gradient"):
+        with pytest.raises(NotImplementedError, match=REFUSED):
             wrong()
 
 
-def loss_gradients_without_stop(implementation):
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_loss_whose_gradient_does_not_stop_is_refused(implementation):
     function = functools.partial(loss, operator(implementation, "zeros"), jax.checkpoint)
-    jax.jit(jax.grad(functools.partial(function, stop=lambda x: x)))(*loss_arguments())
+    gradient = jax.grad(functools.partial(function, stop=lambda x: x))
+    with pytest.raises(NotImplementedError, match=REFUSED):
+        jax.jit(gradient)(*loss_arguments())
 
 
 def test_the_way_in():
     """All inputs of both public functions move."""
     (values, points), (d_values, d_points), _ = case(SMALL)
+
+    def tangent(function, primals, tangents):
+        run = lambda *arrays: jax.jvp(function, *arrays)[1]  # noqa: E731
+        return jax.jit(run, compiler_options=QUICK)(primals, tangents)
+
     options = dict(direction_prior=points.direction_prior, max_scale=points.max_scale)
     function = functools.partial(multiscale_deformable_aggregate, **options, boundary="truncate")
-    found = jax.jvp(function, (values, *points[:4]), (d_values, *d_points[:4]))[1]
+    found = tangent(function, (values, *points[:4]), (d_values, *d_points[:4]))
     expected = along("xla", "truncate")((values, points), (d_values, d_points))
     assert relative_error(found, expected) < 1e-6
     offsets, d_offsets = jax.jvp(lambda x: x.to_offsets(), (points,), (d_points,))
     function = functools.partial(deformable_aggregate, boundary="truncate")
-    found = jax.jvp(function, (values, *offsets), (d_values, *d_offsets))[1]
+    found = tangent(function, (values, *offsets), (d_values, *d_offsets))
     assert relative_error(found, expected) < 1e-6
