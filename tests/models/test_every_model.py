@@ -27,7 +27,7 @@ def shrunk(name, **overrides):
 
 
 # One name for each that is not another one's model once shrunk, as sit_l2 is sit_s2's. FlowDCN
-# itself is trained and sampled by the tests of runs, and those of a second time by
+# itself is trained and sampled by the tests of runs, and models of a second time are by
 # tests/test_benchmarks.py and tests/sampling/test_mean_flow.py.
 FLOWDCN = shrunk("s2").to_dict()
 DISTINCT = {
