@@ -41,10 +41,8 @@ class ToyNetwork(nnx.Module):
         self.blocks = nnx.List(ToyBlock(width, **shared) for _ in range(options.depth))
         self.final = layers.Linear(width, features, **shared)
 
-    def __call__(self, x, t, y, *, r=None):
+    def __call__(self, x, t, y):
         condition = self.class_embedder(y) + t[:, None]
-        if r is not None:
-            condition -= (r - t)[:, None]
         x = nnx.silu(self.stem(layers.patchify(x, self.patch_size)) + condition[:, None, None])
         for block in self.blocks:
             x = block(x)

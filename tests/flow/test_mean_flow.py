@@ -7,6 +7,7 @@ import pytest
 
 from flowdcn_jax.config_flow import MeanFlow
 from flowdcn_jax.flow import loss, mean_flow
+from flowdcn_jax.options import options_of
 from tests.comparison import relative_error
 
 ROWS, SHAPE, CLASSES = 4, (4, 2, 2, 1), 3
@@ -181,6 +182,56 @@ def test_both_times_are_logit_normal():
     assert 0 < (clipped.t == clipped.r).mean() < 0.1
     uniform = jax.device_get(draws(equal_share=0.0, time_distribution="uniform"))
     assert abs(uniform.t.mean() - 1 / 3) < 0.02 and abs(uniform.r.mean() - 2 / 3) < 0.02
+
+
+# Key -> (another value, what of the draws it changes; none: it is of the loss, keys beside it).
+GUIDED = {"guidance_kappa": 0.5}
+KEYS = {
+    "equal_share": (0.5, {"r"}, {}),
+    "time_distribution": ("uniform", {"t", "r"}, {}),
+    "t_mean": (-1.0, {"t", "r"}, {}),
+    "t_std": (2.0, {"t", "r"}, {}),
+    "r_mean": (2.0, {"t", "r"}, {}),
+    "r_std": (0.5, {"t", "r"}, {}),
+    "r_below_t": ("clip", {"t", "r"}, {}),
+    "tangent": ("network", set(), {}),
+    "weight_power": (0.5, set(), {}),
+    "weight_offset": (10.0, set(), {}),
+    "guidance_omega": (2.0, {"drop_label"}, {}),
+    "guidance_kappa": (0.5, {"drop_label"}, {}),
+    "guidance_begin": (0.6, set(), GUIDED),
+    "guidance_end": (0.6, set(), GUIDED),
+}
+
+
+def test_every_key_is_here():
+    assert KEYS.keys() | {"derivative_dtype"} == options_of(MeanFlow).keys()
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_changes_what_it_should(key):
+    value, expected, beside = KEYS[key]
+    before, after = draws(**beside), draws(**beside | {key: value})
+    changed = {
+        name
+        for name in before._fields
+        if not np.array_equal(getattr(before, name), getattr(after, name))
+    }
+    assert changed == expected
+    if key[0] in "tr" and key != "tangent" or key == "equal_share":
+        return
+    params, *inputs = problem(jnp.float32)
+    fixed = dict(network=network, derivative_network=network, null_class=CLASSES)
+
+    def loss_of(options):
+        return mean_flow.mean_flow_loss(params, *inputs, options=options, **fixed)
+
+    keys = {"equal_share": 0.5} | beside | ({} if "weight" in key else {"weight_power": 0.0})
+    (loss_before, more), (loss_after, more_after) = jax.jit(
+        lambda: [loss_of(options(**each)) for each in (keys, keys | {key: value})]
+    )()
+    assert relative_error(loss_after, loss_before) > 1e-3
+    np.testing.assert_array_equal(more["velocity_loss"], more_after["velocity_loss"])
 
 
 def test_noise_and_dropped_labels_are_those_of_flow_matching_unless_it_guides():

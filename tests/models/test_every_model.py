@@ -27,12 +27,14 @@ def shrunk(name, **overrides):
 
 
 # One name for each that is not another one's model once shrunk, as sit_l2 is sit_s2's. FlowDCN
-# itself is trained and sampled by the tests of runs.
+# itself is trained and sampled by the tests of runs, and those of a second time by
+# tests/test_benchmarks.py and tests/sampling/test_mean_flow.py.
 FLOWDCN = shrunk("s2").to_dict()
 DISTINCT = {
     model.to_json(sort_keys=True): name
     for name in reversed(config_names())
     if (model := shrunk(name, patch_size=2, remat=False)).to_dict() != FLOWDCN
+    and not model.second_time
 }.values()
 
 
@@ -54,7 +56,6 @@ def test_it_trains_and_samples(name, quick_programs):
     """One step changes every parameter, and the new ones draw images."""
     config = tiny.config(optimizer__warmup_steps=0)
     config.model = shrunk(name)
-    config.flow.objective = "mean_flow" if config.model.second_time else "velocity"
     mesh = make_mesh(1, 1, jax.devices()[:1])
     rng = np.random.default_rng(0)
     state = jax.tree.map(

@@ -10,7 +10,9 @@ import pytest
 
 from flowdcn_jax import data
 from flowdcn_jax.config import default_config, flatten, model_config
+from flowdcn_jax.config_flow import MeanFlow
 from flowdcn_jax.models import MODELS, abstract_model, apply_model, init_params, random_params
+from flowdcn_jax.options import options_of
 from flowdcn_jax.runs.sharding import make_mesh
 from flowdcn_jax.runs.state import abstract_state, initial_state
 from flowdcn_jax.sampling import Settings, fill_settings
@@ -22,45 +24,11 @@ pytestmark = pytest.mark.usefixtures("quick_compilation", "toys")
 
 AFTER = {"later losses", "parameters", "ema"}  # what a step decides
 
-# What keys of MeanFlow need beside them, most of its rows with r > t.
-MEAN_FLOW = {
-    "model.second_time": True,
-    "flow.objective": "mean_flow",
-    "flow.mean_flow.equal_share": 0.25,
-    "sampling.guidance": 1.0,
-}
-GUIDED = MEAN_FLOW | {"flow.mean_flow.guidance_kappa": 0.5}
-
 # Key -> (a value other than the base's, keys that it needs beside it, what of `observe` changes).
 STEP_KEYS = {
     "seed": (1, {}, {"initial values", "batches", "first loss"} | AFTER),
     "flow.time_distribution": ("logit_normal", {}, {"first loss"} | AFTER),
     "flow.label_dropout": (0.5, {}, {"first loss"} | AFTER),
-    "flow.objective": (
-        "mean_flow",
-        {"model.second_time": True},
-        {"first loss", "metrics"} | AFTER,
-    ),
-    **{
-        f"flow.mean_flow.{key}": (value, beside, {"first loss"} | AFTER)
-        for key, value, beside in (
-            ("tangent", "network", MEAN_FLOW),
-            ("equal_share", 0.5, MEAN_FLOW),
-            ("time_distribution", "uniform", MEAN_FLOW),
-            ("t_mean", -1.0, MEAN_FLOW),
-            ("t_std", 2.0, MEAN_FLOW),
-            ("r_mean", 2.0, MEAN_FLOW),
-            ("r_std", 0.5, MEAN_FLOW),
-            ("r_below_t", "clip", MEAN_FLOW),
-            ("weight_power", 0.5, MEAN_FLOW),
-            ("weight_offset", 10.0, MEAN_FLOW),
-            ("guidance_omega", 2.0, MEAN_FLOW),
-            ("guidance_kappa", 0.5, MEAN_FLOW),
-            ("guidance_begin", 0.6, GUIDED),
-            ("guidance_end", 0.6, GUIDED),
-        )
-    },
-    "flow.mean_flow.derivative_dtype": ("bfloat16", MEAN_FLOW, AFTER),  # the first loss: 1e-5
     "optimizer.name": ("muon", {}, AFTER),
     "optimizer.learning_rate": (1e-3, {}, {"learning rates"} | AFTER),
     "optimizer.warmup_steps": (2, {}, {"learning rates"} | AFTER),
@@ -135,7 +103,7 @@ MODEL_KEYS = {
     ("sit", "num_heads"): (4, "function"),
     ("sit", "norm"): ("rms_norm", "parameters"),
     ("sit", "mlp"): ("swiglu", "parameters"),
-    ("sit", "attention"): ("xla", "nothing on a CPU"),  # on a GPU: tests/models/test_sit.py
+    ("sit", "attention"): ("xla", "nothing on a CPU"),  # on a GPU: tests/models/test_second_time.py
 }
 
 # Keys that need files, or what draws: the tests that change them.
@@ -149,6 +117,13 @@ ELSEWHERE = {
     "autoencoder.weights": "tests/autoencoders/test_runs.py",
     "autoencoder.downsampling": "tests/autoencoders/test_runs.py",
     "autoencoder.dtype": "tests/autoencoders/test_loading.py",
+    "flow.objective": "tests/training/test_mean_flow.py",
+    **{
+        f"flow.mean_flow.{name}": "tests/flow/test_mean_flow.py"
+        for name in options_of(MeanFlow)
+        if name != "derivative_dtype"
+    },
+    "flow.mean_flow.derivative_dtype": "tests/models/test_second_time.py",
     "log.wandb_project": "tests/training/test_run.py",
     "evaluate.every_steps": "tests/evaluation/test_drawing.py",
     "evaluate.num_images": "tests/evaluation/test_drawing.py",
@@ -225,7 +200,6 @@ def observe(*overrides) -> dict:
             metrics.append(jax.device_get(row))
     losses = [(float(row["loss"]), float(row["grad_norm"])) for row in metrics]
     return seen | {
-        "metrics": "".join(sorted(metrics[0])),
         "mesh": dict(make_mesh(config.mesh.data, config.mesh.fsdp, jax.devices()[:8]).shape),
         "learning rates": [float(row["learning_rate"]) for row in metrics],
         "first loss": losses[0],
