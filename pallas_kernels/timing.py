@@ -20,15 +20,17 @@ def compile_calls(function: Callable, chained: jax.Array, *args) -> Callable:
     """
     once = jax.jit(function)  # so that it is traced and lowered once
 
-    def many(chained, *args):
+    def many(chained, args_of_calls):
         others = []
-        for _ in range(CALLS):
+        for args in args_of_calls:
             out = once(chained, *args)
             chained, *rest = out if isinstance(out, tuple) else (out,)
             others.append(rest)
         return chained, others
 
-    return jax.jit(many).lower(chained, *args).compile()
+    # Arguments of their own for each call, or XLA does once for all what depends on these alone.
+    program = jax.jit(many).lower(chained, (args,) * CALLS).compile()
+    return lambda chained, *args: program(chained, (args,) * CALLS)
 
 
 def milliseconds(calls: Callable, *args, runs: int = 9) -> float:

@@ -13,11 +13,29 @@ from benchmarks.random_autoencoder import random_kl
 from benchmarks.steps import training_step
 from flowdcn_jax.autoencoders import kl
 from flowdcn_jax.runs.sharding import make_mesh
+from pallas_kernels.timing import CALLS, compile_calls
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 WEIGHTS = 26_608  # of a SiT with a block of 16 channels and 1000 classes
+
+
+def test_a_timed_program_does_all_of_each_call():
+    """What does not depend on the call before, too."""
+    ran = []
+
+    def count(x):
+        ran.append(x)
+        return x
+
+    def function(chained, x):
+        return chained + jax.pure_callback(count, x, x)
+
+    ones = jnp.ones(4)
+    out, _ = compile_calls(function, ones, ones)(ones, ones)
+    np.testing.assert_array_equal(out, np.full(4, 1 + CALLS))
+    assert len(ran) == CALLS
 
 
 def test_the_reader_benchmark_writes_its_table(tmp_path):

@@ -363,6 +363,20 @@ def test_a_loss_whose_gradient_does_not_stop_is_refused(implementation):
         jax.jit(gradient)(*loss_arguments())
 
 
+def test_what_kernels_cannot_index_is_plain_jax(monkeypatch):
+    replace_in_pallas(monkeypatch, why_not_forward=lambda *_: "they are large")
+    primals, tangents, _ = case(SMALL)
+
+    def tangent(or_xla):
+        function = lambda *args: deformable_aggregate_pallas(*args, "truncate", True, or_xla)  # noqa: E731
+        run = lambda *arrays: jax.jvp(function, *arrays)[1]  # noqa: E731
+        return jax.jit(run, compiler_options=QUICK)(primals, tangents)
+
+    assert relative_error(tangent(True), along("xla", "truncate")(primals, tangents)) < 1e-6
+    with pytest.raises(ValueError, match="they are large"):
+        tangent(False)
+
+
 def test_the_way_in():
     """All inputs of both public functions move."""
     (values, points), (d_values, d_points), _ = case(SMALL)
