@@ -82,7 +82,7 @@ def test_a_run_goes_on(tmp_path):
     assert_trained(workdir, NUMBERS["run"])
 
 
-@pytest.mark.parametrize("record", [(), ("older_record",)])
+@pytest.mark.parametrize("record", [(), pytest.param(("older_record",), marks=pytest.mark.slow)])
 def test_a_run_on_latents_goes_on(tmp_path, record):
     for name in ("latents", "latents_run", *record):
         unpack(name, tmp_path)

@@ -48,6 +48,7 @@ def test_the_readme_and_the_sampling_tutorial_in_python(folder, one_device, monk
     assert jnp.isfinite(space["trajectory"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_the_operators_tutorial():
     space = run_python(tiny.REPOSITORY / "docs" / "tutorials" / "operator.md", {})

@@ -220,7 +220,12 @@ def test_a_fixed_prior_is_the_one_that_a_learned_one_starts_from(scale_prior):
 
 
 @pytest.mark.parametrize(
-    "patch_size, channels, size", [(1, 1, (3, 5)), (2, 3, (6, 4)), (4, 7, (8, 12))]
+    "patch_size, channels, size",
+    [
+        (1, 1, (3, 5)),
+        pytest.param(2, 3, (6, 4), marks=pytest.mark.slow),
+        pytest.param(4, 7, (8, 12), marks=pytest.mark.slow),
+    ],
 )
 def test_any_size_patch_and_channels(patch_size, channels, size):
     config = small_config(patch_size=patch_size, in_channels=channels, learn_sigma=False)

@@ -52,7 +52,8 @@ def test_is_a_finite_difference():
     assert relative_error(actual, difference) < 2e-3  # of which float32 is the cause
 
 
-@pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [False, True])
 def test_gradient_of_a_loss_that_holds_a_tangent(remat, monkeypatch):
     """On eight devices, and as by automatic differentiation of the definition."""
     apply, params, x, t, y = network(model__remat=remat)

@@ -33,7 +33,7 @@ def test_of_the_papers_models_only_l_is_widened():
         hidden = layers.SwiGLU.hidden_width(model.width)
         if "sit" not in name and "dit" not in name and layers.hidden_padding(hidden, jnp.bfloat16):
             widened.add(name)
-    assert widened == {"l2", "digits", "digits_mean_flow"}
+    assert widened == {"l2", "cifar10_tiny", "digits", "digits_mean_flow"}
     assert layers.hidden_padding(2730, jnp.bfloat16) == 2752 - 2730
     assert layers.hidden_padding(2730, jnp.float32) == 0
 

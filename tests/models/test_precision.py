@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SMALL = dict(width=16, depth=1, in_channels=1, num_classes=10, dtype="bfloat16")
 PARTS = {"flowdcn": dict(num_groups=2), "flowcnn": dict(num_groups=2), "sit": dict(num_heads=2)}
+MOSTLY = [x if x != "flowcnn" else pytest.param(x, marks=pytest.mark.slow) for x in PARTS]
 
 
 def config(name, **overrides):
@@ -36,7 +37,7 @@ def traced(config, mesh):
     return make_train_step(config, mesh).trace(abstract_state(config, mesh), batch)
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", MOSTLY)
 def test_devices_add_gradients_up_in_float32(name):
     text = traced(config(name), make_mesh(8, 1)).lower().compile().as_text()
     reduces = [line for line in text.splitlines() if re.search(r" all-reduce(-start)?\(", line)]
@@ -82,7 +83,7 @@ def test_eight_devices_give_the_gradients_of_one():
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", MOSTLY)
 def test_the_condition_and_the_last_linear_are_float32(name):
     narrow, exact = (config(name, dtype=dtype).model for dtype in ("bfloat16", "float32"))
     params = models.random_params(models.abstract_model(exact)[1])

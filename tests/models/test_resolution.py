@@ -57,7 +57,9 @@ def network(golden):
 
 
 # This network moves by 0.1 in one evaluation if its input does by 1e-7: see tests.ensemble.
-@pytest.mark.parametrize("shape", ["square", "tall", "wide"])
+@pytest.mark.parametrize(
+    "shape", ["tall", *(pytest.param(x, marks=pytest.mark.slow) for x in ("square", "wide"))]
+)
 def test_official_adjusted_sampler(golden, network, shape):
     x = jnp.asarray(ensemble.perturbed(official.nhwc(golden[f"smax/{shape}/x_init"]), MEMBERS))
     y = np.tile([3, 7], MEMBERS).astype(np.int32)

@@ -25,6 +25,7 @@ def newcomer(server, tmp_path, monkeypatch):
     return lambda *command: forked.run([*TINY, *command])
 
 
+@pytest.mark.slow
 def test_one_command_from_nothing_to_a_labelled_grid_then_without_a_network(
     newcomer, server, tmp_path, capsys
 ):

@@ -61,7 +61,8 @@ def assert_close(found, expected, tolerance):
     [
         ((2, 5, 5, 72), RMS, True),  # a piece that hangs over, and rows past the last token
         pytest.param((1, 8, 8, 384), LAYER, False, marks=pytest.mark.slow),
-        ((1, 9, 8, 1152), LAYER, True),  # four warps, two pieces, a second program with few tokens
+        # Four warps, two pieces, a second program with few tokens.
+        pytest.param((1, 9, 8, 1152), LAYER, True, marks=pytest.mark.slow),
         pytest.param((2, 1, 3, 200), LAYER, True, marks=pytest.mark.slow),
         ((2, 1, 1, 72), RMS, True),  # one token: its parts of sums are all of them
     ],

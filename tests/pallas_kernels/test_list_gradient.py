@@ -47,7 +47,7 @@ def check(values, points, d_out, boundary):
     assert relative_error(values_gradient(points, d_out, boundary=boundary), d_values) < tolerance
 
 
-@pytest.mark.parametrize("shape, form, boundary, dtype", mostly_slow(SHAPES, quick=(4, 5, 7)))
+@pytest.mark.parametrize("shape, form, boundary, dtype", mostly_slow(SHAPES, quick=(4, 7)))
 def test_matches_the_definition(shape, form, boundary, dtype):
     check(*inputs(shape, form, dtype, jnp.float32), boundary)
 

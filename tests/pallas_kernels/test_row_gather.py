@@ -61,7 +61,7 @@ def check(values, points, d_out, boundary):
         assert relative_error(a, b) < 1e-5
 
 
-@pytest.mark.parametrize("shape, form, boundary, dtype", mostly_slow(SHAPES, quick=(0, 1, 3)))
+@pytest.mark.parametrize("shape, form, boundary, dtype", mostly_slow(SHAPES, quick=(0, 3)))
 def test_matches_the_definition(shape, form, boundary, dtype):
     check(*inputs(shape, form, dtype, jnp.float32), boundary)
 

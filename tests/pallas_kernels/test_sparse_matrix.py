@@ -69,7 +69,7 @@ def check(values, points, d_out, tolerance, **options):
         assert relative_error(a, b) < 1e-5
 
 
-@pytest.mark.parametrize("shape, form, boundary, window", mostly_slow(SHAPES, quick=(0, 1, 2)))
+@pytest.mark.parametrize("shape, form, boundary, window", mostly_slow(SHAPES, quick=(0, 1)))
 def test_matches_the_definition(shape, form, boundary, window):
     """The matrix is rounded to 16 bits. In the gradients of float32 points nothing is."""
     values, points, d_out = inputs(shape, form, jnp.bfloat16, jnp.float32)

@@ -100,6 +100,7 @@ def test_every_entry_is_tested(run):
 TWO_STEPS = {"1.0": 1e-4, "1.375": 5e-4, "4.0": 5e-4, "4.0_3ch": 5e-4}  # guidance -> tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance, tolerance", TWO_STEPS.items())
 def test_two_steps_match_to_the_digits_that_there_are(run, guidance, tolerance):
     """The nearest of eight runs, from noise that differs by 1e-7, less than float32's rounding.

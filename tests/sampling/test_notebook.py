@@ -16,6 +16,7 @@ def cells():
     return ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
 
 
+@pytest.mark.slow
 def test_the_cells_run(cells, workdir, one_device, monkeypatch, capsys):
     monkeypatch.chdir(tiny.REPOSITORY / "docs")
     space = {"one_device": one_device}  # compiles faster than eight

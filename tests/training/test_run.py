@@ -257,6 +257,7 @@ def test_a_dry_run_checks_and_compiles_and_writes_nothing(tmp_path, capsys):
     assert tiny.files(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_a_trace_is_of_as_many_steps_as_asked_for(tmp_path, capsys):
     tiny.train(tiny.config(), tmp_path, profile_steps=2)
     assert f"wrote a trace of 2 steps to {tmp_path / 'profile'}" in "".join(capsys.readouterr())

@@ -73,7 +73,9 @@ def single():
     return run(tiny.config(**WIDE), one_device())
 
 
-@pytest.mark.parametrize("sizes", [(8, 1), (4, 2), (1, 8)])
+@pytest.mark.parametrize(
+    "sizes", [(4, 2), *(pytest.param(x, marks=pytest.mark.slow) for x in ((8, 1), (1, 8)))]
+)
 def test_eight_devices_match_one(single, sizes):
     mesh = make_mesh(*sizes, jax.devices()[:8])
     state, losses, norms = run(tiny.config(**WIDE), mesh)
