@@ -51,7 +51,14 @@ def quick_programs(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("name", sorted(DISTINCT))
+# An ablation of one part is like the one of two.
+SLOW = {"s2_fixed_prior", "s2_gelu", "s2_layer_norm", "s2_single_scale"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in sorted(DISTINCT)],
+)
 def test_it_trains_and_samples(name, quick_programs):
     """One step changes every parameter, and the new ones draw images."""
     config = tiny.config(optimizer__warmup_steps=0)

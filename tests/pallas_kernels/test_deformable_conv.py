@@ -15,6 +15,8 @@ from pallas_kernels.deformable_conv.reference import deformable_aggregate_refere
 from tests.comparison import relative_error
 from tests.pallas_kernels.aggregation import check_released, output_and_gradients
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BOUNDARIES = ("zeros", "truncate")
 BASES = {"zeros": np.floor, "truncate": np.trunc}
 NAMES = ("values", "offsets", "weights")

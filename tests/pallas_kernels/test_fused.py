@@ -20,6 +20,8 @@ from pallas_kernels.fused import (
 )
 from tests.pallas_kernels.aggregation import lowered_for_cuda
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RMS, LAYER = Norm(centred=False, epsilon=1e-6), Norm(centred=True, epsilon=1e-6)
 
 

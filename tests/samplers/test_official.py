@@ -154,7 +154,9 @@ def alternatives():
     groups = [[e for e in EULER if f"steps{steps}/" in e] for steps in (2, 3, 4, 5, 8, 10)]
     groups += [SDE, ADAMS, [LAST, "euler_ode/steps10/cfg4.0"]]
     groups += [[*HEUN, "neural_solver/steps8/cfg1.375", "euler_ode/steps8/cfg1.375"]]
-    return [(entry, [e for e in group if e != entry]) for group in groups for entry in group]
+    cases = [(entry, [e for e in group if e != entry]) for group in groups for entry in group]
+    quick = {*EULER[:4], *EULER[-4:], LAST, *SDE, *HEUN, *ADAMS, *NEURAL}  # of 2 and 10 steps
+    return [x if x[0] in quick else pytest.param(*x, marks=pytest.mark.slow) for x in cases]
 
 
 @pytest.mark.parametrize("entry, others", alternatives())
