@@ -68,7 +68,10 @@ _LOST = re.compile(
 _NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|CUDA_ERROR_OUT_OF_MEMORY")
 
 # What threads of libraries print once their work has failed and the loops that ran it are gone.
-_AFTERMATH = re.compile(r"Event loop is closed|handle is closed|cannot schedule new futures")
+_AFTERMATH = re.compile(
+    r"Event loop is closed|handle is closed|cannot schedule new futures"
+    r"|^Encountered error while reading array index"  # Orbax's, of a part that is then read again
+)
 
 # What readers raise at content that is not what was written.
 _CONTENT = (

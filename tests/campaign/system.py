@@ -112,7 +112,7 @@ def _check(workdir: Path, status: int, output: str) -> None:
     assert status in STATUSES, f"status {status}: {output[-1500:]}"
     assert "Traceback" not in output, output[-3000:]
     assert "damaged" not in output, output[-1500:]
-    errors = [line for line in output.splitlines() if "error: " in line]
+    errors = [line for line in output.splitlines() if line.strip().startswith("error: ")]
     assert len(errors) == (status != 0), f"{len(errors)} lines: {output[-1500:]}"
     assert last_step(workdir) >= 6, f"step 6 was lost; there is {last_step(workdir)}"
 

@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import pytest
 
@@ -217,3 +219,18 @@ def test_where_one_process_ends_all_end_and_say_why(how, statuses, lines, saved,
         if line:
             assert re.search(line, errors[0]), output
     assert tiny.steps(saved) == [1, 2] and not (saved / "damaged_checkpoints").exists()
+
+
+def test_what_a_retry_mends_is_not_printed_by_threads_of_libraries(monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    faults.hush()
+    mended = (
+        OSError(errno.EMFILE, "too many"),
+        Exception("Encountered error while reading array index: 1"),
+    )
+    for error in (*mended, ValueError("a bug")):
+        for hook in (sys.unraisablehook, threading.excepthook):
+            hook(types.SimpleNamespace(exc_value=error))
+    assert [str(each.exc_value) for each in printed] == ["a bug"] * 2
