@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from benchmarks.random_latents import write_random_latents
+from benchmarks.study.schedule import gpus
 from flowdcn_jax import command, config_flag
 from flowdcn_jax.command import file_to_write, write_json
 from flowdcn_jax.environment import describe_machine
@@ -73,8 +74,7 @@ class Shape(NamedTuple):
 
 def main() -> None:
     out, config = file_to_write(_OUT), _CONFIG.value
-    available = _count_gpus()
-    shapes = _shapes(available)
+    shapes = _shapes(len(gpus()))
     parameters = parameter_count(abstract_model(config.model)[1])
     report = {"machine": describe_machine(), "config": config.to_dict(), "results": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def bytes_sent(parameters: int, data: int, fsdp: int) -> float:
-    """What each device sends in a step, at the least, in rings.
+    """What each device sends in a step, in rings, if nothing that was gathered is kept.
 
     Float32 gradients are added up over all devices: scattered over fsdp, each part then over data.
     Under fsdp each matrix is gathered in float32 for the forward pass and again for the backward.
@@ -122,16 +122,8 @@ def expected(
     return {"floor": rate / (work_s + sent_s), "ceiling": rate / max(work_s, sent_s)}
 
 
-def _count_gpus() -> int:
-    """GPUs, without making this process hold any; on machines without, CPU devices stand in."""
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return 0
-    return listed.stdout.count("\n")
-
-
 def _shapes(available: int) -> list[Shape]:
+    """What --meshes asks for of so many GPUs; without any, CPU devices stand in."""
     if not _MESHES.value:
         if available < 2:
             raise UserError(f"this machine has {available} GPUs; expected two, or --meshes")
@@ -173,8 +165,8 @@ def _environment(shape: Shape | None) -> dict[str, str]:
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     if shape is None:
         return environment
-    if _count_gpus():
-        return environment | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(shape.gpus)))}
+    if found := gpus():
+        return environment | {"CUDA_VISIBLE_DEVICES": ",".join(found[: shape.gpus])}
     flag = f"--xla_force_host_platform_device_count={shape.gpus}"
     return environment | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}
 
